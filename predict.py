@@ -1,0 +1,269 @@
+#!/usr/bin/env python3
+"""Name new pictures with what retrain.py has trained.
+
+    python predict.py --image photo.jpg holiday/ 'more/*.png'
+
+Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which needs no TensorFlow and starts in a
+second. A graph that stands alone, ours or one of the classic script's, is run by TensorFlow. All flags: --help.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retrain import (
+    JPEG_NODE,
+    NOT_PICTURES,
+    RESIZED_NODE,
+    ImageError,
+    LiteModel,
+    OutputFiles,
+    Parser,
+    Reading,
+    UserError,
+    core_count,
+    exit_code,
+    graph_input_size,
+    import_tensorflow,
+    number,
+    on_all_cores,
+    printable,
+    read_image,
+    resize_bilinear,
+    sha256_of,
+    whole_file,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A trained classifier: its labels, and functions from a picture's path to its scores, float32 [labels].
+
+    The functions raise ImageError; each is for one thread, and there are as many as pictures can be done at a time.
+    """
+
+    labels: list[str]
+    workers: list[Callable[[Path], np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What one picture was taken for: (label, score), best first, or why it could not be read."""
+
+    path: Path
+    scores: list[tuple[str, float]]
+    error: str = ""
+
+
+def load_classifier(graph: str, labels: str, pictures: int) -> Classifier:
+    """Return the classifier of a graph (or .tflite) file and a labels file, for so many pictures.
+
+    Raises UserError for files that are missing or don't fit together.
+    """
+    files = OutputFiles.of(graph)
+    names = read_labels(Path(labels))
+    facts = read_facts(files)
+    reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
+    workers = lite_workers(files.lite, reading, pictures) if facts else [graph_worker(files.graph, reading)]
+    if facts and facts["labels"] != names:
+        raise UserError(
+            f"{labels} doesn't hold the classes that {files.graph} was trained on; name the right --labels."
+        )
+    return Classifier(names, workers)
+
+
+def read_labels(path: Path) -> list[str]:
+    """Return the labels of a file, a line each. Raises UserError if there is no such file."""
+    try:
+        return [line.rstrip("\r\n") for line in path.read_text("utf-8").split("\n") if line.rstrip("\r\n")]
+    except OSError as error:
+        raise UserError(f"--labels {path}: {error.strerror}; train first with retrain.sh, or name the file.") from error
+
+
+def read_facts(files: OutputFiles) -> dict:
+    """Return what retrain.py noted about the graph, or {} if the .tflite beside it is missing or is another graph's."""
+    if not files.graph.is_file() and not files.lite.is_file():
+        raise UserError(f"--graph {files.graph}: there is no such file; train first with retrain.sh, or name the file.")
+    try:
+        facts = json.loads(files.facts.read_text("utf-8"))
+        tied = not files.graph.is_file() or facts["graph_sha256"] == sha256_of(files.graph)
+        return facts if tied and facts["lite_sha256"] == sha256_of(files.lite) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def lite_workers(path: Path, reading: Reading, pictures: int) -> list[Callable[[Path], np.ndarray]]:
+    """Return functions from a picture to its scores by LiteRT: one of all cores for one picture, else one per core."""
+    cores = core_count()
+    models = [LiteModel(path, cores)] if pictures == 1 else [LiteModel(path) for _ in range(min(cores, pictures))]
+
+    def worker(model: LiteModel) -> Callable[[Path], np.ndarray]:
+        size = model.input_size
+        return lambda path: model(resize_bilinear(read_image(path, reading, size), size))
+
+    return [worker(model) for model in models]
+
+
+def graph_worker(path: Path, reading: Reading) -> Callable[[Path], np.ndarray]:
+    """Return a function from a picture to its scores by TensorFlow, for a graph of ours or of the classic script's."""
+    tf = import_tensorflow()
+    graph = tf.compat.v1.GraphDef()
+    try:
+        graph.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError, by its several names
+        raise UserError(f"--graph {path}: it is no TensorFlow graph.") from error
+    used = {name.split(":")[0] for node in graph.node for name in node.input}
+    outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
+    if not outputs or not {JPEG_NODE, RESIZED_NODE} <= {node.name for node in graph.node}:
+        raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
+
+    def imported(pixels):
+        return tf.import_graph_def(graph, {f"{JPEG_NODE}:0": pixels}, [f"{outputs[-1]}:0"], name="")[0]
+
+    # Fed behind its decoder, the graph sees the pictures as training saw them: all formats, upright.
+    run = tf.compat.v1.wrap_function(imported, [tf.TensorSpec([None, None, 3], tf.uint8)])
+    size = graph_input_size(graph)
+    return lambda path: run(tf.constant(read_image(path, reading, size))).numpy()[0]
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Return the files that the arguments of --image name: files, folders (with those in them) and globs.
+
+    Raises UserError for one that names nothing.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            files = files_below(path)
+        elif path.exists():
+            files = [path]
+        else:
+            files = [f for match in sorted(glob.glob(pattern, recursive=True)) for f in find_images([match])]
+        if not files:
+            raise UserError(f"--image {pattern}: there is no such picture, or none in that folder.")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and the folders in it, by name; hidden ones are not read."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(where, n) for n in sorted(names) if not n.startswith(".") and n.lower() not in NOT_PICTURES]
+    return found
+
+
+def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
+    """Yield what each picture is taken for, in the order of `paths`."""
+
+    def attempt(worker: Callable[[Path], np.ndarray], path: Path) -> Prediction:
+        try:
+            scores = worker(path)
+        except ImageError as error:
+            return Prediction(path, [], str(error))
+        if len(scores) != len(classifier.labels):
+            raise UserError(f"The graph has {len(scores)} classes but --labels names {len(classifier.labels)}.")
+        order = np.argsort(-scores, kind="stable")
+        return Prediction(path, [(classifier.labels[i], float(scores[i])) for i in order])
+
+    workers = [lambda path, worker=worker: attempt(worker, path) for worker in classifier.workers]
+    done: dict[Path, Prediction] = {}
+    waiting = iter(paths)
+    next_path = next(waiting, None)
+    for path, prediction in on_all_cores(workers, paths):
+        done[path] = prediction
+        while next_path in done:
+            yield done.pop(next_path)
+            next_path = next(waiting, None)
+
+
+def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
+    """Print the classic lines of one picture, best first, under its name if there are several; or its line of error."""
+    if prediction.error:
+        print(f"predict.py: error: {printable(prediction.path)}: {prediction.error}", file=sys.stderr)
+        return
+    if headed:
+        print(printable(prediction.path))
+    for label, score in prediction.scores[:top_k]:
+        print(f"{printable(label)} (score = {score:.5f})")
+    if headed:
+        print(flush=True)
+
+
+def write_csv(path: Path, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
+    """Write a row per picture: its name, best label and score, error if any, and the score of every class."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "score", "error", *labels])
+        for prediction in predictions:
+            label, score = prediction.scores[0] if prediction.scores else ("", "")
+            scores = dict(prediction.scores)
+            cells = [label, score, prediction.error, *(scores.get(name, "") for name in labels)]
+            writer.writerow([printable(prediction.path), *cells])
+
+
+def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
+    """Write a list with an object per picture: image, predictions (label and score, best first), error or null."""
+    entries = [
+        {
+            "image": printable(prediction.path),
+            "predictions": [{"label": label, "score": score} for label, score in prediction.scores[:top_k]],
+            "error": prediction.error or None,
+        }
+        for prediction in predictions
+    ]
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def parse_flags(arguments: Sequence[str] | None):
+    """Return the parsed command line."""
+    parser = Parser(
+        prog="predict.py", allow_abbrev=False, description="Name pictures with what retrain.py has trained."
+    )
+    add = parser.add_argument
+    add("--image", nargs="+", default=["test_images"], metavar="FILE", help="files, folders, globs (test_images)")
+    add(
+        "--graph", default="output_graph.pb", metavar="FILE", help="the trained graph, .pb or .tflite (output_graph.pb)"
+    )
+    add("--labels", default="output_labels.txt", metavar="FILE", help="its classes (output_labels.txt)")
+    add("--top_k", type=number(int, 1), default=5, metavar="N", help="how many classes to print for each picture (5)")
+    add("--csv", default="", metavar="FILE", help="also write a table, a row per picture")
+    add("--json", default="", metavar="FILE", help="also write a list, an object per picture")
+    return parser.parse_args(arguments)
+
+
+def run(flags) -> int:
+    """Name the pictures; return 1 if one of them could not be read, else 0."""
+    paths = find_images(flags.image)
+    classifier = load_classifier(flags.graph, flags.labels, len(paths))
+    predictions = []
+    for prediction in predict(classifier, paths):
+        print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
+        predictions.append(prediction)
+    if flags.csv:
+        write_csv(Path(flags.csv), predictions, classifier.labels)
+    if flags.json:
+        write_json(Path(flags.json), predictions, flags.top_k)
+    return int(any(prediction.error for prediction in predictions))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    flags = parse_flags(arguments)
+    return exit_code("predict.py", lambda: run(flags))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

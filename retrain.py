@@ -1,0 +1,1667 @@
+#!/usr/bin/env python3
+"""Teach a computer a few classes of pictures from few samples.
+
+    python retrain.py --image_dir data
+
+`data` holds one folder of pictures per class. Every picture passes once through a trained network (the base model,
+Inception-v3); the features of its last pooling layer, the bottleneck, are kept as a text file per picture; a new layer,
+the head, is trained on them; base model and head together are written as output_graph.pb, and the classes as
+output_labels.txt. `python predict.py --image x.jpg` then names new pictures. All flags: `python retrain.py --help`.
+
+The file is read in the order in which a picture travels:
+common ground, flags, images, base model, bottlenecks, head, evaluation, export, main.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import shutil
+import signal
+import stat
+import sys
+import tarfile
+import threading
+import time
+import unicodedata
+import uuid
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import simplejpeg
+
+# ======================================================================================================================
+# Common ground: errors, whole files, progress, all cores
+# ======================================================================================================================
+
+log = logging.getLogger("retrain")
+# Large pictures and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
+warnings.filterwarnings("ignore", module="PIL")
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence that names the file or flag and what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM; handled like Ctrl-C."""
+
+
+def stop(signal_number: int, frame) -> None:
+    """End the process in an orderly way when it is asked to."""
+    raise Stopped
+
+
+def exit_code(program: str, work: Callable[[], int | None]) -> int:
+    """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        return work() or 0
+    except UserError as error:
+        message, code = f"error: {error}", 1
+    except OSError as error:
+        message, code = f"error: {error.filename or 'the system'}: {error.strerror or error}.", 1
+    except KeyboardInterrupt as error:
+        message, code = "stopped; what is done is kept, and the same command goes on from there.", 130
+        if isinstance(error, Stopped):
+            code = 143
+    print(f"{program}: {message}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends well: nobody sees half a file.
+
+    Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".retrain-{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of runs that were killed; an hour's grace leaves a run beside this one alone."""
+    for leftover in folder.glob(".retrain-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
+
+
+class PlainLines:
+    """A text stream for tqdm off a terminal: each state of the bar becomes a line, without carriage returns."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(doing: str, total: int, unit: str, **options):
+    """Return a tqdm bar with rate and time left; off a terminal it prints a plain line every ten seconds."""
+    from tqdm import tqdm
+
+    if log.getEffectiveLevel() > logging.INFO:
+        return tqdm(total=total, disable=True)
+    on_terminal = sys.stderr.isatty()
+    shape = "{desc}: {percentage:3.0f}%|{bar:30}| " if on_terminal else "{desc}: "
+    return tqdm(
+        total=total,
+        desc=doing,
+        unit=unit,
+        file=sys.stderr if on_terminal else PlainLines(),
+        mininterval=0.1 if on_terminal else 10,
+        miniters=1,
+        bar_format=shape + "{n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
+        **options,
+    )
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple]:
+    """Yield (item, result) as they are finished; each worker is a function of its own thread, for it alone.
+
+    The workers spend their time in code that releases the interpreter lock (decoding, the network), so threads do.
+    An exception in a worker is raised here.
+    """
+    items = list(items)
+    waiting, lock, finished = iter(items), threading.Lock(), queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def work(worker: Callable) -> None:
+        while not stopped.is_set():
+            with lock:
+                item = next(waiting, stopped)
+            if item is stopped:
+                return
+            try:
+                finished.put((item, worker(item), None))
+            except BaseException as error:  # it is raised again in the thread that waits for the results
+                finished.put((item, None, error))
+
+    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers[: len(items)]]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in items:
+            item, result, error = finished.get()
+            if error is not None:
+                raise error
+            yield item, result
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def import_tensorflow():
+    """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        with quiet_stderr():
+            import tensorflow
+    except ImportError as error:
+        raise UserError(f"TensorFlow can't be loaded ({error}); install it with: pip install tensorflow") from error
+    tensorflow.get_logger().setLevel("ERROR")
+    return tensorflow
+
+
+# ======================================================================================================================
+# Flags: the classic script's names and meanings, and ours
+# ======================================================================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistyped flag with the one that was probably meant."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.split(": ")[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, also: Sequence[float] = ()) -> Callable:
+    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all')."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        if not (low <= value <= high or value in also):
+            allowed = f"{low} to {high}" if high < math.inf else f"{low} or more"
+            allowed += "".join(f", or {other}" for other in also)
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
+        return value
+
+    return parse
+
+
+def switch(text: str) -> bool:
+    """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
+    if text.lower() in ("true", "t", "1", "yes"):
+        return True
+    if text.lower() in ("false", "f", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+SWITCH = {"nargs": "?", "const": True, "default": False, "type": switch, "metavar": "true|false"}
+
+
+def add_image_flags(parser: Parser) -> None:
+    """Add the flags of the room 'images'."""
+    add = parser.add_argument_group("images").add_argument
+    add("--image_dir", default="data", metavar="DIR", help="folder that holds one folder of pictures per class")
+    add("--testing_percentage", type=number(int, 0, 99), default=10, metavar="N", help="share kept for the final test")
+    add("--validation_percentage", type=number(int, 0, 99), default=10, metavar="N", help="share kept for validation")
+    add("--ignore_exif_orientation", **SWITCH, help="don't turn photographs upright (as the classic script didn't)")
+    add("--exact_decode", **SWITCH, help="decode very large photographs at full size too: the classic reading, slower")
+
+
+def add_base_model_flags(parser: Parser) -> None:
+    """Add the flags of the room 'base model'."""
+    add = parser.add_argument_group("base model").add_argument
+    add("--architecture", default="inception_v3", help="the base model; inception_v3 is the one there is")
+    add("--model_dir", default="inception_model", metavar="DIR", help="where the base model lies or is downloaded to")
+    add("--model_url", default="", metavar="URL", help="another address of the base model, graph (.pb) or archive")
+    add("--tfhub_module", default="", metavar="HANDLE", help="known from the classic script; not supported yet")
+
+
+def add_bottleneck_flags(parser: Parser) -> None:
+    """Add the flags of the room 'bottlenecks'."""
+    add = parser.add_argument_group("bottlenecks").add_argument
+    add("--bottleneck_dir", default="bottleneck", metavar="DIR", help="where the features are kept, a file per picture")
+    add("--flip_left_right", **SWITCH, help="train on pictures flipped at random, too")
+    add("--random_crop", type=number(int, 0, 99), default=0, metavar="N", help="margin to crop away at random, in %%")
+    add("--random_scale", type=number(int, 0, 1000), default=0, metavar="N", help="enlarge at random by up to N %%")
+    add(
+        "--random_brightness", type=number(int, 0, 100), default=0, metavar="N", help="brighter or darker by up to N %%"
+    )
+    add(
+        "--distortions_per_image",
+        type=number(int, 1),
+        default=8,
+        metavar="N",
+        help="distorted variants of each training picture, computed once and cached, when one of these four is given",
+    )
+
+
+def add_head_flags(parser: Parser) -> None:
+    """Add the flags of the room 'head'."""
+    add = parser.add_argument_group("head").add_argument
+    add("--how_many_training_steps", type=number(int, 1), default=4000, metavar="N", help="training steps")
+    add("--learning_rate", type=number(float, 0), default=0.01, metavar="X", help="of the gradient descent")
+    add("--train_batch_size", type=number(int, 1, also=[-1]), default=100, metavar="N", help="-1: all at every step")
+    add("--validation_batch_size", type=number(int, 1, also=[-1]), default=100, metavar="N", help="-1: all")
+    add("--eval_step_interval", type=number(int, 1), default=10, metavar="N", help="steps between two evaluations")
+    add("--random_seed", type=number(int, 0), default=None, metavar="N", help="makes a run repeatable")
+    add("--summaries_dir", default="retrain_logs", metavar="DIR", help="logs for TensorBoard; '' for none")
+    add("--checkpoint_path", default="", metavar="FILE", help="also write the head as a TensorFlow checkpoint")
+
+
+def add_evaluation_flags(parser: Parser) -> None:
+    """Add the flags of the room 'evaluation'."""
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--test_batch_size", type=number(int, 1, also=[-1]), default=-1, metavar="N", help="-1: all, a steadier figure")
+    add("--print_misclassified_test_images", **SWITCH, help="list the test pictures that were taken for another class")
+    levels = ["DEBUG", "INFO", "WARN", "ERROR", "FATAL"]
+    add("--logging_verbosity", type=str.upper, choices=levels, default="INFO", help="how much is printed")
+
+
+def add_export_flags(parser: Parser) -> None:
+    """Add the flags of the room 'export'."""
+    add = parser.add_argument_group("export").add_argument
+    add("--output_graph", default="output_graph.pb", metavar="FILE", help="the trained graph")
+    add("--output_labels", default="output_labels.txt", metavar="FILE", help="its classes, a line each")
+    add("--final_tensor_name", default="final_result", metavar="NAME", help="name of its output")
+    add("--saved_model_dir", default="", metavar="DIR", help="also write a SavedModel, from image bytes to scores")
+    add("--intermediate_output_graphs_dir", default="intermediate_graph", metavar="DIR", help="for graphs on the way")
+    add(
+        "--intermediate_store_frequency",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="steps between two intermediate graphs; 0 for none",
+    )
+
+
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
+    parser = Parser(
+        prog="retrain.py",
+        allow_abbrev=False,
+        description="Teach a computer a few classes of pictures from few samples.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_image_flags(parser)
+    add_base_model_flags(parser)
+    add_bottleneck_flags(parser)
+    add_head_flags(parser)
+    add_evaluation_flags(parser)
+    add_export_flags(parser)
+    flags = parser.parse_args(arguments)
+    if flags.testing_percentage + flags.validation_percentage > 99:
+        parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
+    if flags.tfhub_module:
+        parser.error("--tfhub_module: TF-Hub modules can't be used yet; leave the flag out to use Inception-v3")
+    if flags.architecture != "inception_v3":
+        parser.error(f"--architecture: {flags.architecture!r} is not known; the one there is is inception_v3")
+    if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.\\/-]*", flags.final_tensor_name):
+        parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
+    return flags
+
+
+# ======================================================================================================================
+# Images: which there are, what they show, who trains and who tests
+# ======================================================================================================================
+
+# Files that operating systems put into folders of pictures without anybody's asking.
+NOT_PICTURES = {"thumbs.db", "desktop.ini"}
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+ORIENTATION_TAG = 0x0112
+# What makes a picture upright, for each value of the EXIF orientation (1 is upright already).
+UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(Exception):
+    """A picture that can't be used, and why, in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """One picture: where it lies, the class that its folder names, and what it is used for."""
+
+    path: Path
+    label: str
+    split: str = "training"  # or "validation", or "testing"
+
+    @property
+    def key(self) -> str:
+        """`<class folder>/<file name>`: what identifies the picture, wherever its image_dir lies."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How pictures are read: turned upright or not, very large photographs at reduced scale or not."""
+
+    ignore_exif_orientation: bool = False
+    exact_decode: bool = False
+
+
+def label_of(folder: str) -> str:
+    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
+
+    Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
+    """
+    return re.sub(
+        " +", " ", "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
+    )
+
+
+def list_images(image_dir: str) -> list[Image]:
+    """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
+
+    Hidden files and folders, and folders within class folders, are not read. Whether a file is a picture is told by its
+    content, when it is decoded. Raises UserError for a folder from which no classifier could be trained.
+    """
+    root = Path(image_dir)
+    if not root.is_dir():
+        raise UserError(f"--image_dir {image_dir}: there is no such folder (looked for {root.resolve()}).")
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise UserError(
+            f"--image_dir {image_dir}: it holds no folders; put the pictures of each class into one of its own."
+        )
+    images, folder_of = [], {}
+    for folder in folders:
+        label = label_of(folder.name)
+        if label in folder_of:
+            raise UserError(
+                f"--image_dir {image_dir}: the folders {folder_of[label].name!r} and {folder.name!r} both give the "
+                f"label {label!r}; rename or merge one of them."
+            )
+        folder_of[label] = folder
+        images += [
+            Image(entry, label)
+            for entry in sorted(folder.iterdir())
+            if not entry.name.startswith(".") and entry.name.lower() not in NOT_PICTURES and entry.is_file()
+        ]
+    check_classes(image_dir, images, list(folder_of))
+    return images
+
+
+def check_classes(image_dir: str, images: Sequence[Image], labels: Sequence[str]) -> None:
+    """Raise UserError unless there are two classes or more, of two pictures or more each."""
+    if len(labels) == 1:
+        raise UserError(
+            f"--image_dir {image_dir}: it holds one class only, {labels[0]!r}; a classifier needs two or more."
+        )
+    counts = Counter(image.label for image in images)
+    small = [f"{label!r} ({counts[label]})" for label in labels if counts[label] < 2]
+    if small:
+        raise UserError(
+            f"--image_dir {image_dir}: each class needs two usable pictures or more, which these don't have: "
+            f"{', '.join(small)}; add pictures or remove the folder."
+        )
+
+
+def percentage_hash(key: str) -> float:
+    """Return where in [0, 100] a picture falls when the set is split: always the same, whatever else is there.
+
+    Names that agree up to `_nohash_` fall together, so that near-identical pictures stay on one side.
+    """
+    digest = hashlib.sha1(os.fsencode(key.split("_nohash_")[0]), usedforsecurity=False).hexdigest()
+    return int(digest, 16) % 2**27 * (100.0 / (2**27 - 1))
+
+
+def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
+    """Return the images with their split, by the classic rule: hash below `validation`, below the sum, or above.
+
+    A class that would be left with nothing to test or to validate with lends the nearest of its training images (with
+    those of the same hash) as long as it keeps some to train on; one that would be left with nothing to train on takes
+    back the furthest.
+    """
+    places = {image.key: percentage_hash(image.key) for image in images}
+    splits = {
+        key: "validation" if place < validation else "testing" if place < validation + testing else "training"
+        for key, place in places.items()
+    }
+    by_label = itertools.groupby(sorted(images, key=lambda image: image.label), key=lambda image: image.label)
+    for _, group in by_label:
+        keys = sorted((image.key for image in group), key=lambda key: (places[key], key))
+
+        def of(split: str, keys=keys) -> list[str]:
+            return [key for key in keys if splits[key] == split]
+
+        if not of("training"):
+            splits.update({key: "training" for key in keys if places[key] == places[keys[-1]]})
+        for split, wanted in (("testing", testing), ("validation", validation)):
+            spare = of("training")
+            nearest = [key for key in spare if places[key] == places[spare[0]]]
+            if wanted and not of(split) and len(nearest) < len(spare):
+                splits.update(dict.fromkeys(nearest, split))
+    return [dataclasses.replace(image, split=splits[image.key]) for image in images]
+
+
+def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of a JPEG at 1/scale (1, 2, 4, 8), as TensorFlow's DecodeJpeg does.
+
+    TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
+    were the same to the bit on 2,296 photographs.
+    """
+    cmyk = image.mode == "CMYK"
+    wanted = {"colorspace": "CMYK" if cmyk else "RGB", "fastdct": True}
+    if scale > 1:
+        wanted |= {"min_width": math.ceil(image.width / scale), "min_height": math.ceil(image.height / scale)}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, **wanted)
+    except ValueError:
+        # Strict decoding also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow
+        # tells those (and decodes them) from truncated ones (and raises).
+        image.load()
+        pixels = simplejpeg.decode_jpeg(data, strict=False, **wanted)
+    if not cmyk:
+        return pixels
+    inks = pixels.astype(np.uint16)
+    if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
+        inks = 255 - inks
+    return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
+
+
+def pixels_of(image: PIL.Image.Image) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of an opened picture that is no JPEG.
+
+    16-bit values keep their upper byte, and transparency is dropped, not blended: both as TensorFlow's decoders do.
+    """
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
+
+
+def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of a picture, of the first frame if it has several.
+
+    A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
+    shorter side, unless reading.exact_decode. Raises ImageError for bytes that are no whole picture.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):
+            shorter, target = min(image.size), max(input_size)
+            reduced = not reading.exact_decode and shorter > 4 * target
+            scale = next(s for s in (8, 4, 2, 1) if shorter / s >= 2 * target or s == 1) if reduced else 1
+            pixels = decode_jpeg(data, image, scale)
+        else:
+            pixels = pixels_of(image)
+    except PIL.UnidentifiedImageError:
+        raise ImageError("not a picture in JPEG, PNG, GIF, BMP or WebP format") from None
+    except PIL.Image.DecompressionBombError:
+        raise ImageError("more pixels than any honest picture has") from None
+    except MemoryError:
+        raise ImageError("too large for the memory") from None
+    except Exception as error:  # decoders raise many kinds of errors on damaged data
+        truncated = "truncated" in str(error).lower() or "premature end" in str(error).lower()
+        raise ImageError("the file is truncated" if truncated else f"damaged ({error})") from None
+    return pixels if reading.ignore_exif_orientation else upright(pixels, image)
+
+
+def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
+    """Return the pixels [height, width, 3] turned as the EXIF orientation of the opened picture says."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG))
+    except Exception:  # a broken EXIF block is no reason to lose the picture
+        return pixels
+    return pixels if turn is None else np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
+
+
+def read_image(path: Path, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"it can't be read ({error.strerror or error})") from None
+    return decode_image(data, reading, input_size)
+
+
+def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return uint8 pixels [height, width, 3] resized to float32 [size[0], size[1], 3], values in [0, 255].
+
+    The kernel of TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale, without
+    half-pixel centres; float32 throughout.
+    """
+
+    def neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        place = np.arange(target, dtype=np.float32) * (np.float32(source) / np.float32(target))
+        low = place.astype(np.intp)
+        return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
+
+    top, bottom, down = neighbours(pixels.shape[0], size[0])
+    left, right, across = neighbours(pixels.shape[1], size[1])
+    across, down = across[:, None], down[:, None, None]
+
+    def rows(at: np.ndarray) -> np.ndarray:
+        picked = pixels.take(at, axis=0)
+        start = picked.take(left, axis=1).astype(np.float32)
+        return start + (picked.take(right, axis=1).astype(np.float32) - start) * across
+
+    above = rows(top)
+    return above + (rows(bottom) - above) * down
+
+
+# ======================================================================================================================
+# Base model: found or downloaded, folded, converted, run
+# ======================================================================================================================
+
+GRAPH_FILE = "classify_image_graph_def.pb"
+ARCHIVE_FILE = "inception-2015-12-05.tgz"
+# The release: a graph of this size and sum, in an archive of this size.
+GRAPH_SIZE, GRAPH_MD5 = 95_673_916, "e6bb154e85f5d4331c22abcddb5dcf31"
+ARCHIVE_SIZE = 88_931_400
+ARCHIVE_URL = f"https://storage.googleapis.com/download.tensorflow.org/models/image/imagenet/{ARCHIVE_FILE}"
+GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}"
+# (connect, read) in seconds, and the pauses before each new try of one address.
+TIMEOUTS, PAUSES = (10, 30), (1, 4)
+
+JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
+EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A trained network from pixels to the features of its last pooling layer."""
+
+    name: str  # the architecture, as it stands in the names of bottleneck files
+    graph_path: Path
+    lite_path: Path  # the same network from resized pixels to features, converted for LiteRT
+    fingerprint: str  # SHA-256 of the graph
+    input_size: tuple[int, int]  # height, width
+    bottleneck_size: int
+
+
+class LiteModel:
+    """A .tflite network on one interpreter, for one thread at a time: float32 [height, width, 3] to float32 [n]."""
+
+    def __init__(self, path: Path, threads: int = 1):
+        """Load `path`. Raises UserError for a file that LiteRT can't run."""
+        from ai_edge_litert.interpreter import Interpreter
+
+        try:
+            self.interpreter = Interpreter(str(path), num_threads=threads)
+            with quiet_stderr():
+                self.interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is no model that LiteRT can run ({error}).") from error
+        (self.input,), (self.output,) = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        self.input_size = tuple(int(side) for side in self.input["shape"][1:3])
+        self.output_size = int(self.output["shape"][-1])
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        self.interpreter.set_tensor(self.input["index"], pixels[None])
+        self.interpreter.invoke()
+        return self.interpreter.get_tensor(self.output["index"])[0]
+
+
+class DownloadError(Exception):
+    """A download that failed; `final` when another try of the same address is of no use."""
+
+    def __init__(self, reason: str, final: bool = False):
+        super().__init__(reason)
+        self.final = final
+
+
+def fetch(url: str, part: Path, size: int | None) -> None:
+    """Fetch `url` into `part`, going on behind what it already holds. Raises DownloadError unless it came whole."""
+    import requests
+
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
+            if response.status_code == 416:  # what we hold is as long as the file, or longer: begin anew
+                part.unlink()
+                raise DownloadError("the server doesn't go on where the download broke off")
+            response.raise_for_status()
+            goes_on = response.status_code == 206 and f"bytes {have}-" in response.headers.get("Content-Range", "")
+            have = have if goes_on else 0
+            rest = int(response.headers.get("Content-Length", 0))
+            if size and rest and have + rest != size:
+                raise DownloadError(f"the server offers {have + rest:,} bytes where {size:,} are expected", final=True)
+            bar = progress_bar("Download", size or have + rest or None, "B", unit_scale=True, initial=have)
+            with bar, open(part, "ab" if goes_on else "wb") as file:
+                for block in response.iter_content(1 << 16):
+                    file.write(block)
+                    bar.update(len(block))
+                    if size and file.tell() > size:
+                        raise DownloadError(f"it is longer than the {size:,} bytes expected", final=True)
+    except requests.RequestException as error:
+        raise network_error(error) from error
+    if size and part.stat().st_size != size:
+        raise DownloadError(f"it broke off after {part.stat().st_size:,} of {size:,} bytes")
+
+
+def network_error(error: Exception) -> DownloadError:
+    """Return what a network error comes to, in plain words; requests tells it in the names of its classes."""
+    import requests
+
+    if isinstance(error, requests.HTTPError):
+        code = error.response.status_code
+        reason = f"the server answered {code} {error.response.reason}".rstrip()
+        return DownloadError(reason, final=400 <= code < 500 and code not in (408, 425, 429))
+    if "timed out" in str(error).lower():
+        return DownloadError("the server did not answer in time")
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return DownloadError("the connection broke off")
+    if isinstance(error, requests.ConnectionError):
+        return DownloadError("the server could not be reached")
+    return DownloadError(str(error), final=True)  # an address that is none
+
+
+def download(url: str, folder: Path, install: Callable[[Path], None], size: int | None = None) -> None:
+    """Bring `url` into `folder` and hand the whole file to `install`; resume, and try again after growing pauses.
+
+    install: moves the file, or what it takes out of it, to its place, or raises DownloadError if it is not what it
+    should be. Raises DownloadError when all tries failed; what came so far is kept for the next run to go on from.
+    """
+    part = folder / f"download-{hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()[:8]}.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    pauses = list(PAUSES)
+    while True:
+        had = part.stat().st_size if part.exists() else 0
+        try:
+            fetch(url, part, size)
+            try:
+                install(part)
+            finally:
+                part.unlink(missing_ok=True)
+            return
+        except DownloadError as error:
+            if part.exists() and part.stat().st_size > had:
+                pauses = list(PAUSES)  # it is getting somewhere
+            if error.final or not pauses:
+                if error.final:
+                    part.unlink(missing_ok=True)
+                raise
+            log.info("%s: %s; trying again in %g s.", url, error, pauses[0])
+            time.sleep(pauses.pop(0))
+
+
+def is_release(path: Path) -> bool:
+    """Tell whether the file is the graph of the 2015 release, to the bit."""
+    if path.stat().st_size != GRAPH_SIZE:
+        return False
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == GRAPH_MD5
+
+
+def check_release(path: Path) -> None:
+    """Raise DownloadError unless the file is the graph of the 2015 release."""
+    if not is_release(path):
+        raise DownloadError("it is not the graph of the 2015-12-05 release: its size or its MD5 sum is another")
+
+
+def check_nodes(path: Path) -> None:
+    """Raise DownloadError unless the file is a graph with the expected nodes."""
+    try:
+        load_graph(path)
+    except UserError as error:
+        raise DownloadError(f"what came is no graph of the Inception-v3 kind ({error})", final=True) from error
+
+
+def extract_graph(archive: Path, graph_path: Path, check: Callable[[Path], None]) -> None:
+    """Take the graph, and nothing else, out of the archive. Raises DownloadError if none there passes `check`."""
+    try:
+        with tarfile.open(archive, "r:gz") as members:
+            for member in members:
+                if member.name.removeprefix("./") == GRAPH_FILE and member.isreg() and member.size <= 4 * GRAPH_SIZE:
+                    with whole_file(graph_path) as temporary:
+                        with open(temporary, "wb") as file:
+                            shutil.copyfileobj(members.extractfile(member), file)
+                        check(temporary)
+                    return
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DownloadError(f"it is no whole .tgz archive ({error})") from error
+    raise DownloadError(f"the archive holds no {GRAPH_FILE}", final=True)
+
+
+def download_base_model(model_dir: Path, model_url: str) -> Path:
+    """Return the graph's path after downloading it: the release, or what lies at `model_url`.
+
+    Raises UserError, when no address gave it, with what to do by hand.
+    """
+    graph_path, failures = model_dir / GRAPH_FILE, []
+
+    def install(check: Callable[[Path], None], part: Path) -> None:
+        with open(part, "rb") as file:
+            is_archive = file.read(2) == b"\x1f\x8b"
+        if is_archive:
+            extract_graph(part, graph_path, check)
+        else:
+            check(part)
+            os.replace(part, graph_path)
+
+    sources = [(ARCHIVE_URL, check_release, ARCHIVE_SIZE), (GRAPH_URL, check_release, GRAPH_SIZE)]
+    for url, check, size in [(model_url, check_nodes, None)] if model_url else sources:
+        log.info("Downloading the base model from %s", url)
+        try:
+            download(url, model_dir, functools.partial(install, check), size)
+            return graph_path
+        except DownloadError as error:
+            failures.append(f"{url} ({error})")
+    raise UserError(
+        f"There is no base model: {GRAPH_FILE} is not in {model_dir} and could not be had from "
+        + " nor from ".join(failures)
+        + f"; download {model_url or ARCHIVE_URL} on any machine and put it into the folder {model_dir.resolve()}, "
+        "or name another address with --model_url."
+    )
+
+
+def find_graph(model_dir: Path, model_url: str) -> Path:
+    """Return the path of the base model's graph: in `model_dir`, out of the archive lying there, or downloaded."""
+    graph_path, archive_path = model_dir / GRAPH_FILE, model_dir / ARCHIVE_FILE
+    if not graph_path.is_file() and archive_path.is_file():
+        try:
+            extract_graph(archive_path, graph_path, check_nodes)
+        except DownloadError as error:
+            raise UserError(f"{archive_path}: {error}; delete it, or put the right file there.") from error
+    if not graph_path.is_file():
+        download_base_model(model_dir, model_url)
+    if not is_release(graph_path):
+        log.info("%s is not the 2015-12-05 release of Inception-v3; its nodes are used as they are.", graph_path)
+    return graph_path
+
+
+def load_graph(path: Path):
+    """Return the GraphDef of a base model from image bytes to bottleneck, folded and fit for batches of any size.
+
+    Raises UserError for a file that is no graph or lacks the nodes of the Inception-v3 release.
+    """
+    tf = import_tensorflow()
+    graph = tf.compat.v1.GraphDef()
+    try:
+        graph.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError, by its several names
+        raise UserError(f"{path} is no TensorFlow graph; delete it, and it will be downloaded.") from error
+    missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
+    if missing:
+        raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
+    graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
+    for node in graph.node:
+        if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
+            node.Clear()
+            node.name, node.op = "DecodeJpeg/contents", "Placeholder"
+            node.attr["dtype"].type = tf.string.as_datatype_enum
+            node.attr["shape"].shape.SetInParent()
+        if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
+            shape = tf.make_ndarray(node.attr["value"].tensor).copy()
+            shape[0] = -1
+            node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
+    return graph
+
+
+def fold_batch_norm(graph):
+    """Return a GraphDef with batch normalisation folded into the convolutions before it, and without CheckNumerics.
+
+    BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs:
+    (conv(x, w) - mean) / sqrt(variance + epsilon) * gamma + beta = conv(x, w * scale) + (beta - mean * scale).
+    """
+    tf = import_tensorflow()
+    nodes = {node.name: node for node in graph.node}
+    folded = type(graph)()
+    # Old enough for any reader of TensorFlow 1, new enough for the ops that are left.
+    folded.versions.producer = max(graph.versions.producer, 21)
+    constants = {}
+
+    def value(name: str) -> np.ndarray:
+        return tf.make_ndarray(nodes[name].attr["value"].tensor)
+
+    for node in graph.node:
+        if node.op != "BatchNormWithGlobalNormalization":
+            continue
+        conv, mean, variance, beta, gamma = node.input
+        scale = 1 / np.sqrt(value(variance) + node.attr["variance_epsilon"].f)
+        if node.attr["scale_after_normalization"].b:
+            scale = scale * value(gamma)
+        weights = nodes[conv].input[1]
+        constants[weights] = value(weights) * scale  # [height, width, inputs, outputs] * [outputs]
+        constants[beta] = value(beta) - value(mean) * scale
+    for node in graph.node:
+        if node.op == "CheckNumerics":
+            continue
+        copy = folded.node.add()
+        if node.op == "BatchNormWithGlobalNormalization":
+            copy.name, copy.op = node.name, "BiasAdd"
+            copy.input.extend([node.input[0], node.input[3]])
+            copy.attr["T"].CopyFrom(node.attr["T"])
+            continue
+        copy.CopyFrom(node)
+        if node.name in constants:
+            copy.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(constants[node.name].astype(np.float32)))
+        del copy.input[:]
+        copy.input.extend(name for name in node.input if not name.startswith("^"))
+    return folded
+
+
+def graph_input_size(graph) -> tuple[int, int]:
+    """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its pictures."""
+    tf = import_tensorflow()
+    nodes = {node.name: node for node in graph.node}
+    size = nodes[nodes[RESIZED_NODE].input[1]]
+    return tuple(int(side) for side in tf.make_ndarray(size.attr["value"].tensor))
+
+
+def graph_function(graph, output: str, batch: int | None = None):
+    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a GraphDef's output."""
+    tf = import_tensorflow()
+
+    def imported(pixels):
+        return tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, [f"{output}:0"], name="")[0]
+
+    return tf.compat.v1.wrap_function(imported, [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)])
+
+
+def convert_to_lite(graph_path: Path, lite_path: Path) -> None:
+    """Write the network of a graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite file."""
+    tf = import_tensorflow()
+    log.info("Converting the base model for the LiteRT engine, once.")
+    function = graph_function(load_graph(graph_path), BOTTLENECK_NODE, batch=1)
+    with quiet_stderr():
+        lite = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
+    with whole_file(lite_path) as temporary:
+        temporary.write_bytes(lite)
+
+
+def load_base_model(graph_path: Path, cache_dir: Path) -> BaseModel:
+    """Return the base model of a graph; its conversion is kept beside it, or in `cache_dir` if that is read-only."""
+    fingerprint = sha256_of(graph_path)
+    lite_name = f"{graph_path.stem}.{fingerprint[:12]}.tflite"
+    # The mode is asked too: the administrator can write anywhere, and yet should not where others can't.
+    writable = os.access(graph_path.parent, os.W_OK) and graph_path.parent.stat().st_mode & stat.S_IWUSR
+    folders = [graph_path.parent, cache_dir] if writable else [cache_dir, graph_path.parent]
+    lite_path = next((f / lite_name for f in folders if (f / lite_name).is_file()), folders[0] / lite_name)
+    try:
+        lite = LiteModel(lite_path)
+    except (UserError, ValueError):  # not there yet, or damaged
+        convert_to_lite(graph_path, lite_path)
+        lite = LiteModel(lite_path)
+    return BaseModel("inception_v3", graph_path, lite_path, fingerprint, lite.input_size, lite.output_size)
+
+
+# ======================================================================================================================
+# Bottlenecks: the features of every picture, computed once and kept
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Distortion:
+    """How training pictures are varied at random, in the classic script's terms; percentages."""
+
+    flip_left_right: bool = False
+    random_crop: int = 0
+    random_scale: int = 0
+    random_brightness: int = 0
+
+    def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
+        """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
+        random = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
+        enlarged = (1 + self.random_crop / 100) * random.uniform(1, 1 + self.random_scale / 100)
+        resized = resize_bilinear(pixels, tuple(int(side * enlarged) for side in size))
+        top, left = (random.integers(have - want + 1) for have, want in zip(resized.shape, size, strict=False))
+        cropped = resized[top : top + size[0], left : left + size[1]]
+        if self.flip_left_right and random.integers(2):
+            cropped = cropped[:, ::-1]
+        brightness = random.uniform(1 - self.random_brightness / 100, 1 + self.random_brightness / 100)
+        return np.ascontiguousarray(cropped * np.float32(brightness))
+
+
+class BottleneckStore:
+    """The bottleneck files of a base model, `<dir>/<class folder>/<image file name>_<architecture>.txt`.
+
+    Like `make`, it takes a file to be good as long as the picture and the base model are those that it was made from.
+    An index beside the files records, in a line of JSON for each: its name, the picture's size and time of change, and
+    the recipe. Files without a record are the classic script's: they are good if younger than their picture.
+    """
+
+    def __init__(self, folder: str, base: BaseModel, reading: Reading):
+        self.folder, self.base = Path(folder), base
+        self.recipe = f"{base.fingerprint[:16]} {dataclasses.astuple(reading)}"
+        self.index_path = self.folder / f"index_{base.name}.jsonl"
+        self.skipped_path = self.folder / f"skipped_{base.name}.tsv"
+        self.records, self.lock = {}, threading.Lock()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, *(entry for entry in self.folder.iterdir() if entry.is_dir())):
+            remove_leftovers(folder)
+        if self.index_path.exists():
+            for line in self.index_path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # a line that a killed run left half-written
+                    name, *record = json.loads(line)
+                    self.records[name] = record
+
+    def name(self, image: Image, variant: str) -> str:
+        """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
+        stem, ending = image.key, f"_{self.base.name}{variant}.txt"
+        if len(os.fsencode(image.path.name + ending)) > 255:  # longer than file systems allow
+            digest = hashlib.sha1(os.fsencode(image.path.name), usedforsecurity=False).hexdigest()
+            stem = f"{image.path.parent.name}/{digest}"
+        return stem + ending
+
+    def record(self, image: Image, settings: str) -> list:
+        """Return what a bottleneck file made now would be recorded with. Raises OSError for an image that is gone."""
+        now = image.path.stat()
+        return [now.st_size, now.st_mtime_ns, self.recipe + settings]
+
+    def load(self, image: Image, variant: str, settings: str) -> np.ndarray | None:
+        """Return the features float32 [n] that are kept for an image, or None if there are none that are still good."""
+        name = self.name(image, variant)
+        path = self.folder / name
+        try:
+            now = self.record(image, settings)
+            if self.records.get(name, now) != now:
+                return None
+            if name not in self.records and (settings or path.stat().st_mtime_ns < now[1]):
+                return None
+            return parse_bottleneck(path.read_text("ascii"), self.base.bottleneck_size)
+        except (OSError, ValueError):
+            return None
+
+    def save(self, image: Image, variant: str, record: list, values: np.ndarray) -> None:
+        """Keep the features of an image, made from it as `record` says."""
+        name = self.name(image, variant)
+        path = self.folder / name
+        line = json.dumps([name, *record]).encode() + b"\n"
+        with whole_file(path) as temporary:
+            temporary.write_text(",".join([f"{value:.9g}" for value in values.tolist()]), "ascii")
+            # The old file goes and the record comes before the new file: a run killed in between leaves no file, never
+            # one that the record doesn't fit.
+            path.unlink(missing_ok=True)
+            with self.lock, open(self.index_path, "ab") as index:
+                index.write(line)
+                self.records[name] = record
+
+    def write_skipped(self, skipped: dict[Path, str]) -> None:
+        """List the files that were skipped, with their reasons, beside the bottlenecks."""
+        if not skipped:
+            self.skipped_path.unlink(missing_ok=True)
+            return
+        with whole_file(self.skipped_path) as temporary:
+            lines = [f"{printable(path)}\t{reason}\n" for path, reason in skipped.items()]
+            temporary.write_text("".join(lines), "utf-8")
+
+
+def printable(path: str | os.PathLike) -> str:
+    """Return a path as text that any terminal can show: control characters and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(path))
+
+
+def parse_bottleneck(text: str, size: int) -> np.ndarray:
+    """Return float32 [size] from the text of a bottleneck file. Raises ValueError unless it is so many numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy only warns of text that is no number
+        try:
+            values = np.fromstring(text.strip(), np.float64, sep=",")
+        except DeprecationWarning as warning:
+            raise ValueError(str(warning)) from warning
+    if values.shape != (size,) or not np.isfinite(values).all():
+        raise ValueError(f"{values.size} values where {size} finite ones are expected")
+    return values.astype(np.float32)
+
+
+def extract(store: BottleneckStore, reading: Reading, lite: LiteModel, job: tuple) -> str | dict[str, np.ndarray]:
+    """Compute and keep what is missing for one image; return it by variant, or the reason why the image can't be used.
+
+    job: the image, the settings of the distortion, and {variant: function from decoded to resized pixels}.
+    """
+    image, settings, variants = job
+    try:
+        record = store.record(image, settings)  # before it is read: if it changes meanwhile, it is redone next time
+        pixels = read_image(image.path, reading, store.base.input_size)
+    except ImageError as error:
+        return str(error)
+    except OSError as error:
+        return f"it can't be read ({error.strerror or error})"
+    features = {}
+    for variant, resized in variants.items():
+        features[variant] = lite(resized(pixels))
+        if not np.isfinite(features[variant]).all():
+            return "the base model gives no finite features for it"
+        store.save(image, variant, record, features[variant])
+    return features
+
+
+def compute_bottlenecks(
+    store: BottleneckStore,
+    images: Sequence[Image],
+    reading: Reading,
+    distortion: Distortion | None = None,
+    count: int = 1,
+) -> tuple[np.ndarray, dict[Path, str]]:
+    """Return the features float32 [images, count, n], cached or computed, and {path: reason} of the unusable images.
+
+    Without a distortion count is 1, the picture itself; with one, its variants. Unusable images have no row.
+    """
+    base = store.base
+    features = np.empty((len(images), count, base.bottleneck_size), np.float32)
+    settings = f" {dataclasses.astuple(distortion)}" if distortion else ""
+    variants = [f"_distorted_{i}" for i in range(count)] if distortion else [""]
+    jobs, rows = [], {image: row for row, image in enumerate(images)}
+    for image in images:
+        missing = {}
+        for i, variant in enumerate(variants):
+            values = store.load(image, variant, settings)
+            if values is not None:
+                features[rows[image], i] = values
+            elif distortion:
+                seed = f"{image.key}{variant}"
+                missing[variant] = lambda pixels, seed=seed: distortion.apply(pixels, base.input_size, seed)
+            else:
+                missing[variant] = lambda pixels: resize_bilinear(pixels, base.input_size)
+        if missing:
+            jobs.append((image, settings, missing))
+    skipped = {}
+    if jobs:
+        wanted = sum(len(missing) for _, _, missing in jobs)
+        log.info(
+            "%s: %d cached, %d to compute.",
+            "Distortions" if distortion else "Bottlenecks",
+            features[..., 0].size - wanted,
+            wanted,
+        )
+        models = [LiteModel(base.lite_path) for _ in range(min(core_count(), len(jobs)))]
+        workers = [functools.partial(extract, store, reading, model) for model in models]
+        with progress_bar("Distortions" if distortion else "Bottlenecks", wanted, " images") as bar:
+            for (image, _, missing), result in on_all_cores(workers, jobs):
+                bar.update(len(missing))
+                if isinstance(result, str):
+                    skipped[image.path] = result
+                    continue
+                for variant, values in result.items():
+                    features[rows[image], variants.index(variant)] = values
+    usable = [row for image, row in rows.items() if image.path not in skipped]
+    for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
+        if new != row:
+            features[new] = features[row]
+    return features[: len(usable)], skipped
+
+
+# ======================================================================================================================
+# Head: a softmax layer, trained by gradient descent
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some pictures: their rows, int [rows], in a matrix float32 [images, n] that all splits share, and classes."""
+
+    matrix: np.ndarray
+    rows: np.ndarray
+    classes: np.ndarray
+
+    def features(self, batch: np.ndarray) -> np.ndarray:
+        """Return the features float32 [batch, n] of a batch, int [batch], of these rows."""
+        return self.matrix[self.rows[batch]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The softmax layer: weights float32 [n, classes] and biases float32 [classes]."""
+
+    weights: np.ndarray
+    biases: np.ndarray
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
+        logits = features @ self.weights + self.biases
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """How the head is trained; the flags of the room, by their names."""
+
+    how_many_training_steps: int = 4000
+    learning_rate: float = 0.01
+    train_batch_size: int = 100
+    validation_batch_size: int = 100
+    eval_step_interval: int = 10
+    random_seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How well the head did on one batch of one split, and how its numbers were distributed then."""
+
+    step: int
+    split: str
+    accuracy: float
+    cross_entropy: float
+    histograms: dict[str, tuple[np.ndarray, np.ndarray]]  # counts [bins], edges [bins + 1]
+
+
+def batch_drawer(classes: np.ndarray, size: int, random: np.random.Generator) -> Callable[[], np.ndarray]:
+    """Return a function that draws a batch of rows, int [size], with replacement: a class first, then one of its rows.
+
+    So the classes count alike, however many pictures each has. A size of -1 gives all rows every time.
+    """
+    if size == -1:
+        return lambda: np.arange(len(classes))
+    by_class = np.argsort(classes, kind="stable")
+    present, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
+
+    def draw() -> np.ndarray:
+        drawn = random.integers(len(present), size=size)
+        return by_class[starts[drawn] + random.integers(counts[drawn])]
+
+    return draw
+
+
+def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
+    """Return the scores of the head on a batch, int [batch], of the rows."""
+    probabilities = head.probabilities(rows.features(batch))
+    classes = rows.classes[batch]
+    right = probabilities[np.arange(len(batch)), classes]
+    numbers = {"weights": head.weights, "biases": head.biases, "activations": probabilities}
+    return Scores(
+        step,
+        split,
+        accuracy=float((probabilities.argmax(axis=1) == classes).mean()),
+        cross_entropy=float(-np.log(np.maximum(right, 1e-30)).mean()),
+        histograms={name: np.histogram(values, bins=30) for name, values in numbers.items()},
+    )
+
+
+def log_scores(scores: Scores, batch_size: int) -> None:
+    """Print the classic lines: train accuracy and cross entropy, or validation accuracy."""
+    line = f"{datetime.datetime.now()}: Step {scores.step}:"
+    if scores.split == "train":
+        log.info("%s Train accuracy = %.1f%%", line, scores.accuracy * 100)
+        log.info("%s Cross entropy = %f", line, scores.cross_entropy)
+    else:
+        log.info("%s Validation accuracy = %.1f%% (N=%d)", line, scores.accuracy * 100, batch_size)
+
+
+def train_head(
+    training: Rows,
+    validation: Rows,
+    class_count: int,
+    settings: TrainingSettings,
+    after_step: Callable[[int, Head], None] = lambda step, head: None,
+) -> tuple[Head, list[Scores]]:
+    """Train the softmax layer, and return it with the scores of each evaluation; `after_step` sees every step's head.
+
+    Weights begin as a truncated normal of standard deviation 0.001, biases as zero; plain gradient descent on the mean
+    cross entropy of each batch.
+    """
+    random = np.random.default_rng(settings.random_seed)
+    weights = random.standard_normal((training.matrix.shape[1], class_count), np.float32)
+    while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
+        weights[outside] = random.standard_normal(outside.sum(), np.float32)
+    head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
+    rate, history = np.float32(settings.learning_rate), []
+    draw = batch_drawer(training.classes, settings.train_batch_size, random)
+    # Its own random numbers, so that evaluating more often doesn't change what is learnt.
+    draw_validation = batch_drawer(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
+    for step in range(settings.how_many_training_steps):
+        batch = draw()
+        features = training.features(batch)  # [batch, n]
+        error = head.probabilities(features)  # [batch, classes]
+        error[np.arange(len(batch)), training.classes[batch]] -= 1
+        error *= rate / np.float32(len(batch))
+        head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
+        if step % settings.eval_step_interval == 0 or step == settings.how_many_training_steps - 1:
+            history.append(score(head, training, batch, step, "train"))
+            log_scores(history[-1], len(batch))
+            if len(validation.classes):
+                batch = draw_validation()
+                history.append(score(head, validation, batch, step, "validation"))
+                log_scores(history[-1], len(batch))
+        after_step(step, head)
+    if not np.isfinite(head.weights).all():
+        raise UserError(f"The training went astray; try a smaller --learning_rate than {settings.learning_rate:g}.")
+    return head, history
+
+
+def write_summaries(history: Sequence[Scores], folder: Path) -> None:
+    """Write the history for TensorBoard, into `folder`/train and `folder`/validation, in place of an earlier run's."""
+    tf = import_tensorflow()
+    for split in ("train", "validation"):
+        for old in (folder / split).glob("events.out.tfevents.*"):
+            old.unlink()
+        writer = tf.summary.create_file_writer(str(folder / split))
+        with writer.as_default():
+            for scores in history:
+                if scores.split == split:
+                    summary = tf.compat.v1.Summary()
+                    summary.value.add(tag="accuracy", simple_value=scores.accuracy)
+                    summary.value.add(tag="cross_entropy", simple_value=scores.cross_entropy)
+                    for name, (counts, edges) in scores.histograms.items():
+                        histogram = summary.value.add(tag=f"final_training_ops/{name}").histo
+                        histogram.min, histogram.max, histogram.num = edges[0], edges[-1], counts.sum()
+                        middles = (edges[:-1] + edges[1:]) / 2
+                        histogram.sum, histogram.sum_squares = counts @ middles, counts @ middles**2
+                        histogram.bucket_limit.extend(edges[1:])
+                        histogram.bucket.extend(counts)
+                    tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=scores.step)
+        writer.close()
+
+
+def write_checkpoint(head: Head, path: Path) -> None:
+    """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
+    tf = import_tensorflow()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scope = "final_training_ops"
+    tf.raw_ops.SaveV2(
+        prefix=str(path),
+        tensor_names=[f"{scope}/biases/final_biases", f"{scope}/weights/final_weights"],
+        shape_and_slices=["", ""],
+        tensors=[head.biases, head.weights],
+    )
+    tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
+
+
+# ======================================================================================================================
+# Evaluation: how good it is, on pictures that it was not trained on
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a head did: its accuracy, the test rows that it was tried on, int [n], and their predicted classes."""
+
+    accuracy: float
+    batch: np.ndarray
+    predicted: np.ndarray
+
+
+def evaluate(head: Head, testing: Rows, batch_size: int, random_seed: int | None) -> Evaluation:
+    """Try the head on all test rows (batch_size -1), or on a batch of them."""
+    batch = batch_drawer(testing.classes, batch_size, np.random.default_rng(random_seed))()
+    predicted = head.probabilities(testing.features(batch)).argmax(axis=1)
+    return Evaluation(float((predicted == testing.classes[batch]).mean()), batch, predicted)
+
+
+def log_misclassified(test: Evaluation, tested: Sequence[Image], labels: Sequence[str]) -> None:
+    """Print the classic list of the test images that were taken for another class, with that class."""
+    log.info("=== MISCLASSIFIED TEST IMAGES ===")
+    for row, guess in zip(test.batch, test.predicted, strict=True):
+        if tested[row].label != labels[guess]:
+            log.info("%70s  %s", printable(tested[row].path), labels[guess])
+
+
+# ======================================================================================================================
+# Export: the trained graph in its formats
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFiles:
+    """Where a graph and what belongs to it lie: x.pb, and beside it x.tflite and x.json, which ties the three."""
+
+    graph: Path
+
+    @classmethod
+    def of(cls, path: str) -> OutputFiles:
+        """Return the files of a graph, or of a .tflite that has lost its graph."""
+        return cls(Path(path.removesuffix(".tflite") + ".pb" if path.endswith(".tflite") else path))
+
+    @property
+    def lite(self) -> Path:
+        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".tflite")
+
+    @property
+    def facts(self) -> Path:
+        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".json")
+
+
+def graph_with_head(base_graph, head: Head, final_tensor_name: str):
+    """Return the frozen GraphDef from the bytes of a picture (`DecodeJpeg/contents:0`) to its scores.
+
+    The nodes of the head have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
+    """
+    tf = import_tensorflow()
+    graph = type(base_graph)()
+    graph.CopyFrom(base_graph)
+    scope, float32 = "final_training_ops", tf.float32.as_datatype_enum
+
+    def add(op: str, name: str, *inputs: str, typed: str = "T"):
+        node = graph.node.add(op=op, name=name, input=inputs)
+        node.attr[typed].type = float32
+        return node
+
+    features = add("PlaceholderWithDefault", "input/BottleneckInputPlaceholder", BOTTLENECK_NODE, typed="dtype")
+    features.attr["shape"].shape.dim.add(size=-1)
+    features.attr["shape"].shape.dim.add(size=head.weights.shape[0])
+    for name, values in (("weights", head.weights), ("biases", head.biases)):
+        constant = add("Const", f"{scope}/{name}/final_{name}", typed="dtype")
+        constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values))
+    product, total = f"{scope}/Wx_plus_b/MatMul", f"{scope}/Wx_plus_b/add"
+    add("MatMul", product, features.name, f"{scope}/weights/final_weights")
+    add("BiasAdd", total, product, f"{scope}/biases/final_biases")
+    add("Softmax", final_tensor_name, total)
+    return graph
+
+
+def lite_with_head(lite: bytes, head: Head) -> bytes:
+    """Return a .tflite from resized pixels to scores: the base model's, with the head's two operators appended.
+
+    Editing the flatbuffer takes a second where converting the whole graph again would take ten.
+    """
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(lite, 0)
+    network = model.subgraphs[0]
+    class_count = len(head.biases)
+
+    def tensor(name: str, shape: Sequence[int], values: np.ndarray | None = None) -> int:
+        buffer = schema.BufferT()
+        if values is not None:
+            buffer.data = np.frombuffer(np.ascontiguousarray(values, np.float32).tobytes(), np.uint8)
+        model.buffers.append(buffer)
+        added = schema.TensorT()
+        added.name, added.shape, added.type = name, np.array(shape, np.int32), schema.TensorType.FLOAT32
+        added.buffer = len(model.buffers) - 1
+        network.tensors.append(added)
+        return len(network.tensors) - 1
+
+    def operator(kind: str, options, inputs: Sequence[int], output: int) -> None:
+        code = schema.OperatorCodeT()
+        code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, kind)
+        code.version = 1
+        model.operatorCodes.append(code)
+        added = schema.OperatorT()
+        added.opcodeIndex = len(model.operatorCodes) - 1
+        added.inputs, added.outputs = np.array(inputs, np.int32), np.array([output], np.int32)
+        added.builtinOptions = options
+        added.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+        network.operators.append(added)
+
+    weights = tensor("final_weights", head.weights.T.shape, head.weights.T)
+    biases = tensor("final_biases", [class_count], head.biases)
+    logits, scores = tensor("logits", [1, class_count]), tensor("scores", [1, class_count])
+    operator("FULLY_CONNECTED", schema.FullyConnectedOptionsT(), [network.outputs[0], weights, biases], logits)
+    softmax = schema.SoftmaxOptionsT()
+    softmax.beta = 1.0
+    operator("SOFTMAX", softmax, [logits], scores)
+    network.outputs = np.array([scores], np.int32)
+    builder = flatbuffers.Builder(len(lite) + head.weights.nbytes + (1 << 16))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def write_graph(graph, path: Path) -> None:
+    """Write a GraphDef as a frozen graph file."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString())
+
+
+def write_outputs(
+    files: OutputFiles, graph, lite: bytes, labels: Sequence[str], labels_path: Path, facts: dict
+) -> None:
+    """Write the graph, its .tflite, its labels, and last the facts that tie them together by their SHA-256.
+
+    facts: what predict.py needs beyond the files, to be written as JSON.
+    """
+    with whole_file(files.lite) as temporary:
+        temporary.write_bytes(lite)
+    write_graph(graph, files.graph)
+    with whole_file(labels_path) as temporary:
+        temporary.write_text("".join(f"{label}\n" for label in labels), "utf-8", newline="\n")
+    facts = {
+        "graph_sha256": sha256_of(files.graph),
+        "lite_sha256": sha256_of(files.lite),
+        "labels": list(labels),
+        **facts,
+    }
+    with whole_file(files.facts) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def check_saved_model_dir(folder: Path) -> None:
+    """Raise UserError if a SavedModel can't go to `folder` because other things lie there."""
+    if folder.exists() and not (folder / "saved_model.pb").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"--saved_model_dir {folder}: other files lie there, which would be lost; name a new folder.")
+
+
+def write_saved_model(graph, final_tensor_name: str, folder: Path) -> None:
+    """Write a SavedModel that serves `image_bytes`, strings [n], with `scores`, float32 [n, classes].
+
+    It decodes JPEG, PNG, GIF and BMP, and doesn't know of EXIF orientations. An earlier SavedModel there is replaced.
+    """
+    tf = import_tensorflow()
+    network = graph_function(graph, final_tensor_name)
+    size = graph_input_size(graph)
+
+    def decoded(data):
+        pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
+        return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
+
+    def serve(image_bytes):
+        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
+        return {"scores": network(pixels)}
+
+    module = tf.Module()
+    module.serve = tf.function(serve, input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    temporary, replaced = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tf.saved_model.save(module, str(temporary), signatures={"serving_default": module.serve})
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+    finally:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+# ======================================================================================================================
+# Main: the rooms in their order
+# ======================================================================================================================
+
+
+def set_up_logging(verbosity: str) -> None:
+    """Print messages on stdout, and warnings and errors, as such, on stderr."""
+    normal, serious = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    normal.addFilter(lambda record: record.levelno < logging.WARNING)
+    serious.setLevel(logging.WARNING)
+    serious.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.handlers[:] = [normal, serious]
+    log.propagate = False
+    log.setLevel(verbosity)
+
+
+def log_skipped(skipped: dict[Path, str], list_path: Path) -> None:
+    """Say which files were skipped and why, the first ten of them in full."""
+    if not skipped:
+        return
+    log.warning("%d of the files could not be used and were skipped (listed in %s):", len(skipped), list_path)
+    for path, reason in list(skipped.items())[:10]:
+        log.warning("  %s: %s", printable(path), reason)
+    if len(skipped) > 10:
+        log.warning("  and %d more", len(skipped) - 10)
+
+
+def rows_of(split: str, images: Sequence[Image], features: np.ndarray, labels: Sequence[str]) -> Rows:
+    """Return the rows of one split, from images and their features float32 [images, n]."""
+    rows = [row for row, image in enumerate(images) if image.split == split]
+    class_of = {label: i for i, label in enumerate(labels)}
+    return Rows(features, np.array(rows, np.intp), np.array([class_of[images[row].label] for row in rows], np.intp))
+
+
+def with_distortions(training: Rows, variants: np.ndarray) -> Rows:
+    """Return the training rows with distorted variants, float32 [rows, count, n], beside each.
+
+    Every picture gets the same number of rows, so drawing a row of a class still draws a picture first.
+    """
+    plain = training.features(np.arange(len(training.rows)))
+    matrix = np.concatenate([plain[:, None], variants], axis=1).reshape(-1, plain.shape[1])
+    return Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + variants.shape[1]))
+
+
+def bottlenecks_of_all(
+    flags: argparse.Namespace, base: BaseModel, images: Sequence[Image]
+) -> tuple[list[Image], Rows, Rows, Rows]:
+    """Return the usable images with their splits, and the rows to train, validate and test with."""
+    reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
+    store = BottleneckStore(flags.bottleneck_dir, base, reading)
+    features, skipped = compute_bottlenecks(store, images, reading)
+    store.write_skipped(skipped)
+    log_skipped(skipped, store.skipped_path)
+    labels = list(dict.fromkeys(image.label for image in images))
+    images = [image for image in images if image.path not in skipped]
+    check_classes(flags.image_dir, images, labels)
+    images = assign_splits(images, flags.testing_percentage, flags.validation_percentage)
+    training, validation, testing = (
+        rows_of(split, images, features[:, 0], labels) for split in ("training", "validation", "testing")
+    )
+    distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
+    if distortion != Distortion():
+        trained_on = [images[row] for row in training.rows]
+        variants, gone = compute_bottlenecks(store, trained_on, reading, distortion, flags.distortions_per_image)
+        if gone:
+            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+        training = with_distortions(training, variants)
+    return images, training, validation, testing
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Go through the rooms: images, base model, bottlenecks, head, evaluation, export."""
+    images = list_images(flags.image_dir)
+    labels = list(dict.fromkeys(image.label for image in images))
+    files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
+    if flags.saved_model_dir:
+        check_saved_model_dir(Path(flags.saved_model_dir))
+
+    base = load_base_model(find_graph(Path(flags.model_dir), flags.model_url), Path(flags.bottleneck_dir))
+    images, training, validation, testing = bottlenecks_of_all(flags, base, images)
+    log.info(
+        "Pictures: %d to train, %d to validate, %d to test.",
+        *(sum(image.split == split for image in images) for split in ("training", "validation", "testing")),
+    )
+
+    base_graph = load_graph(base.graph_path)
+    if flags.final_tensor_name in {node.name for node in base_graph.node}:
+        raise UserError(f"--final_tensor_name {flags.final_tensor_name}: the base model has a node of that name.")
+
+    def after_step(step: int, head: Head) -> None:
+        if step and flags.intermediate_store_frequency and step % flags.intermediate_store_frequency == 0:
+            path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
+            write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
+
+    settings = TrainingSettings(
+        **{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainingSettings)}
+    )
+    head, history = train_head(training, validation, len(labels), settings, after_step)
+    if flags.summaries_dir:
+        write_summaries(history, Path(flags.summaries_dir))
+    if flags.checkpoint_path:
+        write_checkpoint(head, Path(flags.checkpoint_path))
+
+    test = None
+    if len(testing.rows):
+        test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
+        log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
+        if flags.print_misclassified_test_images:
+            log_misclassified(test, [images[row] for row in testing.rows], labels)
+    else:
+        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
+
+    graph = graph_with_head(base_graph, head, flags.final_tensor_name)
+    facts = {
+        "architecture": base.name,
+        "base_model_sha256": base.fingerprint,
+        "input_size": base.input_size,
+        "final_tensor_name": flags.final_tensor_name,
+        "ignore_exif_orientation": flags.ignore_exif_orientation,
+        "exact_decode": flags.exact_decode,
+        "test_accuracy": test and test.accuracy,
+        "test_images": len(test.batch) if test else 0,
+    }
+    write_outputs(files, graph, lite_with_head(base.lite_path.read_bytes(), head), labels, labels_path, facts)
+    if flags.saved_model_dir:
+        write_saved_model(graph, flags.final_tensor_name, Path(flags.saved_model_dir))
+    log.info(
+        "Wrote %s, %s and %s; name pictures with: python predict.py --image FILE", files.graph, files.lite, labels_path
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    flags = parse_flags(arguments)
+    set_up_logging(flags.logging_verbosity)
+    return exit_code("retrain.py", lambda: run(flags))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""What the tests share: a small base model with the nodes and ops of the real one, pictures, and ways to run us."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+COLOURS = {"Red Things": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 210)}
+
+
+def run_script(name: str, *arguments, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """Run one of our scripts in a process of its own; return it with stdout and stderr as text."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", **options)
+
+
+def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (60, 48)) -> PIL.Image.Image:
+    """Return a noisy picture of one colour with a lighter disc somewhere in it: easy to tell by its colour."""
+    random = np.random.default_rng(seed)
+    pixels = np.asarray(colour) + random.integers(-30, 31, (size[1], size[0], 3))
+    image = PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    x, y = random.integers(0, size[0] - 20), random.integers(0, size[1] - 20)
+    light = tuple(min(255, value + 40) for value in colour)
+    PIL.ImageDraw.Draw(image).ellipse([int(x), int(y), int(x) + 18, int(y) + 18], fill=light)
+    return image
+
+
+def make_image_dir(folder: Path, count: int = 20) -> Path:
+    """Write `count` JPEGs for each of three classes, and return the folder."""
+    for label, colour in COLOURS.items():
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            picture(colour, i).save(folder / label / f"{label}_{i:02}.jpg", quality=95)
+    return folder
+
+
+def make_graph(path: Path, seed: int = 0) -> Path:
+    """Write a graph with the node names and ops of the 2015 Inception-v3 release, for 33x33 pixels and 16 features."""
+    import tensorflow as tf
+
+    random = np.random.default_rng(seed)
+    graph = tf.compat.v1.GraphDef()
+    graph.versions.producer = 8  # BatchNormWithGlobalNormalization is refused from 9 on
+
+    def add(op: str, name: str, *inputs: str, **attributes):
+        node = graph.node.add(op=op, name=name, input=inputs)
+        for key, value in attributes.items():
+            attribute = node.attr[key]
+            if isinstance(value, bool):
+                attribute.b = value
+            elif isinstance(value, int):
+                attribute.i = value
+            elif isinstance(value, float):
+                attribute.f = value
+            elif isinstance(value, bytes):
+                attribute.s = value
+            elif isinstance(value, tf.DType):
+                attribute.type = value.as_datatype_enum
+            elif isinstance(value, list):
+                attribute.list.i.extend(value)
+        return name
+
+    def const(name: str, value, dtype=tf.float32):
+        node = graph.node.add(op="Const", name=name)
+        node.attr["dtype"].type = dtype.as_datatype_enum
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
+        return name
+
+    def conv(name: str, inputs: str, weights: np.ndarray, stride: int, gamma: bool) -> str:
+        count = weights.shape[-1]
+        parts = {
+            "moving_mean": random.normal(size=count),
+            "moving_variance": random.uniform(0.5, 2, count),
+            "beta": random.normal(size=count),
+            "gamma": random.uniform(0.5, 2, count),
+        }
+        const(f"{name}/conv2d_params", weights)
+        names = [const(f"{name}/batchnorm/{part}", values) for part, values in parts.items()]
+        add(
+            "Conv2D", f"{name}/Conv2D", inputs, f"{name}/conv2d_params",
+            T=tf.float32, strides=[1, stride, stride, 1], padding=b"SAME", use_cudnn_on_gpu=True,
+        )  # fmt: skip
+        add(
+            "BatchNormWithGlobalNormalization", f"{name}/batchnorm", f"{name}/Conv2D", *names,
+            T=tf.float32, variance_epsilon=0.001, scale_after_normalization=gamma,
+        )  # fmt: skip
+        add("CheckNumerics", f"{name}/CheckNumerics", f"{name}/batchnorm", T=tf.float32, message=b"Inf or NaN")
+        add("Identity", f"{name}/control_dependency", f"{name}/batchnorm", f"^{name}/CheckNumerics", T=tf.float32)
+        return add("Relu", name, f"{name}/control_dependency", T=tf.float32)
+
+    const("DecodeJpeg/contents", b"", tf.string)
+    add("DecodeJpeg", "DecodeJpeg", "DecodeJpeg/contents", channels=3, fancy_upscaling=True, ratio=1)
+    add("Cast", "Cast", "DecodeJpeg", SrcT=tf.uint8, DstT=tf.float32)
+    add("ExpandDims", "ExpandDims", "Cast", const("ExpandDims/dim", 0, tf.int32), T=tf.float32)
+    size = const("ResizeBilinear/size", [33, 33], tf.int32)
+    add("ResizeBilinear", "ResizeBilinear", "ExpandDims", size, T=tf.float32, align_corners=False)
+    add("Sub", "Sub", "ResizeBilinear", const("Sub/y", 128.0), T=tf.float32)
+    add("Mul", "Mul", "Sub", const("Mul/y", 1 / 128), T=tf.float32)
+    stem = conv("conv", "Mul", random.normal(size=(3, 3, 3, 8)) * 0.5, 2, gamma=False)
+    one = conv("mixed/conv", stem, random.normal(size=(1, 1, 8, 8)) * 0.5, 1, gamma=True)
+    two = conv("mixed/tower/conv", stem, random.normal(size=(3, 3, 8, 8)) * 0.3, 1, gamma=False)
+    add("Concat", "mixed/join", const("mixed/join/concat_dim", 3, tf.int32), one, two, N=2, T=tf.float32)
+    add("CheckNumerics", "pool_3/CheckNumerics", "mixed/join", T=tf.float32, message=b"Inf or NaN")
+    add("Identity", "pool_3/control_dependency", "mixed/join", "^pool_3/CheckNumerics", T=tf.float32)
+    add(
+        "AvgPool", "pool_3", "pool_3/control_dependency",
+        T=tf.float32, ksize=[1, 17, 17, 1], strides=[1, 1, 1, 1], padding=b"VALID",
+    )  # fmt: skip
+    add("Reshape", "pool_3/_reshape", "pool_3", const("pool_3/_reshape/shape", [1, 16], tf.int32), T=tf.float32)
+    const("softmax/weights", random.normal(size=(16, 4)))
+    add("MatMul", "softmax/logits/MatMul", "pool_3/_reshape", "softmax/weights", T=tf.float32)
+    add("Softmax", "softmax", "softmax/logits/MatMul", T=tf.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(graph.SerializeToString())
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_graph(tmp_path_factory) -> Path:
+    """The small base model, in a folder of its own where its conversion may be kept."""
+    return make_graph(tmp_path_factory.mktemp("model") / "classify_image_graph_def.pb")
+
+
+@pytest.fixture(scope="session")
+def model_dir(small_graph) -> Path:
+    """A --model_dir that holds the small base model."""
+    return small_graph.parent
+
+
+@pytest.fixture
+def image_dir(tmp_path) -> Path:
+    """An --image_dir of three classes, 20 pictures each, which the test may change."""
+    return make_image_dir(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, model_dir) -> Path:
+    """A folder in which `retrain.py --image_dir pictures` has run on the small base model; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_image_dir(folder / "pictures")
+    done = run_script(
+        "retrain.py", "--image_dir", "pictures", "--model_dir", model_dir, "--how_many_training_steps", 300,
+        "--learning_rate", 0.1, "--random_seed", 1, "--print_misclassified_test_images",
+        "--saved_model_dir", "saved_model", "--checkpoint_path", "checkpoints/head",
+        "--intermediate_store_frequency", 100, cwd=folder,
+    )  # fmt: skip
+    (folder / "stdout.txt").write_text(done.stdout)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of the big test data, which lies beside a checkout where the project is developed."""
+    if not (SHARED / "photos").is_dir() or not os.access(SHARED, os.R_OK):
+        pytest.skip("the photographs and the Inception-v3 graph in ../shared are not on this machine")
+    return SHARED
