@@ -18,8 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from retrain import (
     JPEG_NODE,
     NOT_PICTURES,
@@ -30,8 +28,10 @@ from retrain import (
     Parser,
     Reading,
     UserError,
+    add_flag,
     core_count,
     exit_code,
+    fold_batch_norm,
     graph_input_size,
     import_tensorflow,
     number,
@@ -43,16 +43,16 @@ from retrain import (
     whole_file,
 )
 
+# A function from a picture's path to its scores, one for each label. It raises ImageError.
+Scorer = Callable[[Path], Sequence[float]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier: its labels, and functions from a picture's path to its scores, float32 [labels].
-
-    The functions raise ImageError; each is for one thread, and there are as many as pictures can be done at a time.
-    """
+    """A trained classifier: its labels, and a function for each picture that can be done at a time."""
 
     labels: list[str]
-    workers: list[Callable[[Path], np.ndarray]]
+    workers: list[Scorer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,13 @@ def load_classifier(graph: str, labels: str, pictures: int) -> Classifier:
     facts = read_facts(files)
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     workers = lite_workers(files.lite, reading, pictures) if facts else [graph_worker(files.graph, reading)]
-    if facts and facts["labels"] != names:
+    if facts and len(facts["labels"]) != len(names):
         raise UserError(
-            f"{labels} doesn't hold the classes that {files.graph} was trained on; name the right --labels."
+            f"--labels {labels}: it has {len(names)} lines for the {len(facts['labels'])} classes of the graph."
+        )
+    if facts and facts["labels"] != names:
+        print(
+            f"predict.py: {labels} names the classes otherwise than the training did; it is believed.", file=sys.stderr
         )
     return Classifier(names, workers)
 
@@ -87,6 +91,8 @@ def read_labels(path: Path) -> list[str]:
         return [line.rstrip("\r\n") for line in path.read_text("utf-8").split("\n") if line.rstrip("\r\n")]
     except OSError as error:
         raise UserError(f"--labels {path}: {error.strerror}; train first with retrain.sh, or name the file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--labels {path}: it is no text in UTF-8; name the right file.") from error
 
 
 def read_facts(files: OutputFiles) -> dict:
@@ -101,19 +107,19 @@ def read_facts(files: OutputFiles) -> dict:
         return {}
 
 
-def lite_workers(path: Path, reading: Reading, pictures: int) -> list[Callable[[Path], np.ndarray]]:
+def lite_workers(path: Path, reading: Reading, pictures: int) -> list[Scorer]:
     """Return functions from a picture to its scores by LiteRT: one of all cores for one picture, else one per core."""
     cores = core_count()
     models = [LiteModel(path, cores)] if pictures == 1 else [LiteModel(path) for _ in range(min(cores, pictures))]
 
-    def worker(model: LiteModel) -> Callable[[Path], np.ndarray]:
+    def worker(model: LiteModel) -> Scorer:
         size = model.input_size
         return lambda path: model(resize_bilinear(read_image(path, reading, size), size))
 
     return [worker(model) for model in models]
 
 
-def graph_worker(path: Path, reading: Reading) -> Callable[[Path], np.ndarray]:
+def graph_worker(path: Path, reading: Reading) -> Scorer:
     """Return a function from a picture to its scores by TensorFlow, for a graph of ours or of the classic script's."""
     tf = import_tensorflow()
     graph = tf.compat.v1.GraphDef()
@@ -125,6 +131,7 @@ def graph_worker(path: Path, reading: Reading) -> Callable[[Path], np.ndarray]:
     outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
     if not outputs or not {JPEG_NODE, RESIZED_NODE} <= {node.name for node in graph.node}:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
+    graph = fold_batch_norm(graph)  # in the classic script's it is an op that only TensorFlow 1's sessions still run
 
     def imported(pixels):
         return tf.import_graph_def(graph, {f"{JPEG_NODE}:0": pixels}, [f"{outputs[-1]}:0"], name="")[0]
@@ -142,13 +149,8 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            files = files_below(path)
-        elif path.exists():
-            files = [path]
-        else:
-            files = [f for match in sorted(glob.glob(pattern, recursive=True)) for f in find_images([match])]
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        files = [f for path in map(Path, matches) for f in (files_below(path) if path.is_dir() else [path])]
         if not files:
             raise UserError(f"--image {pattern}: there is no such picture, or none in that folder.")
         found += files
@@ -167,15 +169,15 @@ def files_below(folder: Path) -> list[Path]:
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Yield what each picture is taken for, in the order of `paths`."""
 
-    def attempt(worker: Callable[[Path], np.ndarray], path: Path) -> Prediction:
+    def attempt(worker: Scorer, path: Path) -> Prediction:
         try:
             scores = worker(path)
         except ImageError as error:
             return Prediction(path, [], str(error))
         if len(scores) != len(classifier.labels):
             raise UserError(f"The graph has {len(scores)} classes but --labels names {len(classifier.labels)}.")
-        order = np.argsort(-scores, kind="stable")
-        return Prediction(path, [(classifier.labels[i], float(scores[i])) for i in order])
+        best_first = sorted(zip(classifier.labels, map(float, scores), strict=True), key=lambda pair: -pair[1])
+        return Prediction(path, best_first)
 
     workers = [lambda path, worker=worker: attempt(worker, path) for worker in classifier.workers]
     done: dict[Path, Prediction] = {}
@@ -232,15 +234,13 @@ def parse_flags(arguments: Sequence[str] | None):
     parser = Parser(
         prog="predict.py", allow_abbrev=False, description="Name pictures with what retrain.py has trained."
     )
-    add = parser.add_argument
-    add("--image", nargs="+", default=["test_images"], metavar="FILE", help="files, folders, globs (test_images)")
-    add(
-        "--graph", default="output_graph.pb", metavar="FILE", help="the trained graph, .pb or .tflite (output_graph.pb)"
-    )
-    add("--labels", default="output_labels.txt", metavar="FILE", help="its classes (output_labels.txt)")
-    add("--top_k", type=number(int, 1), default=5, metavar="N", help="how many classes to print for each picture (5)")
-    add("--csv", default="", metavar="FILE", help="also write a table, a row per picture")
-    add("--json", default="", metavar="FILE", help="also write a list, an object per picture")
+    pictures = "files, folders, globs (test_images)"
+    parser.add_argument("--image", nargs="+", default=["test_images"], metavar="FILE", help=pictures)
+    add_flag(parser, "--graph", "output_graph.pb", str, "FILE", "the trained graph, .pb or .tflite")
+    add_flag(parser, "--labels", "output_labels.txt", str, "FILE", "its classes")
+    add_flag(parser, "--top_k", 5, number(int, 1), "N", "how many classes to print for each picture")
+    add_flag(parser, "--csv", "", str, "FILE", "also write a table, a row per picture")
+    add_flag(parser, "--json", "", str, "FILE", "also write a list, an object per picture")
     return parser.parse_args(arguments)
 
 

@@ -33,6 +33,7 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tarfile
 import threading
@@ -45,9 +46,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
-import simplejpeg
+try:
+    import numpy as np
+    import PIL.Image
+    import simplejpeg
+except ImportError as missing:
+    # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
+    environment = Path(__file__).resolve().with_name(".venv")
+    own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
+    if started_here and own_python.exists() and Path(sys.prefix) != environment:
+        sys.exit(subprocess.call([own_python, *sys.argv]))
+    sys.exit(
+        f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or pip install -r requirements.txt"
+    )
 
 # ======================================================================================================================
 # Common ground: errors, whole files, progress, all cores
@@ -73,6 +85,9 @@ def stop(signal_number: int, frame) -> None:
 
 def exit_code(program: str, work: Callable[[], int | None]) -> int:
     """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
     try:
@@ -99,6 +114,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".retrain-{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"{path} could not be written (it is a folder).")
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -113,7 +130,7 @@ def remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(".retrain-*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 class PlainLines:
@@ -142,6 +159,7 @@ def progress_bar(doing: str, total: int, unit: str, **options):
         file=sys.stderr if on_terminal else PlainLines(),
         mininterval=0.1 if on_terminal else 10,
         miniters=1,
+        delay=1e-9,  # no line yet that says 0 of all, ? left
         bar_format=shape + "{n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
         **options,
     )
@@ -223,6 +241,16 @@ def import_tensorflow():
     return tensorflow
 
 
+@contextlib.contextmanager
+def writing_by_tensorflow(path: Path) -> Iterator[None]:
+    """Turn what TensorFlow raises when it can't write to `path` into a UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (import_tensorflow().errors.OpError, OSError) as error:
+        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}).") from error
+
+
 # ======================================================================================================================
 # Flags: the classic script's names and meanings, and ours
 # ======================================================================================================================
@@ -266,100 +294,72 @@ def switch(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-SWITCH = {"nargs": "?", "const": True, "default": False, "type": switch, "metavar": "true|false"}
+def verbosity(text: str) -> str:
+    """Read a level of --logging_verbosity."""
+    if text.upper() not in ("DEBUG", "INFO", "WARN", "ERROR", "FATAL"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of DEBUG, INFO, WARN, ERROR and FATAL")
+    return text.upper()
 
 
-def add_image_flags(parser: Parser) -> None:
-    """Add the flags of the room 'images'."""
-    add = parser.add_argument_group("images").add_argument
-    add("--image_dir", default="data", metavar="DIR", help="folder that holds one folder of pictures per class")
-    add("--testing_percentage", type=number(int, 0, 99), default=10, metavar="N", help="share kept for the final test")
-    add("--validation_percentage", type=number(int, 0, 99), default=10, metavar="N", help="share kept for validation")
-    add("--ignore_exif_orientation", **SWITCH, help="don't turn photographs upright (as the classic script didn't)")
-    add("--exact_decode", **SWITCH, help="decode very large photographs at full size too: the classic reading, slower")
+def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: str) -> None:
+    """Add a flag to a group of the parser; its default is told with its purpose, unless that is 'nothing'."""
+    told = "" if default in (None, "") or kind is switch else f" ({default})"
+    options = {"nargs": "?", "const": True} if kind is switch else {}
+    group.add_argument(name, default=default, type=kind, metavar=metavar or None, help=purpose + told, **options)
 
 
-def add_base_model_flags(parser: Parser) -> None:
-    """Add the flags of the room 'base model'."""
-    add = parser.add_argument_group("base model").add_argument
-    add("--architecture", default="inception_v3", help="the base model; inception_v3 is the one there is")
-    add("--model_dir", default="inception_model", metavar="DIR", help="where the base model lies or is downloaded to")
-    add("--model_url", default="", metavar="URL", help="another address of the base model, graph (.pb) or archive")
-    add("--tfhub_module", default="", metavar="HANDLE", help="known from the classic script; not supported yet")
+def build_parser() -> Parser:
+    """Return the parser of the command line, with a group of flags for each room."""
+    parser = Parser(prog="retrain.py", allow_abbrev=False, description=__doc__.splitlines()[0])
 
+    def room(name: str) -> Callable:
+        return functools.partial(add_flag, parser.add_argument_group(name))
 
-def add_bottleneck_flags(parser: Parser) -> None:
-    """Add the flags of the room 'bottlenecks'."""
-    add = parser.add_argument_group("bottlenecks").add_argument
-    add("--bottleneck_dir", default="bottleneck", metavar="DIR", help="where the features are kept, a file per picture")
-    add("--flip_left_right", **SWITCH, help="train on pictures flipped at random, too")
-    add("--random_crop", type=number(int, 0, 99), default=0, metavar="N", help="margin to crop away at random, in %%")
-    add("--random_scale", type=number(int, 0, 1000), default=0, metavar="N", help="enlarge at random by up to N %%")
-    add(
-        "--random_brightness", type=number(int, 0, 100), default=0, metavar="N", help="brighter or darker by up to N %%"
-    )
-    add(
-        "--distortions_per_image",
-        type=number(int, 1),
-        default=8,
-        metavar="N",
-        help="distorted variants of each training picture, computed once and cached, when one of these four is given",
-    )
-
-
-def add_head_flags(parser: Parser) -> None:
-    """Add the flags of the room 'head'."""
-    add = parser.add_argument_group("head").add_argument
-    add("--how_many_training_steps", type=number(int, 1), default=4000, metavar="N", help="training steps")
-    add("--learning_rate", type=number(float, 0), default=0.01, metavar="X", help="of the gradient descent")
-    add("--train_batch_size", type=number(int, 1, also=[-1]), default=100, metavar="N", help="-1: all at every step")
-    add("--validation_batch_size", type=number(int, 1, also=[-1]), default=100, metavar="N", help="-1: all")
-    add("--eval_step_interval", type=number(int, 1), default=10, metavar="N", help="steps between two evaluations")
-    add("--random_seed", type=number(int, 0), default=None, metavar="N", help="makes a run repeatable")
-    add("--summaries_dir", default="retrain_logs", metavar="DIR", help="logs for TensorBoard; '' for none")
-    add("--checkpoint_path", default="", metavar="FILE", help="also write the head as a TensorFlow checkpoint")
-
-
-def add_evaluation_flags(parser: Parser) -> None:
-    """Add the flags of the room 'evaluation'."""
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--test_batch_size", type=number(int, 1, also=[-1]), default=-1, metavar="N", help="-1: all, a steadier figure")
-    add("--print_misclassified_test_images", **SWITCH, help="list the test pictures that were taken for another class")
-    levels = ["DEBUG", "INFO", "WARN", "ERROR", "FATAL"]
-    add("--logging_verbosity", type=str.upper, choices=levels, default="INFO", help="how much is printed")
-
-
-def add_export_flags(parser: Parser) -> None:
-    """Add the flags of the room 'export'."""
-    add = parser.add_argument_group("export").add_argument
-    add("--output_graph", default="output_graph.pb", metavar="FILE", help="the trained graph")
-    add("--output_labels", default="output_labels.txt", metavar="FILE", help="its classes, a line each")
-    add("--final_tensor_name", default="final_result", metavar="NAME", help="name of its output")
-    add("--saved_model_dir", default="", metavar="DIR", help="also write a SavedModel, from image bytes to scores")
-    add("--intermediate_output_graphs_dir", default="intermediate_graph", metavar="DIR", help="for graphs on the way")
-    add(
-        "--intermediate_store_frequency",
-        type=number(int, 0),
-        default=0,
-        metavar="N",
-        help="steps between two intermediate graphs; 0 for none",
-    )
+    percentage, share, batch = number(int, 0, 100), number(int, 0, 99), number(int, 1, also=[-1])
+    flag = room("images")
+    flag("--image_dir", "data", str, "DIR", "folder that holds one folder of pictures per class")
+    flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
+    flag("--validation_percentage", 10, share, "N", "percentage kept for validation")
+    flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
+    flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
+    flag = room("base model")
+    flag("--architecture", "inception_v3", str, "NAME", "the base model")
+    flag("--model_dir", "inception_model", str, "DIR", "where the base model lies, or is downloaded to")
+    flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
+    flag("--tfhub_module", "", str, "HANDLE", "known from the classic script; not supported yet")
+    flag = room("bottlenecks")
+    flag("--bottleneck_dir", "bottleneck", str, "DIR", "where the features are kept, a file per picture")
+    flag("--flip_left_right", False, switch, "BOOL", "also train on pictures flipped at random")
+    flag("--random_crop", 0, share, "N", "also train on pictures with a margin of N %% cropped away at random")
+    flag("--random_scale", 0, number(int, 0, 1000), "N", "also train on pictures enlarged at random by up to N %%")
+    flag("--random_brightness", 0, percentage, "N", "also train on pictures brighter or darker by up to N %%")
+    flag("--distortions_per_image", 8, number(int, 1), "N", "such variants of each, computed once and cached")
+    flag = room("head")
+    flag("--how_many_training_steps", 4000, number(int, 1), "N", "training steps")
+    flag("--learning_rate", 0.01, number(float, 0), "X", "of the gradient descent")
+    flag("--train_batch_size", 100, batch, "N", "pictures drawn for each step, -1 for all")
+    flag("--validation_batch_size", 100, batch, "N", "pictures drawn for each validation, -1 for all")
+    flag("--eval_step_interval", 10, number(int, 1), "N", "steps between two validations")
+    flag("--random_seed", None, number(int, 0), "N", "makes a run repeatable")
+    flag("--summaries_dir", "retrain_logs", str, "DIR", "logs for TensorBoard; '' for none")
+    flag("--checkpoint_path", "", str, "FILE", "also write the head as a TensorFlow checkpoint")
+    flag = room("evaluation")
+    flag("--test_batch_size", -1, batch, "N", "pictures drawn for the final test, -1 for all")
+    flag("--print_misclassified_test_images", False, switch, "BOOL", "list the test pictures taken for another class")
+    flag("--logging_verbosity", "INFO", verbosity, "LEVEL", "DEBUG, INFO, WARN, ERROR or FATAL")
+    flag = room("export")
+    flag("--output_graph", "output_graph.pb", str, "FILE", "the trained graph")
+    flag("--output_labels", "output_labels.txt", str, "FILE", "its classes, a line each")
+    flag("--final_tensor_name", "final_result", str, "NAME", "name of its output")
+    flag("--saved_model_dir", "", str, "DIR", "also write a SavedModel, from image bytes to scores")
+    flag("--intermediate_output_graphs_dir", "intermediate_graph", str, "DIR", "for graphs written while training")
+    flag("--intermediate_store_frequency", 0, number(int, 0), "N", "steps between two of them; 0 for none")
+    return parser
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
-    parser = Parser(
-        prog="retrain.py",
-        allow_abbrev=False,
-        description="Teach a computer a few classes of pictures from few samples.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_image_flags(parser)
-    add_base_model_flags(parser)
-    add_bottleneck_flags(parser)
-    add_head_flags(parser)
-    add_evaluation_flags(parser)
-    add_export_flags(parser)
+    parser = build_parser()
     flags = parser.parse_args(arguments)
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
@@ -480,7 +480,9 @@ def percentage_hash(key: str) -> float:
 
     Names that agree up to `_nohash_` fall together, so that near-identical pictures stay on one side.
     """
-    digest = hashlib.sha1(os.fsencode(key.split("_nohash_")[0]), usedforsecurity=False).hexdigest()
+    folder, _, name = key.partition("/")
+    hashed = f"{folder}/{name.split('_nohash_')[0]}"
+    digest = hashlib.sha1(os.fsencode(hashed), usedforsecurity=False).hexdigest()
     return int(digest, 16) % 2**27 * (100.0 / (2**27 - 1))
 
 
@@ -529,7 +531,10 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
         # Strict decoding also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow
         # tells those (and decodes them) from truncated ones (and raises).
         image.load()
-        pixels = simplejpeg.decode_jpeg(data, strict=False, **wanted)
+        try:
+            pixels = simplejpeg.decode_jpeg(data, strict=False, **wanted)
+        except ValueError:  # a blemish before the scan is never forgiven; Pillow's pixels are a few levels off
+            pixels = 255 - np.asarray(image) if cmyk else np.asarray(image.convert("RGB"))
     if not cmyk:
         return pixels
     inks = pixels.astype(np.uint16)
@@ -656,8 +661,10 @@ class LiteModel:
 
     def __init__(self, path: Path, threads: int = 1):
         """Load `path`. Raises UserError for a file that LiteRT can't run."""
-        from ai_edge_litert.interpreter import Interpreter
-
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise UserError(f"LiteRT can't be loaded ({error}); install it with: pip install ai-edge-litert") from error
         try:
             self.interpreter = Interpreter(str(path), num_threads=threads)
             with quiet_stderr():
@@ -687,6 +694,8 @@ def fetch(url: str, part: Path, size: int | None) -> None:
     import requests
 
     have = part.stat().st_size if part.exists() else 0
+    if size and have == size:  # a run was stopped between the last byte and the installation
+        return
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
@@ -729,27 +738,34 @@ def network_error(error: Exception) -> DownloadError:
     return DownloadError(str(error), final=True)  # an address that is none
 
 
+def part_of(url: str, folder: Path) -> Path:
+    """Return where in `folder` lies what came of a download so far."""
+    return folder / f"download-{hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()[:8]}.part"
+
+
 def download(url: str, folder: Path, install: Callable[[Path], None], size: int | None = None) -> None:
     """Bring `url` into `folder` and hand the whole file to `install`; resume, and try again after growing pauses.
 
     install: moves the file, or what it takes out of it, to its place, or raises DownloadError if it is not what it
     should be. Raises DownloadError when all tries failed; what came so far is kept for the next run to go on from.
     """
-    part = folder / f"download-{hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()[:8]}.part"
+    part = part_of(url, folder)
     folder.mkdir(parents=True, exist_ok=True)
     pauses = list(PAUSES)
+    furthest = part.stat().st_size if part.exists() else 0
     while True:
-        had = part.stat().st_size if part.exists() else 0
         try:
             fetch(url, part, size)
             try:
                 install(part)
-            finally:
+            except DownloadError:
                 part.unlink(missing_ok=True)
+                raise
+            part.unlink(missing_ok=True)
             return
         except DownloadError as error:
-            if part.exists() and part.stat().st_size > had:
-                pauses = list(PAUSES)  # it is getting somewhere
+            if part.exists() and part.stat().st_size > furthest:
+                pauses, furthest = list(PAUSES), part.stat().st_size  # it is getting somewhere
             if error.final or not pauses:
                 if error.final:
                     part.unlink(missing_ok=True)
@@ -816,14 +832,16 @@ def download_base_model(model_dir: Path, model_url: str) -> Path:
         log.info("Downloading the base model from %s", url)
         try:
             download(url, model_dir, functools.partial(install, check), size)
+            for other, *_ in sources:  # what an address gave before it failed
+                part_of(other, model_dir).unlink(missing_ok=True)
             return graph_path
         except DownloadError as error:
             failures.append(f"{url} ({error})")
     raise UserError(
-        f"There is no base model: {GRAPH_FILE} is not in {model_dir} and could not be had from "
+        f"There is no base model: {GRAPH_FILE} is not in {model_dir}, and could not be had from "
         + " nor from ".join(failures)
-        + f"; download {model_url or ARCHIVE_URL} on any machine and put it into the folder {model_dir.resolve()}, "
-        "or name another address with --model_url."
+        + f"; download it on any machine, put it into the folder {model_dir.resolve()} and run the command again, or "
+        "name another address with --model_url."
     )
 
 
@@ -949,10 +967,12 @@ def load_base_model(graph_path: Path, cache_dir: Path) -> BaseModel:
     # The mode is asked too: the administrator can write anywhere, and yet should not where others can't.
     writable = os.access(graph_path.parent, os.W_OK) and graph_path.parent.stat().st_mode & stat.S_IWUSR
     folders = [graph_path.parent, cache_dir] if writable else [cache_dir, graph_path.parent]
-    lite_path = next((f / lite_name for f in folders if (f / lite_name).is_file()), folders[0] / lite_name)
-    try:
-        lite = LiteModel(lite_path)
-    except (UserError, ValueError):  # not there yet, or damaged
+    for lite_path in (folder / lite_name for folder in folders):
+        with contextlib.suppress(UserError, ValueError):  # not there yet, or damaged
+            lite = LiteModel(lite_path)
+            break
+    else:
+        lite_path = folders[0] / lite_name
         convert_to_lite(graph_path, lite_path)
         lite = LiteModel(lite_path)
     return BaseModel("inception_v3", graph_path, lite_path, fingerprint, lite.input_size, lite.output_size)
@@ -1003,8 +1023,12 @@ class BottleneckStore:
         for folder in (self.folder, *(entry for entry in self.folder.iterdir() if entry.is_dir())):
             remove_leftovers(folder)
         if self.index_path.exists():
-            for line in self.index_path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a line that a killed run left half-written
+            lines = self.index_path.read_bytes()
+            if not lines.endswith(b"\n"):  # half a line of a killed run, to which nothing must be appended
+                with open(self.index_path, "ab") as index:
+                    index.write(b"\n")
+            for line in lines.splitlines():
+                with contextlib.suppress(ValueError, TypeError):
                     name, *record = json.loads(line)
                     self.records[name] = record
 
@@ -1099,6 +1123,18 @@ def extract(store: BottleneckStore, reading: Reading, lite: LiteModel, job: tupl
     return features
 
 
+def variants_of(
+    base: BaseModel, image: Image, distortion: Distortion | None, count: int
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Return what is computed for an image: {part of its file's name: function from decoded to resized pixels}."""
+    if distortion is None:
+        return {"": functools.partial(resize_bilinear, size=base.input_size)}
+    names = [f"_distorted_{i}" for i in range(count)]
+    return {
+        name: functools.partial(distortion.apply, size=base.input_size, seed=f"{image.key}{name}") for name in names
+    }
+
+
 def compute_bottlenecks(
     store: BottleneckStore,
     images: Sequence[Image],
@@ -1110,44 +1146,33 @@ def compute_bottlenecks(
 
     Without a distortion count is 1, the picture itself; with one, its variants. Unusable images have no row.
     """
-    base = store.base
+    base, doing = store.base, "Distortions" if distortion else "Bottlenecks"
     features = np.empty((len(images), count, base.bottleneck_size), np.float32)
     settings = f" {dataclasses.astuple(distortion)}" if distortion else ""
-    variants = [f"_distorted_{i}" for i in range(count)] if distortion else [""]
-    jobs, rows = [], {image: row for row, image in enumerate(images)}
-    for image in images:
-        missing = {}
-        for i, variant in enumerate(variants):
-            values = store.load(image, variant, settings)
-            if values is not None:
-                features[rows[image], i] = values
-            elif distortion:
-                seed = f"{image.key}{variant}"
-                missing[variant] = lambda pixels, seed=seed: distortion.apply(pixels, base.input_size, seed)
-            else:
-                missing[variant] = lambda pixels: resize_bilinear(pixels, base.input_size)
+    jobs, places = [], {}
+    for row, image in enumerate(images):
+        missing = variants_of(base, image, distortion, count)
+        for column, name in enumerate(list(missing)):
+            places[image, name] = row, column
+            if (values := store.load(image, name, settings)) is not None:
+                features[row, column] = values
+                del missing[name]
         if missing:
             jobs.append((image, settings, missing))
-    skipped = {}
+    wanted, skipped = sum(len(missing) for _, _, missing in jobs), {}
     if jobs:
-        wanted = sum(len(missing) for _, _, missing in jobs)
-        log.info(
-            "%s: %d cached, %d to compute.",
-            "Distortions" if distortion else "Bottlenecks",
-            features[..., 0].size - wanted,
-            wanted,
-        )
+        log.info("%s: %d cached, %d to compute.", doing, len(places) - wanted, wanted)
         models = [LiteModel(base.lite_path) for _ in range(min(core_count(), len(jobs)))]
         workers = [functools.partial(extract, store, reading, model) for model in models]
-        with progress_bar("Distortions" if distortion else "Bottlenecks", wanted, " images") as bar:
+        with progress_bar(doing, wanted, " images") as bar:
             for (image, _, missing), result in on_all_cores(workers, jobs):
                 bar.update(len(missing))
                 if isinstance(result, str):
                     skipped[image.path] = result
                     continue
-                for variant, values in result.items():
-                    features[rows[image], variants.index(variant)] = values
-    usable = [row for image, row in rows.items() if image.path not in skipped]
+                for name, values in result.items():
+                    features[places[image, name]] = values
+    usable = [row for row, image in enumerate(images) if image.path not in skipped]
     for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
         if new != row:
             features[new] = features[row]
@@ -1227,8 +1252,10 @@ def batch_drawer(classes: np.ndarray, size: int, random: np.random.Generator) ->
 
 
 def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
-    """Return the scores of the head on a batch, int [batch], of the rows."""
+    """Return the scores of the head on a batch, int [batch], of the rows. Raises UserError if they are not finite."""
     probabilities = head.probabilities(rows.features(batch))
+    if not (np.isfinite(head.weights).all() and np.isfinite(probabilities).all()):
+        raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
     classes = rows.classes[batch]
     right = probabilities[np.arange(len(batch)), classes]
     numbers = {"weights": head.weights, "biases": head.biases, "activations": probabilities}
@@ -1251,6 +1278,7 @@ def log_scores(scores: Scores, batch_size: int) -> None:
         log.info("%s Validation accuracy = %.1f%% (N=%d)", line, scores.accuracy * 100, batch_size)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
 def train_head(
     training: Rows,
     validation: Rows,
@@ -1287,47 +1315,50 @@ def train_head(
                 history.append(score(head, validation, batch, step, "validation"))
                 log_scores(history[-1], len(batch))
         after_step(step, head)
-    if not np.isfinite(head.weights).all():
-        raise UserError(f"The training went astray; try a smaller --learning_rate than {settings.learning_rate:g}.")
     return head, history
+
+
+def summary_of(scores: Scores):
+    """Return the TensorBoard summary of an evaluation: accuracy, cross entropy and histograms."""
+    summary = import_tensorflow().compat.v1.Summary()
+    summary.value.add(tag="accuracy", simple_value=scores.accuracy)
+    summary.value.add(tag="cross_entropy", simple_value=scores.cross_entropy)
+    for name, (counts, edges) in scores.histograms.items():
+        histogram = summary.value.add(tag=f"final_training_ops/{name}").histo
+        histogram.min, histogram.max, histogram.num = edges[0], edges[-1], counts.sum()
+        middles = (edges[:-1] + edges[1:]) / 2
+        histogram.sum, histogram.sum_squares = counts @ middles, counts @ middles**2
+        histogram.bucket_limit.extend(edges[1:])
+        histogram.bucket.extend(counts)
+    return summary
 
 
 def write_summaries(history: Sequence[Scores], folder: Path) -> None:
     """Write the history for TensorBoard, into `folder`/train and `folder`/validation, in place of an earlier run's."""
     tf = import_tensorflow()
     for split in ("train", "validation"):
-        for old in (folder / split).glob("events.out.tfevents.*"):
-            old.unlink()
-        writer = tf.summary.create_file_writer(str(folder / split))
-        with writer.as_default():
-            for scores in history:
-                if scores.split == split:
-                    summary = tf.compat.v1.Summary()
-                    summary.value.add(tag="accuracy", simple_value=scores.accuracy)
-                    summary.value.add(tag="cross_entropy", simple_value=scores.cross_entropy)
-                    for name, (counts, edges) in scores.histograms.items():
-                        histogram = summary.value.add(tag=f"final_training_ops/{name}").histo
-                        histogram.min, histogram.max, histogram.num = edges[0], edges[-1], counts.sum()
-                        middles = (edges[:-1] + edges[1:]) / 2
-                        histogram.sum, histogram.sum_squares = counts @ middles, counts @ middles**2
-                        histogram.bucket_limit.extend(edges[1:])
-                        histogram.bucket.extend(counts)
-                    tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=scores.step)
-        writer.close()
+        with writing_by_tensorflow(folder / split):
+            for old in (folder / split).glob("events.out.tfevents.*"):
+                old.unlink()
+            writer = tf.summary.create_file_writer(str(folder / split))
+            with writer.as_default():
+                for scores in (scores for scores in history if scores.split == split):
+                    tf.summary.experimental.write_raw_pb(summary_of(scores).SerializeToString(), step=scores.step)
+            writer.close()
 
 
 def write_checkpoint(head: Head, path: Path) -> None:
     """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
     tf = import_tensorflow()
-    path.parent.mkdir(parents=True, exist_ok=True)
     scope = "final_training_ops"
-    tf.raw_ops.SaveV2(
-        prefix=str(path),
-        tensor_names=[f"{scope}/biases/final_biases", f"{scope}/weights/final_weights"],
-        shape_and_slices=["", ""],
-        tensors=[head.biases, head.weights],
-    )
-    tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
+    with writing_by_tensorflow(path):
+        tf.raw_ops.SaveV2(
+            prefix=str(path),
+            tensor_names=[f"{scope}/biases/final_biases", f"{scope}/weights/final_weights"],
+            shape_and_slices=["", ""],
+            tensors=[head.biases, head.weights],
+        )
+        tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
 
 # ======================================================================================================================
@@ -1473,24 +1504,31 @@ def write_outputs(
 
     facts: what predict.py needs beyond the files, to be written as JSON.
     """
-    with whole_file(files.lite) as temporary:
-        temporary.write_bytes(lite)
-    write_graph(graph, files.graph)
-    with whole_file(labels_path) as temporary:
-        temporary.write_text("".join(f"{label}\n" for label in labels), "utf-8", newline="\n")
+    frozen = graph.SerializeToString()
     facts = {
-        "graph_sha256": sha256_of(files.graph),
-        "lite_sha256": sha256_of(files.lite),
+        "graph_sha256": hashlib.sha256(frozen).hexdigest(),
+        "lite_sha256": hashlib.sha256(lite).hexdigest(),
         "labels": list(labels),
         **facts,
     }
-    with whole_file(files.facts) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    contents = {
+        files.facts: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
+        files.graph: frozen,
+        files.lite: lite,
+        labels_path: "".join(f"{label}\n" for label in labels).encode(),
+    }
+    # All are written before the first gets its name, so that none replaces its older one if another can't be written.
+    # Names are given in the reverse order, to the facts last.
+    with contextlib.ExitStack() as whole_files:
+        for path, content in contents.items():
+            whole_files.enter_context(whole_file(path)).write_bytes(content)
 
 
 def check_saved_model_dir(folder: Path) -> None:
-    """Raise UserError if a SavedModel can't go to `folder` because other things lie there."""
-    if folder.exists() and not (folder / "saved_model.pb").is_file() and (folder.is_file() or any(folder.iterdir())):
+    """Raise UserError if a SavedModel can't go to `folder` because other things than an earlier one lie there."""
+    there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    earlier = {"saved_model.pb"} <= there <= {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
+    if folder.is_file() or (there and not earlier):
         raise UserError(f"--saved_model_dir {folder}: other files lie there, which would be lost; name a new folder.")
 
 
@@ -1513,13 +1551,13 @@ def write_saved_model(graph, final_tensor_name: str, folder: Path) -> None:
 
     module = tf.Module()
     module.serve = tf.function(serve, input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
-    temporary, replaced = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = (folder.with_name(f".retrain-{uuid.uuid4().hex}.tmp") for _ in range(2))
     try:
-        tf.saved_model.save(module, str(temporary), signatures={"serving_default": module.serve})
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
+        with writing_by_tensorflow(folder):
+            tf.saved_model.save(module, str(temporary), signatures={"serving_default": module.serve})
+            if folder.exists():
+                folder.rename(replaced)
+            temporary.rename(folder)
     finally:
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -1595,48 +1633,33 @@ def bottlenecks_of_all(
     return images, training, validation, testing
 
 
-def run(flags: argparse.Namespace) -> None:
-    """Go through the rooms: images, base model, bottlenecks, head, evaluation, export."""
-    images = list_images(flags.image_dir)
-    labels = list(dict.fromkeys(image.label for image in images))
-    files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
+def check_outputs(flags: argparse.Namespace) -> None:
+    """Raise UserError, before the long work rather than after it, for an output that can't be written."""
+    folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "intermediate_output_graphs_dir"]
+    for name in ["output_graph", "output_labels", "checkpoint_path", *folders]:
+        if not getattr(flags, name):
+            continue
+        path = Path(getattr(flags, name)).absolute()
+        places = [path, *path.parents] if name in folders else path.parents
+        place = next(place for place in places if place.exists())
+        if name not in folders and path.is_dir():
+            raise UserError(f"--{name} {path}: a folder of that name lies there; name another file.")
+        if not place.is_dir():
+            raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
+        if not os.access(place, os.W_OK):
+            raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
     if flags.saved_model_dir:
         check_saved_model_dir(Path(flags.saved_model_dir))
 
-    base = load_base_model(find_graph(Path(flags.model_dir), flags.model_url), Path(flags.bottleneck_dir))
-    images, training, validation, testing = bottlenecks_of_all(flags, base, images)
-    log.info(
-        "Pictures: %d to train, %d to validate, %d to test.",
-        *(sum(image.split == split for image in images) for split in ("training", "validation", "testing")),
-    )
 
-    base_graph = load_graph(base.graph_path)
-    if flags.final_tensor_name in {node.name for node in base_graph.node}:
-        raise UserError(f"--final_tensor_name {flags.final_tensor_name}: the base model has a node of that name.")
+def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head, history, labels, test) -> None:
+    """Write the graph with what belongs to it, and then the other formats and logs that were asked for.
 
-    def after_step(step: int, head: Head) -> None:
-        if step and flags.intermediate_store_frequency and step % flags.intermediate_store_frequency == 0:
-            path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
-            write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
-
-    settings = TrainingSettings(
-        **{field.name: getattr(flags, field.name) for field in dataclasses.fields(TrainingSettings)}
-    )
-    head, history = train_head(training, validation, len(labels), settings, after_step)
-    if flags.summaries_dir:
-        write_summaries(history, Path(flags.summaries_dir))
-    if flags.checkpoint_path:
-        write_checkpoint(head, Path(flags.checkpoint_path))
-
-    test = None
-    if len(testing.rows):
-        test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
-        log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
-        if flags.print_misclassified_test_images:
-            log_misclassified(test, [images[row] for row in testing.rows], labels)
-    else:
-        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
-
+    history: the Scores of the training; test: the Evaluation on the test images, or None.
+    """
+    files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
+    for folder in {path.absolute().parent for path in (files.graph, labels_path, Path(flags.saved_model_dir))}:
+        remove_leftovers(folder)
     graph = graph_with_head(base_graph, head, flags.final_tensor_name)
     facts = {
         "architecture": base.name,
@@ -1649,11 +1672,49 @@ def run(flags: argparse.Namespace) -> None:
         "test_images": len(test.batch) if test else 0,
     }
     write_outputs(files, graph, lite_with_head(base.lite_path.read_bytes(), head), labels, labels_path, facts)
+    if flags.summaries_dir:
+        write_summaries(history, Path(flags.summaries_dir))
+    if flags.checkpoint_path:
+        write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
         write_saved_model(graph, flags.final_tensor_name, Path(flags.saved_model_dir))
-    log.info(
-        "Wrote %s, %s and %s; name pictures with: python predict.py --image FILE", files.graph, files.lite, labels_path
-    )
+    written = f"{files.graph}, {files.lite} and {labels_path}"
+    log.info("Wrote %s; name pictures with: python predict.py --image FILE", written)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Go through the rooms: images, base model, bottlenecks, head, evaluation, export."""
+    check_outputs(flags)
+    images = list_images(flags.image_dir)
+    labels = list(dict.fromkeys(image.label for image in images))
+
+    base = load_base_model(find_graph(Path(flags.model_dir), flags.model_url), Path(flags.bottleneck_dir))
+    images, training, validation, testing = bottlenecks_of_all(flags, base, images)
+    counts = Counter(image.split for image in images)
+    log.info("Pictures: %(training)d to train, %(validation)d to validate, %(testing)d to test.", counts)
+
+    base_graph = load_graph(base.graph_path)
+    if flags.final_tensor_name in {node.name for node in base_graph.node}:
+        raise UserError(f"--final_tensor_name {flags.final_tensor_name}: the base model has a node of that name.")
+
+    def after_step(step: int, head: Head) -> None:
+        if step and flags.intermediate_store_frequency and step % flags.intermediate_store_frequency == 0:
+            path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
+            write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
+
+    names = [field.name for field in dataclasses.fields(TrainingSettings)]
+    settings = TrainingSettings(**{name: getattr(flags, name) for name in names})
+    head, history = train_head(training, validation, len(labels), settings, after_step)
+
+    test = None
+    if len(testing.rows):
+        test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
+        log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
+        if flags.print_misclassified_test_images:
+            log_misclassified(test, [images[row] for row in testing.rows], labels)
+    else:
+        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
+    write_all(flags, base, base_graph, head, history, labels, test)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
+import retrain  # noqa: E402  (it lies in the folder above)
+
 COLOURS = {"Red Things": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 210)}
 
 
@@ -142,6 +144,19 @@ def model_dir(small_graph) -> Path:
 def image_dir(tmp_path) -> Path:
     """An --image_dir of three classes, 20 pictures each, which the test may change."""
     return make_image_dir(tmp_path / "pictures")
+
+
+@pytest.fixture
+def train(image_dir, model_dir, monkeypatch):
+    """A function that runs retrain.py on `image_dir` in this process, in the folder above it; returns its exit code."""
+    monkeypatch.chdir(image_dir.parent)
+    monkeypatch.setattr(retrain.log, "handlers", [])  # main's write to the stdout of one test
+
+    def run(*flags) -> int:
+        usual = ["--image_dir", "pictures", "--model_dir", model_dir, "--how_many_training_steps", 20]
+        return retrain.main([str(argument) for argument in (*usual, *flags)])
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,679 @@
+"""The room 'images': what is read from a folder, how each format decodes, and who trains and who tests."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from PIL.PngImagePlugin import PngInfo
+
+import retrain
+from retrain import Image, ImageError, Reading, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as retrain.py has it; pytest sets filters of its own
+
+INPUT = (20, 20)  # the input of the network for which the pictures are read
+WIDTH, HEIGHT = 61, 43
+UNREDUCED, REDUCED = Reading(exact_decode=True), Reading()
+
+
+def pixels(width: int = WIDTH, height: int = HEIGHT, seed: int = 0, noise: float = 25) -> np.ndarray:
+    """Return uint8 [height, width, 3]: slopes of colour, so that no turn of it is like another, and noise."""
+    y, x = np.mgrid[:height, :width]
+    slopes = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height)], axis=-1)
+    slopes += np.random.default_rng(seed).normal(0, noise, slopes.shape)
+    return slopes.clip(0, 255).astype(np.uint8)
+
+
+def picture(*arguments, **options) -> PIL.Image.Image:
+    """Return the picture of `pixels`."""
+    return PIL.Image.fromarray(pixels(*arguments, **options))
+
+
+def encoded(image: PIL.Image.Image, form: str, **options) -> bytes:
+    """Return the file of a picture."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def decoded(data: bytes, reading: Reading = UNREDUCED) -> np.ndarray:
+    """Return what retrain.py sees in a file."""
+    return retrain.decode_image(data, reading, INPUT)
+
+
+@pytest.fixture(scope="module")
+def tf():
+    """TensorFlow, the judge of the decoders and of the resize."""
+    return retrain.import_tensorflow()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that Pillow can't write
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int, depth: int, colour_type: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+
+
+def png_of_16_bits(channels: int) -> tuple[bytes, np.ndarray]:
+    """Return a PNG of 16 bits per channel, and its values [height, width, channels]."""
+    values = np.random.default_rng(channels).integers(0, 1 << 16, (HEIGHT, WIDTH, channels))
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)  # 0: the line is not filtered
+    header = png_header(WIDTH, HEIGHT, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels])
+    return header + png_chunk(b"IDAT", zlib.compress(lines)) + png_chunk(b"IEND", b""), values
+
+
+def claiming_png(width: int, height: int) -> bytes:
+    """Return a PNG of a few bytes that claims a size."""
+    data = zlib.compress(bytes(1000))
+    return png_header(width, height, 8, 2) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+
+
+def claiming_jpeg(width: int, height: int) -> bytes:
+    """Return a small JPEG whose header claims a size."""
+    data = bytearray(encoded(picture(), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def without_adobe(data: bytes) -> bytes:
+    """Return a JPEG without its Adobe marker segment."""
+    start = data.index(b"\xff\xee")
+    return data[:start] + data[start + 2 + struct.unpack(">H", data[start + 2 : start + 4])[0] :]
+
+
+def with_exif(data: bytes, block: bytes) -> bytes:
+    """Return a JPEG with an EXIF block of any content."""
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block + data[2:]
+
+
+def before_marker(data: bytes, marker: bytes, stray: bytes) -> bytes:
+    """Return a JPEG with stray bytes before a marker."""
+    place = data.index(marker)
+    return data[:place] + stray + data[place:]
+
+
+def with_alpha(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return a picture with random transparency."""
+    image = image.copy()
+    values = np.random.default_rng(1).integers(0, 256, (image.height, image.width))
+    image.putalpha(PIL.Image.fromarray(values.astype(np.uint8)))
+    return image
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formats
+# ----------------------------------------------------------------------------------------------------------------------
+
+SECOND_FRAME = picture(seed=1)
+CMYK = encoded(picture().convert("CMYK"), "JPEG")
+
+JPEGS = {
+    "colour": encoded(picture(), "JPEG"),
+    "full colour resolution": encoded(picture(), "JPEG", subsampling=0, quality=97),
+    "grey": encoded(picture().convert("L"), "JPEG"),
+    "progressive": encoded(picture(), "JPEG", progressive=True),
+    "progressive grey": encoded(picture().convert("L"), "JPEG", progressive=True),
+    "CMYK of Adobe": CMYK,
+    "CMYK": without_adobe(CMYK),
+    "several pictures in one, as phones make": encoded(picture(), "MPO", save_all=True, append_images=[SECOND_FRAME]),
+}
+PALETTE = picture().quantize(17)
+OTHERS = {
+    "PNG": encoded(picture(), "PNG"),
+    "PNG grey": encoded(picture().convert("L"), "PNG"),
+    "PNG black and white": encoded(picture().convert("1"), "PNG"),
+    "PNG alpha": encoded(with_alpha(picture()), "PNG"),
+    "PNG grey alpha": encoded(with_alpha(picture()).convert("LA"), "PNG"),
+    "PNG palette": encoded(PALETTE, "PNG"),
+    "PNG palette, one colour transparent": encoded(PALETTE, "PNG", transparency=3),
+    "PNG palette, colours half transparent": encoded(PALETTE, "PNG", transparency=bytes(range(0, 170, 10))),
+    "PNG with a transparent colour": encoded(picture(), "PNG", transparency=(5, 6, 7)),
+    "PNG 16-bit grey": png_of_16_bits(1)[0],
+    "PNG 16-bit grey alpha": png_of_16_bits(2)[0],
+    "PNG 16-bit colour": png_of_16_bits(3)[0],
+    "PNG 16-bit colour alpha": png_of_16_bits(4)[0],
+    "GIF": encoded(PALETTE, "GIF"),
+    "GIF animated": encoded(PALETTE, "GIF", save_all=True, append_images=[SECOND_FRAME.quantize(20)]),
+    "BMP": encoded(picture(), "BMP"),
+    "BMP grey": encoded(picture().convert("L"), "BMP"),
+    "BMP alpha": encoded(with_alpha(picture()), "BMP"),
+    "WebP": encoded(picture(), "WEBP"),
+    "WebP lossless": encoded(picture(), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_decodes_as_tensorflow_decodes_it(tf, name):
+    np.testing.assert_array_equal(decoded(JPEGS[name]), tf.io.decode_jpeg(JPEGS[name], channels=3))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_formats_decode_as_tensorflow_decodes_them(tf, name):
+    expected = tf.io.decode_image(OTHERS[name], channels=3, expand_animations=False)
+    np.testing.assert_array_equal(decoded(OTHERS[name]), expected)
+
+
+@pytest.mark.parametrize("name", [*JPEGS, *OTHERS])
+def test_every_format_gives_rows_of_three_bytes(name):
+    found = decoded((JPEGS | OTHERS)[name])
+    assert (found.shape, found.dtype) == ((HEIGHT, WIDTH, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        pytest.param(encoded(picture(), "PNG"), pixels(), id="PNG"),
+        pytest.param(encoded(picture(), "BMP"), pixels(), id="BMP"),
+        pytest.param(encoded(picture(), "WEBP", lossless=True), pixels(), id="WebP"),
+        pytest.param(encoded(PALETTE, "BMP"), np.asarray(PALETTE.convert("RGB")), id="BMP palette"),
+        pytest.param(encoded(PALETTE, "GIF"), np.asarray(PALETTE.convert("RGB")), id="GIF"),
+        pytest.param(OTHERS["GIF animated"], np.asarray(PALETTE.convert("RGB")), id="GIF animated: the first frame"),
+        pytest.param(
+            encoded(picture(), "WEBP", lossless=True, save_all=True, append_images=[SECOND_FRAME]),
+            pixels(),
+            id="WebP animated: the first frame",
+        ),
+        pytest.param(
+            encoded(with_alpha(picture()), "WEBP", lossless=True, exact=True), pixels(), id="WebP: alpha is dropped"
+        ),
+        pytest.param(
+            png_of_16_bits(1)[0], np.repeat(png_of_16_bits(1)[1] >> 8, 3, axis=2), id="PNG 16-bit grey: the upper byte"
+        ),
+        pytest.param(png_of_16_bits(3)[0], png_of_16_bits(3)[1] >> 8, id="PNG 16-bit colour: the upper byte"),
+    ],
+)
+def test_a_lossless_file_gives_back_the_pixels_that_were_put_into_it(data, expected):
+    np.testing.assert_array_equal(decoded(data), expected)
+
+
+def test_inks_are_the_other_way_round_without_the_marker_of_adobe():
+    """Adobe's files hold 255 for no ink, and so does what Pillow writes; other files hold 0 for none."""
+    no_ink = encoded(PIL.Image.new("CMYK", (32, 32), (0, 0, 0, 0)), "JPEG")
+    assert decoded(no_ink).min() >= 250
+    assert decoded(without_adobe(no_ink)).max() <= 5
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "B.JPG", "c.jpeg", "d.gif", "none", "ü 1.Png.txt"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_the_content_tells_the_format_and_not_the_ending(tmp_path, form, name):
+    data = encoded(picture(), form)
+    (tmp_path / name).write_bytes(data)
+    np.testing.assert_array_equal(retrain.read_image(tmp_path / name, UNREDUCED, INPUT), decoded(data))
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PPM", "ICO", "TGA"])
+def test_other_formats_are_refused_by_name(form):
+    with pytest.raises(ImageError, match="not a picture in JPEG, PNG, GIF, BMP or WebP format"):
+        decoded(encoded(picture(32, 32), form))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resize
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(33, 33), (299, 299), (31, 50), (1, 1)], ids=str)
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 3), (33, 33), (29, 20), (298, 300), (601, 799), (1, 50)])
+def test_the_resize_is_that_of_tensorflow_1(tf, height, width, size):
+    """The largest error is that of rounding a value up to 255 to float32."""
+    source = pixels(width, height, noise=60)
+    expected = tf.raw_ops.ResizeBilinear(
+        images=source[None].astype(np.float32), size=size, align_corners=False, half_pixel_centers=False
+    )[0]
+    found = retrain.resize_bilinear(source, size)
+    assert (found.shape, found.dtype) == ((*size, 3), np.float32)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EXIF orientation
+# ----------------------------------------------------------------------------------------------------------------------
+
+UPRIGHT = pixels(noise=0)
+# How a camera stores an upright picture, for each value of the tag.
+STORED = {
+    1: UPRIGHT,
+    2: UPRIGHT[:, ::-1],
+    3: UPRIGHT[::-1, ::-1],
+    4: UPRIGHT[::-1],
+    5: UPRIGHT.transpose(1, 0, 2),
+    6: np.rot90(UPRIGHT, 1),
+    7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(UPRIGHT, -1),
+}
+KEPT = {
+    "JPEG": {"quality": 100, "subsampling": 0},  # within a few levels
+    "PNG": {},
+    "WEBP": {"lossless": True},
+}
+
+
+def photograph(orientation: int, form: str) -> bytes:
+    """Return the file of the upright picture as a camera stores it."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(PIL.Image.fromarray(np.ascontiguousarray(STORED[orientation])), form, exif=exif, **KEPT[form])
+
+
+@pytest.mark.parametrize("form", KEPT)
+@pytest.mark.parametrize("orientation", STORED)
+def test_photographs_are_turned_upright(orientation, form):
+    found = decoded(photograph(orientation, form))
+    np.testing.assert_allclose(found.astype(int), UPRIGHT, atol=8 if form == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("form", KEPT)
+@pytest.mark.parametrize("orientation", STORED)
+def test_ignoring_the_orientation_gives_the_stored_picture(orientation, form):
+    found = decoded(photograph(orientation, form), Reading(ignore_exif_orientation=True, exact_decode=True))
+    np.testing.assert_allclose(found.astype(int), STORED[orientation], atol=8 if form == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_means_nothing_is_ignored(orientation):
+    block = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x0112, 3, 1, orientation) + bytes(4)
+    np.testing.assert_array_equal(decoded(with_exif(JPEGS["colour"], block)), decoded(JPEGS["colour"]))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"garbage" * 5, id="garbage"),
+        pytest.param(b"MM\0*\xff\xff\xff\xff", id="a directory beyond the end"),
+        pytest.param(b"MM\0*\0\0\0\x08\0\x01\x01\x12", id="cut off"),
+        pytest.param(b"II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\xff\xff\xff\xff\1\0\0\0", id="too many entries"),
+        pytest.param(b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0", id="a word for the orientation"),
+    ],
+)
+def test_a_broken_exif_block_does_no_harm(block):
+    np.testing.assert_array_equal(decoded(with_exif(JPEGS["colour"], block)), decoded(JPEGS["colour"]))
+
+
+def test_a_broken_exif_text_of_a_png_does_no_harm():
+    """ImageMagick puts EXIF into PNGs as hexadecimal text; Pillow raises ValueError where it is none."""
+    notes = PngInfo()
+    notes.add_text("Raw profile type exif", "\nexif\n  8\nno hexadecimal digits\n")
+    np.testing.assert_array_equal(decoded(encoded(picture(), "PNG", pnginfo=notes)), pixels())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Large photographs at reduced scale
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "width, height, scale",
+    [
+        pytest.param(80, 300, 1, id="four times the input is not more than that"),
+        pytest.param(300, 81, 2, id="just more"),
+        pytest.param(400, 159, 2, id="a quarter would be less than twice the input"),
+        pytest.param(160, 400, 4, id="a quarter is twice the input"),
+        pytest.param(319, 320, 4, id="an eighth would be less than twice the input"),
+        pytest.param(320, 500, 8, id="an eighth is twice the input"),
+        pytest.param(1001, 801, 8, id="an eighth is the least there is"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["colour", "grey", "CMYK", "progressive"])
+def test_a_large_jpeg_is_decoded_at_reduced_scale(tf, kind, width, height, scale):
+    mode = {"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB")
+    data = encoded(picture(width, height).convert(mode), "JPEG", progressive=kind == "progressive")
+    found = decoded(data, REDUCED)
+    assert found.shape == (-(-height // scale), -(-width // scale), 3)
+    assert scale == 1 or min(found.shape[:2]) >= 2 * max(INPUT)
+    np.testing.assert_array_equal(found, tf.io.decode_jpeg(data, channels=3, ratio=scale))
+
+
+def test_exact_decode_reads_a_large_jpeg_at_full_size(tf):
+    data = encoded(picture(500, 320), "JPEG")
+    np.testing.assert_array_equal(decoded(data, UNREDUCED), tf.io.decode_jpeg(data, channels=3))
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "WEBP"])
+def test_the_other_formats_are_never_reduced(form):
+    assert decoded(encoded(picture(500, 320), form), REDUCED).shape == (320, 500, 3)
+
+
+def test_a_reduced_photograph_is_turned_upright_too():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded(picture(500, 320), "JPEG")
+    turned = decoded(encoded(picture(500, 320), "JPEG", exif=exif), REDUCED)
+    np.testing.assert_array_equal(turned, np.rot90(decoded(plain, REDUCED), -1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damage
+# ----------------------------------------------------------------------------------------------------------------------
+
+NO_PICTURE = "not a picture in JPEG, PNG, GIF, BMP or WebP format"
+TRUNCATED = "truncated"
+TOO_MANY_PIXELS = "more pixels"
+
+
+def cut(data: bytes, share: float) -> bytes:
+    """Return the first part of a file."""
+    return data[: int(len(data) * share)]
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        pytest.param(b"", "empty", id="empty"),
+        *(pytest.param(cut(data, 0.5), TRUNCATED, id=f"half a JPEG, {name}") for name, data in list(JPEGS.items())[:7]),
+        pytest.param(cut(JPEGS["colour"], 0.95), TRUNCATED, id="nearly all of a JPEG"),
+        pytest.param(cut(JPEGS["progressive"], 0.95), TRUNCATED, id="nearly all of a progressive JPEG"),
+        pytest.param(cut(encoded(picture(500, 320), "JPEG"), 0.5), TRUNCATED, id="half a large JPEG"),
+        *(
+            pytest.param(cut(OTHERS[name], share), TRUNCATED, id=f"{share:.0%} of a {name}")
+            for name in ("PNG", "PNG palette", "PNG 16-bit grey", "GIF", "BMP")
+            for share in (0.8, 0.95)
+        ),
+        pytest.param(cut(OTHERS["WebP"], 0.5), "damaged", id="half a WebP"),
+        pytest.param(b"These are my holidays.\n" * 50, NO_PICTURE, id="text"),
+        pytest.param(b"<!DOCTYPE html><html><body>404</body></html>", NO_PICTURE, id="HTML"),
+        pytest.param(bytes(5000), NO_PICTURE, id="zeros, as a full disk leaves them"),
+        pytest.param(b"\xff\xd8\xff", NO_PICTURE, id="the first bytes of a JPEG alone"),
+        pytest.param(OTHERS["PNG"][:8], NO_PICTURE, id="the first bytes of a PNG alone"),
+        pytest.param(b"\x7f" + JPEGS["colour"][1:], NO_PICTURE, id="a bit flipped in a JPEG's first byte"),
+        pytest.param(b"\x09" + OTHERS["PNG"][1:], NO_PICTURE, id="a bit flipped in a PNG's first byte"),
+        pytest.param(OTHERS["PNG"][:60] + b"\0\xff" * 20 + OTHERS["PNG"][100:], "damaged", id="a PNG overwritten"),
+        pytest.param(claiming_png(60_000, 60_000), TOO_MANY_PIXELS, id="PNG bomb"),
+        pytest.param(claiming_png(2**31 - 1, 2**31 - 1), TOO_MANY_PIXELS, id="the greatest PNG bomb"),
+        pytest.param(claiming_jpeg(65_000, 65_000), TOO_MANY_PIXELS, id="JPEG bomb"),
+    ],
+)
+def test_damage_gives_its_reason(tmp_path, data, reason):
+    (tmp_path / "x.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match=reason):
+        retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
+
+
+def no_file(path: Path) -> None:
+    """Leave `path` without a file."""
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def circle_of_links(path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("making links needs rights on Windows")
+    path.symlink_to(path)
+
+
+def forbidden_file(path: Path) -> None:
+    if sys.platform == "win32" or os.geteuid() == 0:
+        pytest.skip("the administrator may read every file")
+    path.write_bytes(JPEGS["colour"])
+    path.chmod(0)
+
+
+@pytest.mark.parametrize("make", [no_file, folder, circle_of_links, forbidden_file])
+def test_a_file_that_cannot_be_read_says_so(tmp_path, make):
+    make(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match=r"it can't be read \(.+\)"):
+        retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(JPEGS["colour"] + b"stray" * 100, id="behind the end"),
+        pytest.param(before_marker(JPEGS["colour"], b"\xff\xd9", bytes(range(200))), id="before the end marker"),
+        pytest.param(before_marker(JPEGS["colour"], b"\xff\xda", b"\0\x11\x22"), id="before the scan"),
+        pytest.param(before_marker(JPEGS["colour"], b"\xff\xdb", b"\0\x11"), id="between two tables"),
+        pytest.param(before_marker(JPEGS["CMYK"], b"\xff\xda", b"\0\x11"), id="before the scan of a CMYK one"),
+        pytest.param(before_marker(CMYK, b"\xff\xda", b"\0\x11"), id="before the scan of Adobe's CMYK"),
+        pytest.param(JPEGS["colour"].replace(b"JFIF\0\1", b"JFIF\0\5", 1), id="a revision of JFIF that there is not"),
+    ],
+)
+def test_a_jpeg_with_a_blemish_that_is_whole_is_used(tf, data):
+    """The decoder that forgives them may round otherwise, by a few levels of the 256."""
+    expected = tf.io.decode_jpeg(data, channels=3).numpy().astype(int)
+    np.testing.assert_allclose(decoded(data), expected, atol=4)
+
+
+@pytest.mark.parametrize("name", ["colour", "progressive", "CMYK", "PNG", "PNG palette", "GIF", "BMP", "WebP"])
+def test_random_damage_gives_a_picture_or_a_reason(name):
+    """Whatever is overwritten behind the first 30 bytes (which hold most sizes): no other exception, no crash."""
+    chance = random.Random(name)
+    for _ in range(40):
+        data = bytearray((JPEGS | OTHERS)[name])
+        for _ in range(chance.randrange(1, 6)):
+            data[chance.randrange(30, len(data))] = chance.randrange(256)
+        try:
+            found = decoded(bytes(data), REDUCED)
+        except ImageError as error:
+            assert str(error)
+        else:
+            assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders and labels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_files(root: Path, *names: str) -> Path:
+    """Write a file of each name below `root`; whether it is a picture doesn't matter yet."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def test_files_are_listed_by_the_names_of_their_folders_and_their_own(tmp_path):
+    names = ["b/2.jpg", "b/10.jpg", "a b/ö ü.jpg", "a b/z.jpg", "a b/日本.PNG", "a b/A.jpg", "C/no ending", "C/y.JPG"]
+    found = retrain.list_images(str(make_files(tmp_path, *names)))
+    assert [image.path.relative_to(tmp_path).as_posix() for image in found] == sorted(names)
+    assert [image.key for image in found] == sorted(names)
+    assert [image.label for image in found] == ["c"] * 2 + ["a b"] * 4 + ["b"] * 2
+    assert all(image.path.is_file() for image in found)
+
+
+def test_what_is_no_picture_of_a_class_is_not_listed(tmp_path):
+    make_files(
+        tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg",
+        "a/.hidden.jpg", ".hidden/1.jpg", "a/deeper/1.jpg", "a/deeper/2.jpg", "beside.jpg", "a/Thumbs.db",
+        "b/desktop.ini",
+    )  # fmt: skip
+    assert [image.key for image in retrain.list_images(str(tmp_path))] == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
+
+
+@pytest.mark.parametrize(
+    "folder_name, label",
+    [
+        ("roses", "roses"),
+        ("Red Roses", "red roses"),
+        ("a__-  b", "a b"),
+        ("Café_au-lait!!", "café au lait "),
+        ("(x)2", " x 2"),
+        ("日本_語", "日本 語"),
+        ("ΑΘΗΝΑ&Σία", "αθηνα σία"),
+        ("Ещё-раз", "ещё раз"),
+        ("हिन्दी_शब्द", "हिन्दी शब्द"),
+        ("ภาษาไทย.ที่นี่", "ภาษาไทย ที่นี่"),
+        ("Cafe\u0301", "cafe\u0301"),
+        ("😀cat🐈", " cat "),
+        ("٣ items", "٣ items"),
+    ],
+)
+def test_the_label_of_a_folder(folder_name, label):
+    assert retrain.label_of(folder_name) == label
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        pytest.param([], "there is no such folder", id="folder missing"),
+        pytest.param(["1.jpg", "2.jpg"], "holds no folders", id="no class folders"),
+        pytest.param([".git/1.jpg", ".git/2.jpg"], "holds no folders", id="hidden folders only"),
+        pytest.param(["Roses/1.jpg", "Roses/2.jpg"], "one class only, 'roses'", id="one class"),
+        pytest.param(
+            ["a/1.jpg", "a/2.jpg", "Few/1.jpg", "Few/.2.jpg"],
+            r"two usable pictures or more.*'few' \(1\)",
+            id="one file",
+        ),
+        pytest.param(["a/1.jpg", "a/2.jpg", "b/deeper/1.jpg", "b/deeper/2.jpg"], r"'b' \(0\)", id="empty class"),
+        pytest.param(
+            ["a-b/1.jpg", "a-b/2.jpg", "A_B/1.jpg", "A_B/2.jpg", "c/1.jpg", "c/2.jpg"],
+            "'A_B' and 'a-b' both give the label 'a b'",
+            id="two folders, one label",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_trained_on_get_one_sentence(tmp_path, capsys, names, said):
+    root = make_files(tmp_path / "my pictures", *names)
+    with pytest.raises(UserError, match=said) as caught:
+        retrain.list_images(str(root))
+    sentence = str(caught.value)
+    assert sentence.startswith(f"--image_dir {root}: ") and sentence.endswith((".", ")."))
+
+    assert retrain.main(["--image_dir", str(root), "--model_dir", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err == f"retrain.py: error: {sentence}\n"
+
+
+def test_a_file_is_no_image_dir(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        retrain.list_images(str(make_files(tmp_path, "x.jpg") / "x.jpg"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who trains, validates and tests
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def classic_place(folder_name: str, file_name: str) -> float:
+    """Return the percentage of the classic rule, from `<folder>/<file name up to _nohash_>`."""
+    hashed = hashlib.sha1(f"{folder_name}/{file_name.split('_nohash_')[0]}".encode()).hexdigest()
+    return int(hashed, 16) % (1 << 27) * (100.0 / ((1 << 27) - 1))
+
+
+def images_of(folder_name: str, names: list[str], root: str = "/somewhere") -> list[Image]:
+    """Return unsplit images of one class; the files need not be there."""
+    return [Image(Path(root, folder_name, name), retrain.label_of(folder_name)) for name in names]
+
+
+def names_between(folder_name: str, low: float, high: float, count: int) -> list[str]:
+    """Return file names that the classic rule places from `low` to below `high`, by their places."""
+    candidates = (f"{i}.jpg" for i in range(10_000))
+    found = [name for name in candidates if low <= classic_place(folder_name, name) < high][:count]
+    return sorted(found, key=lambda name: classic_place(folder_name, name))
+
+
+def splits_of(images: list[Image], testing: int = 10, validation: int = 10) -> dict[str, str]:
+    """Return the split of each image by its key."""
+    return {image.key: image.split for image in retrain.assign_splits(images, testing, validation)}
+
+
+MANY = images_of("Red Roses", [f"ü {i}.jpg" for i in range(200)]) + images_of("日本", [f"{i}.PNG" for i in range(200)])
+
+
+@pytest.mark.parametrize("testing, validation", [(10, 10), (20, 5), (1, 30), (30, 60)])
+def test_the_split_is_that_of_the_classic_script(testing, validation):
+    expected = {}
+    for image in MANY:
+        place = classic_place(image.path.parent.name, image.path.name)
+        trained = "testing" if place < validation + testing else "training"
+        expected[image.key] = "validation" if place < validation else trained
+    assert set(expected.values()) == {"training", "validation", "testing"}
+    assert splits_of(MANY, testing, validation) == expected
+
+
+@pytest.mark.parametrize(
+    "testing, validation, found",
+    [(0, 0, {"training"}), (10, 0, {"training", "testing"}), (0, 10, {"training", "validation"})],
+)
+def test_a_percentage_of_0_keeps_nothing(testing, validation, found):
+    small = images_of("small", names_between("small", 50, 100, 4))
+    assert set(splits_of(MANY, testing, validation).values()) == found
+    assert set(splits_of(small, testing, validation).values()) == found
+
+
+def test_images_keep_their_place_when_others_are_added():
+    before = splits_of(MANY[:150] + MANY[200:350])
+    after = splits_of(MANY)
+    assert before == {key: after[key] for key in before}
+
+
+def test_images_keep_their_place_when_the_folder_moves():
+    moved = [Image(Path("elsewhere/x_nohash_y") / image.key, image.label) for image in MANY]
+    assert splits_of(moved) == splits_of(MANY)
+
+
+def test_the_split_is_always_the_same_and_keeps_the_order():
+    shuffled = random.Random(0).sample(MANY, len(MANY))
+    assert splits_of(shuffled) == splits_of(MANY)
+    assert [image.key for image in retrain.assign_splits(shuffled, 10, 10)] == [image.key for image in shuffled]
+
+
+def test_a_nohash_group_stays_together():
+    names = [f"{group}_nohash_{i}.jpg" for group in range(60) for i in range(4)]
+    splits = splits_of(images_of("a", names))
+    for group in range(60):
+        assert len({splits[f"a/{group}_nohash_{i}.jpg"] for i in range(4)}) == 1
+    assert set(splits.values()) == {"training", "validation", "testing"}
+
+
+def test_nohash_in_the_name_of_a_folder_groups_nothing():
+    found = splits_of(images_of("x_nohash_y", [f"{i}.jpg" for i in range(100)]))
+    for key, split in found.items():
+        assert (split == "training") == (classic_place(*key.split("/")) >= 20)
+
+
+@pytest.mark.parametrize("count, expected", [(2, "TR"), (3, "TVR"), (5, "TVRRR"), (1, "R")])
+def test_a_class_with_nothing_to_test_or_validate_lends_its_nearest(count, expected):
+    """By their places: the nearest tests, the next validates, as long as one is left to train on."""
+    names = names_between("small", 20, 100, count)
+    splits = splits_of(MANY + images_of("small", names))
+    letter = {"testing": "T", "validation": "V", "training": "R"}
+    assert "".join(letter[splits[f"small/{name}"]] for name in names) == expected
+
+
+def test_what_one_class_lends_leaves_the_others_alone():
+    with_small = splits_of(MANY + images_of("small", names_between("small", 20, 100, 3)))
+    assert {key: with_small[key] for key in splits_of(MANY)} == splits_of(MANY)
+
+
+def test_only_what_is_missing_is_lent():
+    names = names_between("small", 0, 10, 1) + names_between("small", 20, 100, 3)
+    splits = splits_of(images_of("small", names))
+    assert [splits[f"small/{name}"] for name in names] == ["validation", "testing", "training", "training"]
+
+
+@pytest.mark.parametrize("low, high, rest", [(0, 10, "validation"), (10, 20, "testing")])
+def test_a_class_with_nothing_to_train_on_takes_back_the_furthest(low, high, rest):
+    names = names_between("small", low, high, 3)
+    splits = splits_of(images_of("small", names))
+    assert [splits[f"small/{name}"] for name in names] == [rest, rest, "training"]
+
+
+def test_a_group_is_lent_as_a_whole_or_not_at_all():
+    alone = splits_of(images_of("a", [f"x_nohash_{i}.jpg" for i in range(5)]))
+    assert set(alone.values()) == {"training"}
+
+    groups = [group for group in map(str, range(100)) if classic_place("small", group) >= 20][:2]
+    nearest, furthest = sorted(groups, key=lambda group: classic_place("small", group))
+    names = [f"{group}_nohash_{i}.jpg" for group in (nearest, furthest) for i in range(3)]
+    splits = splits_of(images_of("small", names))
+    assert [splits[f"small/{name}"] for name in names] == ["testing"] * 3 + ["training"] * 3
