@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Measure retrain.py against the limit of the machine and against other ways, side by side in one run.
+
+    python tests/benchmark.py --image_dir ../shared/photos/ants_bees/train --graph ../shared/inception_model/\
+classify_image_graph_def.pb
+
+Every way is measured in turn, several rounds long, and the medians are compared, since machines are noisy. The limit is
+what one-thread matrix products (numpy's SGEMM) reach on all cores, in units of an Inception-v3 image, 11.43 GFLOP.
+LiteRT's kernels may exceed it where numpy's don't use all that the processor has. Nothing of the user's is written to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the limit is measured with one thread; before numpy is loaded
+
+import numpy as np
+import PIL.Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import retrain  # noqa: E402
+
+GFLOP_PER_IMAGE = 11.43
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long the work took."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def sgemm_limit() -> float:
+    """Return the images per second that one-thread SGEMM times the cores allows."""
+    a, b = (np.random.default_rng(i).random((2048, 2048), np.float32) for i in (1, 2))
+    a @ b
+    return 5 * 2 * 2048**3 / 1e9 / seconds(lambda: [a @ b for _ in range(5)]) * retrain.core_count() / GFLOP_PER_IMAGE
+
+
+def our_extraction(base: retrain.BaseModel, images: list[retrain.Image], reading: retrain.Reading) -> float:
+    """Return our images per second from files to bottleneck files, in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = retrain.BottleneckStore(folder, base, reading)
+        took = seconds(lambda: retrain.compute_bottlenecks(store, images, reading))
+    return len(images) / took
+
+
+def tensorflow_batches(graph, images: list[retrain.Image], batch: int = 8) -> float:
+    """Return the images per second of plain TensorFlow on the folded graph: decoded, then run eight at a time."""
+    import tensorflow as tf
+
+    size = retrain.graph_input_size(graph)
+    network = retrain.graph_function(graph, retrain.BOTTLENECK_NODE)
+
+    def run() -> None:
+        for start in range(0, len(images), batch):
+            pixels = [tf.io.decode_jpeg(image.path.read_bytes(), 3) for image in images[start : start + batch]]
+            resized = [tf.raw_ops.ResizeBilinear(images=tf.cast(p, tf.float32)[None], size=size)[0] for p in pixels]
+            network(tf.stack(resized)).numpy()
+
+    network(tf.zeros([batch, *size, 3]))
+    network(tf.zeros([len(images) % batch or batch, *size, 3]))
+    return len(images) / seconds(run)
+
+
+def classic_loop(graph_path: Path, images: list[retrain.Image]) -> float:
+    """Return the images per second of the classic way: the graph as it is, one file at a time, features as text."""
+    import tensorflow as tf
+
+    graph = tf.compat.v1.GraphDef()
+    graph.ParseFromString(graph_path.read_bytes())
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session, tempfile.TemporaryDirectory() as folder:
+        (bottleneck,) = tf.import_graph_def(graph, return_elements=["pool_3/_reshape:0"], name="")
+
+        def features(image: retrain.Image) -> None:
+            values = session.run(bottleneck, {"DecodeJpeg/contents:0": image.path.read_bytes()})
+            Path(folder, "bottleneck.txt").write_text(",".join(str(x) for x in np.squeeze(values)))
+
+        features(images[0])
+        return len(images) / seconds(lambda: [features(image) for image in images])
+
+
+def large_photographs(images: list[retrain.Image], folder: Path, count: int) -> list[retrain.Image]:
+    """Return `count` photographs of 4,000 x 3,000 pixels with a camera's noise, 3 MB each, made of ordinary ones."""
+    noise = np.random.default_rng(0).normal(0, 6, (3000, 4000, 1)).astype(np.float32)
+    made = []
+    for i, image in enumerate(images[:count]):
+        with PIL.Image.open(image.path) as small:
+            pixels = np.asarray(small.convert("RGB").resize((4000, 3000), PIL.Image.Resampling.BICUBIC))
+        path = folder / "large" / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(path, quality=85)
+        made.append(retrain.Image(path, "large"))
+    return made
+
+
+def training_seconds() -> float:
+    """Return how long 4,000 steps of batch 100 take on 2,500 x 2,048 features of five classes."""
+    random = np.random.default_rng(0)
+    features = random.random((2500, 2048), np.float32)
+    rows = retrain.Rows(features, np.arange(2500), random.integers(5, size=2500))
+    return seconds(lambda: retrain.train_head(rows, rows, 5, retrain.TrainingSettings()))
+
+
+def cached_seconds(base: retrain.BaseModel, images: list[retrain.Image], count: int = 2500) -> float:
+    """Return how long it takes to load the cached features of `count` pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [
+            retrain.Image(Path(folder, "many", f"{i}{image.path.suffix}"), "many")
+            for i, image in zip(range(count), itertools.cycle(images), strict=False)
+        ]
+        Path(folder, "many").mkdir()
+        for picture, image in zip(pictures, itertools.cycle(images), strict=False):
+            shutil.copyfile(image.path, picture.path)
+        reading = retrain.Reading()
+        store = retrain.BottleneckStore(f"{folder}/bottleneck", base, reading)
+        values = np.random.default_rng(0).random(base.bottleneck_size, np.float32)
+        for picture in pictures:
+            store.save(picture, "", store.record(picture, ""), values)
+        fresh = retrain.BottleneckStore(f"{folder}/bottleneck", base, reading)
+        return seconds(lambda: retrain.compute_bottlenecks(fresh, pictures, reading))
+
+
+# Linux hands a process's peak down to the processes that it starts, so each is asked for its own.
+MEASURED = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import retrain
+if retrain.main(sys.argv[1:]):
+    sys.exit("the run failed")
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def peak_memory(image_dir: Path, model_dir: Path) -> int:
+    """Return the peak resident size, in MB, of a whole run of retrain.py from an empty bottleneck folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--image_dir", image_dir.resolve(), "--model_dir", model_dir.resolve()]
+        command = [sys.executable, "-c", MEASURED, ROOT, *flags]
+        run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return int(run.stdout.split()[-1]) // 1024
+
+
+def rounds(ways: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
+    """Return the median of `count` rounds of each way, all of them in every round."""
+    measured: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(count):
+        for name, way in ways.items():
+            measured[name].append(way())
+            print(f"  round {i + 1}: {name}: {measured[name][-1]:.1f}", flush=True)
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image_dir", type=Path, required=True, help="class folders with 200 photographs or more")
+    parser.add_argument("--graph", type=Path, required=True, help="the Inception-v3 graph")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=240, help="photographs measured in every round")
+    flags = parser.parse_args()
+    images = retrain.list_images(str(flags.image_dir))[: flags.images]
+    few = images[:: max(1, len(images) // 64)]
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = Path(folder, "model")
+        model_dir.mkdir()
+        (model_dir / retrain.GRAPH_FILE).symlink_to(flags.graph.resolve())
+        base = retrain.load_base_model(model_dir / retrain.GRAPH_FILE, model_dir)
+        graph = retrain.load_graph(flags.graph)
+        large = large_photographs(images, Path(folder), 48)
+        plain, exact = retrain.Reading(), retrain.Reading(exact_decode=True)
+        print(f"{retrain.core_count()} cores, {len(images)} photographs; images per second:")
+        ours = functools.partial(our_extraction, base)
+        ways = {
+            "limit: one-thread SGEMM x cores": sgemm_limit,
+            "retrain.py": lambda: ours(images, plain),
+            "TensorFlow, folded, batches of 8": lambda: tensorflow_batches(graph, few),
+            "classic loop": lambda: classic_loop(flags.graph, few),
+            "retrain.py, 4000x3000": lambda: ours(large, plain),
+            "retrain.py, 4000x3000, --exact_decode": lambda: ours(large, exact),
+        }
+        medians = rounds(ways, flags.rounds)
+        print("\n| way | images per second | retrain.py is that many times as fast |\n| --- | --- | --- |")
+        for name, value in medians.items():
+            print(f"| {name} | {value:.1f} | {medians['retrain.py'] / value:.2f} |")
+        print(f"\ntraining, 4,000 steps of batch 100 on 2,500 x 2,048: {training_seconds():.2f} s")
+        print(f"cached features of 2,500 pictures: {cached_seconds(base, images):.2f} s")
+        print(f"peak memory of a whole run: {peak_memory(flags.image_dir, model_dir)} MB")
+
+
+if __name__ == "__main__":
+    main()
