@@ -1,0 +1,368 @@
+"""The room 'export': the files that a run leaves, and that every kind of reader gets the same scores out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture
+
+import predict
+import retrain
+
+JPEG, FINAL, FED = "DecodeJpeg/contents:0", "final_result:0", "input/BottleneckInputPlaceholder:0"
+FEATURES = "pool_3/_reshape:0"
+
+
+@pytest.fixture(scope="module")
+def base(model_dir, tmp_path_factory) -> retrain.BaseModel:
+    """The small base model, converted."""
+    return retrain.load_base_model(model_dir / retrain.GRAPH_FILE, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    """Some JPEGs of several sizes and colours."""
+    folder = tmp_path_factory.mktemp("unseen")
+    looks = [
+        ((200, 40, 40), (60, 48)),
+        ((40, 180, 60), (33, 33)),
+        ((40, 60, 210), (120, 200)),
+        ((128, 128, 0), (21, 90)),
+    ]
+    paths = [folder / f"{i}.jpg" for i in range(len(looks))]
+    for i, (path, (colour, size)) in enumerate(zip(paths, looks, strict=True)):
+        picture(colour, 1000 + i, size).save(path, quality=90)
+    return paths
+
+
+def read_graph(path: Path):
+    """Return the GraphDef in a file."""
+    import tensorflow as tf
+
+    return tf.compat.v1.GraphDef.FromString(path.read_bytes())
+
+
+def session_run(path: Path, fetch: str, feeds: list[dict]) -> np.ndarray:
+    """Return what a TensorFlow 1 session fetches from a frozen graph for each of the feeds, one after another."""
+    import tensorflow as tf
+
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as session:
+        tf.import_graph_def(read_graph(path), name="")
+        return np.array([session.run(fetch, feed)[0] for feed in feeds])
+
+
+def predicted(folder: Path, paths: list[Path]) -> np.ndarray:
+    """Return predict.py's scores, float32 [paths, labels], in the order of the labels."""
+    classifier = predict.load_classifier(str(folder / "output_graph.pb"), str(folder / "output_labels.txt"), len(paths))
+    found = [dict(prediction.scores) for prediction in predict.predict(classifier, paths)]
+    return np.array([[scores[label] for label in classifier.labels] for scores in found])
+
+
+def bytes_of(paths: list[Path]) -> list[dict]:
+    """Return what to feed a graph with for each of the files."""
+    return [{JPEG: path.read_bytes()} for path in paths]
+
+
+# The graph
+
+
+def test_classic_reader_runs_the_graph_and_agrees_with_predict(trained, pictures):
+    scores = session_run(trained / "output_graph.pb", FINAL, bytes_of(pictures))
+    np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(predicted(trained, pictures), scores, atol=1e-3)
+    assert scores[:3].argmax(axis=1).tolist() == [0, 2, 1]  # red things, green, blue
+
+
+def test_wrap_function_runs_the_graph_and_agrees_with_predict(trained, pictures):
+    import tensorflow as tf
+
+    graph = read_graph(trained / "output_graph.pb")
+    wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(graph, name=""), [])
+    run = wrapped.prune(wrapped.graph.get_tensor_by_name(JPEG), wrapped.graph.get_tensor_by_name(FINAL))
+    scores = [run(tf.constant(path.read_bytes())).numpy()[0] for path in pictures]
+    np.testing.assert_allclose(predicted(trained, pictures), scores, atol=1e-3)
+
+
+def test_graph_can_be_fed_with_bottlenecks(trained, pictures):
+    """As the classic script's evaluation did: the features of a picture in, its scores out; several at once, too."""
+    graph = trained / "output_graph.pb"
+    features = session_run(graph, FEATURES, bytes_of(pictures))
+    assert features.shape == (len(pictures), 16)
+    scores = session_run(graph, FINAL, bytes_of(pictures))
+    np.testing.assert_allclose(session_run(graph, FINAL, [{FED: row[None]} for row in features]), scores, atol=1e-5)
+    import tensorflow as tf
+
+    with tf.Graph().as_default() as imported, tf.compat.v1.Session(graph=imported) as session:
+        tf.import_graph_def(read_graph(graph), name="")
+        np.testing.assert_allclose(session.run(FINAL, {FED: features}), scores, atol=1e-5)
+
+
+def test_features_in_the_graph_are_those_on_disk(trained):
+    image = next((trained / "pictures/green").iterdir())
+    kept = (trained / f"bottleneck/green/{image.name}_inception_v3.txt").read_text()
+    (features,) = session_run(trained / "output_graph.pb", FEATURES, bytes_of([image]))
+    np.testing.assert_allclose([float(value) for value in kept.split(",")], features, atol=1e-4)
+
+
+def test_graph_holds_no_batch_norm_and_its_output_is_last(trained):
+    nodes = read_graph(trained / "output_graph.pb").node
+    assert not {"BatchNormWithGlobalNormalization", "CheckNumerics"} & {node.op for node in nodes}
+    assert (nodes[-1].name, nodes[-1].op) == ("final_result", "Softmax")
+
+
+@pytest.mark.parametrize("name", ["prediction", "my/scores.2"])
+def test_final_tensor_name(train, tmp_path, pictures, name):
+    assert train("--final_tensor_name", name) == 0
+    scores = session_run(tmp_path / "output_graph.pb", f"{name}:0", bytes_of(pictures))
+    np.testing.assert_allclose(predicted(tmp_path, pictures), scores, atol=1e-3)
+    assert json.loads((tmp_path / "output_graph.json").read_text())["final_tensor_name"] == name
+
+
+@pytest.mark.parametrize(
+    "name, code",
+    [("Mul", 1), ("pool_3/_reshape", 1), ("a b", 2), ("", 2), ("final_result:0", 2)],
+)
+def test_final_tensor_name_that_can_not_be(train, capsys, tmp_path, name, code):
+    if code == 2:
+        with pytest.raises(SystemExit) as ended:
+            train("--final_tensor_name", name)
+        assert ended.value.code == 2
+    else:
+        assert train("--final_tensor_name", name, "--logging_verbosity", "ERROR") == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "--final_tensor_name" in said
+    assert not (tmp_path / "output_graph.pb").exists()
+
+
+def test_labels_are_in_output_order(trained):
+    assert (trained / "output_labels.txt").read_bytes() == b"red things\nblue\ngreen\n"
+
+
+def test_labels_in_any_alphabet(train, image_dir):
+    (image_dir / "blue").rename(image_dir / "Éléphants_d'Afrique--(2)")
+    (image_dir / "green").rename(image_dir / "кошки")
+    assert train() == 0
+    lines = Path("output_labels.txt").read_text("utf-8").splitlines()
+    assert lines == ["red things", "éléphants d afrique 2 ", "кошки"]
+
+
+# The .tflite and the facts
+
+
+def test_facts_tie_the_files_together(trained, model_dir):
+    facts = json.loads((trained / "output_graph.json").read_text("utf-8"))
+
+    def sha256(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    assert facts["graph_sha256"] == sha256(trained / "output_graph.pb")
+    assert facts["lite_sha256"] == sha256(trained / "output_graph.tflite")
+    assert facts["base_model_sha256"] == sha256(model_dir / retrain.GRAPH_FILE)
+    assert facts["labels"] == ["red things", "blue", "green"]
+    assert (facts["architecture"], facts["input_size"]) == ("inception_v3", [33, 33])
+    assert facts["test_images"] == 4 and 0 <= facts["test_accuracy"] <= 1
+
+
+def test_tflite_agrees_with_the_graph(trained, pictures):
+    lite = retrain.LiteModel(trained / "output_graph.tflite")
+    assert (lite.input_size, lite.output_size) == ((33, 33), 3)
+    pixels = [retrain.read_image(path, retrain.Reading(), (33, 33)) for path in pictures]
+    scores = [lite(retrain.resize_bilinear(each, (33, 33))) for each in pixels]
+    expected = session_run(trained / "output_graph.pb", FINAL, bytes_of(pictures))
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("class_count", [1, 2, 1000])
+def test_tflite_with_any_number_of_classes(base, tmp_path, class_count):
+    """Random heads, against the graph with the same head and against the head itself."""
+    random = np.random.default_rng(class_count)
+    head = retrain.Head(
+        random.normal(size=(16, class_count)).astype(np.float32), random.normal(size=class_count).astype(np.float32)
+    )
+    path = tmp_path / "headed.tflite"
+    path.write_bytes(retrain.lite_with_head(base.lite_path.read_bytes(), head))
+    lite, features = retrain.LiteModel(path), retrain.LiteModel(base.lite_path)
+    graph = retrain.graph_with_head(retrain.load_graph(base.graph_path), head, "final_result")
+    run = retrain.graph_function(graph, "final_result")
+    for _ in range(3):
+        pixels = random.uniform(0, 255, (33, 33, 3)).astype(np.float32)
+        scores = lite(pixels)
+        assert scores.shape == (class_count,)
+        np.testing.assert_allclose(scores, run(pixels[None]).numpy()[0], atol=1e-4)
+        np.testing.assert_allclose(scores, head.probabilities(features(pixels)[None])[0], atol=1e-4)
+
+
+def test_base_models_tflite_is_not_changed(train, base):
+    before = base.lite_path.read_bytes()
+    assert train() == 0
+    assert base.lite_path.read_bytes() == before
+
+
+# SavedModel
+
+
+def test_saved_model_serves_batches(trained, pictures):
+    import tensorflow as tf
+
+    serve = tf.saved_model.load(str(trained / "saved_model")).signatures["serving_default"]
+    (given,) = serve.structured_input_signature[1].values()
+    assert (given.name, given.dtype, given.shape.as_list()) == ("image_bytes", tf.string, [None])
+    data = [path.read_bytes() for path in pictures]
+    scores = serve(image_bytes=tf.constant(data))["scores"].numpy()
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, predicted(trained, pictures), atol=1e-3)
+    for i, one in enumerate(data):
+        np.testing.assert_allclose(
+            serve(image_bytes=tf.constant([one]))["scores"].numpy(), scores[i : i + 1], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind, mode", [("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA"), ("BMP", "RGB"), ("GIF", "P")])
+def test_saved_model_reads_other_formats(trained, tmp_path, kind, mode):
+    import tensorflow as tf
+
+    path, data = tmp_path / "picture", io.BytesIO()
+    image = picture((40, 180, 60), 77).convert(mode)
+    image.save(data, kind)
+    path.write_bytes(data.getvalue())
+    serve = tf.saved_model.load(str(trained / "saved_model")).signatures["serving_default"]
+    scores = serve(image_bytes=tf.constant([data.getvalue()]))["scores"].numpy()
+    np.testing.assert_allclose(scores, predicted(trained, [path]), atol=1e-3)
+
+
+def test_saved_model_replaces_its_own(train, tmp_path):
+    import tensorflow as tf
+
+    def served() -> np.ndarray:
+        serve = tf.saved_model.load("model/1").signatures["serving_default"]
+        data = io.BytesIO()
+        picture((90, 90, 90), 4).save(data, "PNG")
+        return serve(image_bytes=tf.constant([data.getvalue()]))["scores"].numpy()
+
+    flags = ("--saved_model_dir", "model/1", "--random_seed")
+    assert train(*flags, 1) == 0
+    first = served()
+    assert train(*flags, 2, "--learning_rate", 0.3) == 0
+    assert np.abs(served() - first).max() > 0.01
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "there", [["notes.txt"], ["variables/a"], ["saved_model.pb", "notes.txt"]], ids=["notes", "half", "both"]
+)
+def test_saved_model_does_not_replace_other_things(train, tmp_path, capsys, there):
+    for name in there:
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text("mine")
+    assert train("--saved_model_dir", "model", "--logging_verbosity", "ERROR") == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("retrain.py: error: --saved_model_dir model: ")
+    assert all((tmp_path / "model" / name).read_text() == "mine" for name in there)
+    assert not (tmp_path / "output_graph.pb").exists()
+
+
+def test_saved_model_goes_to_an_empty_folder(train, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert train("--saved_model_dir", "model") == 0
+    assert (tmp_path / "model/saved_model.pb").is_file()
+
+
+# Intermediate graphs
+
+
+def test_intermediate_graphs_are_runnable_and_on_the_way(trained, pictures):
+    graphs = trained / "intermediate_graph"
+    assert sorted(path.name for path in graphs.iterdir()) == ["intermediate_100.pb", "intermediate_200.pb"]
+    early, late = (session_run(graphs / f"intermediate_{step}.pb", FINAL, bytes_of(pictures)) for step in (100, 200))
+    final = session_run(trained / "output_graph.pb", FINAL, bytes_of(pictures))
+    np.testing.assert_allclose(early.sum(axis=1), 1, atol=1e-5)
+    assert np.abs(early - late).max() > 1e-3
+    assert np.abs(late - final).mean() < np.abs(early - final).mean()
+
+
+@pytest.mark.parametrize("frequency, steps", [(0, []), (7, [7, 14]), (1, list(range(1, 20))), (50, [])])
+def test_intermediate_store_frequency(train, frequency, steps):
+    assert train("--intermediate_store_frequency", frequency, "--intermediate_output_graphs_dir", "on/the/way") == 0
+    assert {path.name for path in Path("on/the/way").glob("*")} == {f"intermediate_{step}.pb" for step in steps}
+
+
+# Where outputs go
+
+
+def test_output_folders_are_made(train, pictures):
+    assert train("--output_graph", "a/b/graph.pb", "--output_labels", "c/names.txt") == 0
+    assert {path.name for path in Path("a/b").iterdir()} == {"graph.pb", "graph.tflite", "graph.json"}
+    assert Path("c/names.txt").is_file()
+    assert predict.main(["--graph", "a/b/graph.pb", "--labels", "c/names.txt", "--image", str(pictures[0])]) == 0
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """Return the files that a run leaves in a folder, pictures, features and logs aside."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--output_graph", "file/graph.pb"),
+        ("--output_graph", "taken.pb"),
+        ("--output_graph", "half.pb"),  # half.json, which goes with it, can't be written
+        ("--output_labels", "file/labels.txt"),
+        ("--output_labels", "taken.pb"),
+        ("--saved_model_dir", "file/model"),
+        ("--saved_model_dir", "file"),
+        ("--summaries_dir", "file"),
+        ("--checkpoint_path", "file/head"),
+        ("--bottleneck_dir", "file"),
+        ("--intermediate_store_frequency", "5", "--intermediate_output_graphs_dir", "file"),
+    ],
+    ids=lambda flags: " ".join(flags[-2:]),
+)
+def test_unwritable_output_is_told_and_nothing_is_lost(train, tmp_path, capsys, flags):
+    assert train("--random_seed", 1) == 0
+    (tmp_path / "taken.pb").mkdir()
+    (tmp_path / "half.json").mkdir()
+    (tmp_path / "file").write_text("mine")
+    before = outputs(tmp_path)
+    capsys.readouterr()
+    assert train("--random_seed", 2, "--logging_verbosity", "ERROR", *flags) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("retrain.py: error: ")
+    assert any(name in said for name in ("file", "taken.pb", "half.json"))
+    assert outputs(tmp_path) == before
+    assert not [*tmp_path.rglob(".retrain-*"), *tmp_path.glob(".*.tmp")]
+
+
+def test_old_temporary_files_and_folders_are_removed(train, tmp_path):
+    """A run that was killed while it wrote a SavedModel leaves a folder."""
+    for name in (".retrain-old.tmp", ".retrain-young.tmp"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "saved_model.pb").write_text("half")
+    os.utime(tmp_path / "out/.retrain-old.tmp", (0, 0))
+    assert train("--saved_model_dir", "out/model") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", ".retrain-young.tmp"}
+
+
+def test_full_disk_leaves_the_old_outputs(train, tmp_path, capsys, monkeypatch):
+    """No space for the .tflite: neither the graph nor the labels are replaced."""
+    assert train("--random_seed", 1) == 0
+    before, write = outputs(tmp_path), Path.write_bytes
+
+    def no_space(self, data):
+        if data[4:8] == b"TFL3":
+            write(self, data[:100])
+            raise OSError(28, os.strerror(28))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    capsys.readouterr()
+    assert train("--random_seed", 2, "--logging_verbosity", "ERROR") == 1
+    said = capsys.readouterr().err
+    assert said == "retrain.py: error: output_graph.tflite could not be written (No space left on device).\n"
+    assert outputs(tmp_path) == before
