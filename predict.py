@@ -37,6 +37,7 @@ from retrain import (
     number,
     on_all_cores,
     printable,
+    read_graph,
     read_image,
     resize_bilinear,
     sha256_of,
@@ -122,11 +123,7 @@ def lite_workers(path: Path, reading: Reading, pictures: int) -> list[Scorer]:
 def graph_worker(path: Path, reading: Reading) -> Scorer:
     """Return a function from a picture to its scores by TensorFlow, for a graph of ours or of the classic script's."""
     tf = import_tensorflow()
-    graph = tf.compat.v1.GraphDef()
-    try:
-        graph.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, by its several names
-        raise UserError(f"--graph {path}: it is no TensorFlow graph.") from error
+    graph = read_graph(path)
     used = {name.split(":")[0] for node in graph.node for name in node.input}
     outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
     if not outputs or not {JPEG_NODE, RESIZED_NODE} <= {node.name for node in graph.node}:
