@@ -73,6 +73,8 @@ def load_classifier(graph: str, labels: str, pictures: int) -> Classifier:
     files = OutputFiles.of(graph)
     names = read_labels(Path(labels))
     facts = read_facts(files)
+    if not facts and not files.graph.is_file():
+        raise UserError(f"--graph {files.lite}: the .json that belongs to it is not beside it, or is another graph's.")
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     workers = lite_workers(files.lite, reading, pictures) if facts else [graph_worker(files.graph, reading)]
     if facts and len(facts["labels"]) != len(names):
@@ -80,9 +82,7 @@ def load_classifier(graph: str, labels: str, pictures: int) -> Classifier:
             f"--labels {labels}: it has {len(names)} lines for the {len(facts['labels'])} classes of the graph."
         )
     if facts and facts["labels"] != names:
-        print(
-            f"predict.py: {labels} names the classes otherwise than the training did; it is believed.", file=sys.stderr
-        )
+        print(f"predict.py: {labels} holds other names than the training wrote; they are used.", file=sys.stderr)
     return Classifier(names, workers)
 
 
@@ -112,6 +112,8 @@ def lite_workers(path: Path, reading: Reading, pictures: int) -> list[Scorer]:
     """Return functions from a picture to its scores by LiteRT: one of all cores for one picture, else one per core."""
     cores = core_count()
     models = [LiteModel(path, cores)] if pictures == 1 else [LiteModel(path) for _ in range(min(cores, pictures))]
+    for model in models:  # now, since it silences stderr, where pictures that can't be read will be told
+        model.prepare()
 
     def worker(model: LiteModel) -> Scorer:
         size = model.input_size
@@ -142,15 +144,17 @@ def graph_worker(path: Path, reading: Reading) -> Scorer:
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """Return the files that the arguments of --image name: files, folders (with those in them) and globs.
 
-    Raises UserError for one that names nothing.
+    What names nothing is returned as it is, to be told like a picture that can't be read, if others are found. Raises
+    UserError if nothing is found at all.
     """
     found: list[Path] = []
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        files = [f for path in map(Path, matches) for f in (files_below(path) if path.is_dir() else [path])]
-        if not files:
-            raise UserError(f"--image {pattern}: there is no such picture, or none in that folder.")
-        found += files
+        path = Path(pattern)
+        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+        files = [file for match in matches for file in (files_below(match) if match.is_dir() else [match])]
+        found += files or [path]
+    if not any(path.is_file() for path in found):
+        raise UserError(f"--image {' '.join(patterns)}: there is no such picture, or none in that folder.")
     return list(dict.fromkeys(found))
 
 
@@ -167,6 +171,8 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
     """Yield what each picture is taken for, in the order of `paths`."""
 
     def attempt(worker: Scorer, path: Path) -> Prediction:
+        if not path.is_file():
+            return Prediction(path, [], "there is no such picture, or none in that folder")
         try:
             scores = worker(path)
         except ImageError as error:
@@ -200,23 +206,28 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
         print(flush=True)
 
 
+def as_text(path: Path) -> str:
+    """Return a path as it is, but for bytes that are no text, which a file in UTF-8 can't hold."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def write_csv(path: Path, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
     """Write a row per picture: its name, best label and score, error if any, and the score of every class."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "score", "error", *labels])
         for prediction in predictions:
-            label, score = prediction.scores[0] if prediction.scores else ("", "")
-            scores = dict(prediction.scores)
-            cells = [label, score, prediction.error, *(scores.get(name, "") for name in labels)]
-            writer.writerow([printable(prediction.path), *cells])
+            scores = {label: f"{score:.6f}" for label, score in prediction.scores}
+            best = next(iter(scores.items()), ("", ""))
+            cells = [*best, prediction.error, *(scores.get(name, "") for name in labels)]
+            writer.writerow([as_text(prediction.path), *cells])
 
 
 def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
     """Write a list with an object per picture: image, predictions (label and score, best first), error or null."""
     entries = [
         {
-            "image": printable(prediction.path),
+            "image": as_text(prediction.path),
             "predictions": [{"label": label, "score": score} for label, score in prediction.scores[:top_k]],
             "error": prediction.error or None,
         }
@@ -232,7 +243,8 @@ def parse_flags(arguments: Sequence[str] | None):
         prog="predict.py", allow_abbrev=False, description="Name pictures with what retrain.py has trained."
     )
     pictures = "files, folders, globs (test_images)"
-    parser.add_argument("--image", nargs="+", default=["test_images"], metavar="FILE", help=pictures)
+    parser.add_argument("pictures", nargs="*", metavar="FILE", help="the same as --image")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help=pictures)
     add_flag(parser, "--graph", "output_graph.pb", str, "FILE", "the trained graph, .pb or .tflite")
     add_flag(parser, "--labels", "output_labels.txt", str, "FILE", "its classes")
     add_flag(parser, "--top_k", 5, number(int, 1), "N", "how many classes to print for each picture")
@@ -243,7 +255,7 @@ def parse_flags(arguments: Sequence[str] | None):
 
 def run(flags) -> int:
     """Name the pictures; return 1 if one of them could not be read, else 0."""
-    paths = find_images(flags.image)
+    paths = find_images(flags.pictures + flags.image or ["test_images"])
     classifier = load_classifier(flags.graph, flags.labels, len(paths))
     predictions = []
     for prediction in predict(classifier, paths):

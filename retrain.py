@@ -56,6 +56,9 @@ except ImportError as missing:
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
     if started_here and own_python.exists() and Path(sys.prefix) != environment:
+        if os.name != "nt":
+            os.execv(own_python, [str(own_python), *sys.argv])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other Python's, which says what is to be said
         sys.exit(subprocess.call([own_python, *sys.argv]))
     sys.exit(
         f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or pip install -r requirements.txt"
@@ -94,10 +97,16 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         return work() or 0
     except UserError as error:
         message, code = f"error: {error}", 1
+    except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         message, code = f"error: {error.filename or 'the system'}: {error.strerror or error}.", 1
+    except MemoryError:
+        message, code = "error: there is not enough memory for so many pictures, or for such large ones.", 1
     except KeyboardInterrupt as error:
-        message, code = "stopped; what is done is kept, and the same command goes on from there.", 130
+        kept = "; what is done is kept, and the same command goes on from there" if program == "retrain.py" else ""
+        message, code = f"stopped{kept}.", 130
         if isinstance(error, Stopped):
             code = 143
     print(f"{program}: {message}", file=sys.stderr)
@@ -110,16 +119,19 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
     """
-    path = Path(path)
+    given, path = path, Path(os.path.realpath(path))  # a link stays a link, to the new file
     temporary = path.with_name(f".retrain-{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise UserError(f"{path} could not be written (it is a folder).")
-        yield temporary
-        os.replace(temporary, path)
+            raise UserError(f"{given} could not be written (it is a folder).")
+        if path.exists() and not path.is_file():  # /dev/stdout, /dev/null: a device, which nothing may replace
+            yield path
+        else:
+            yield temporary
+            os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
+        raise UserError(f"{given} could not be written ({error.strerror or error}).") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -203,7 +215,7 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple
     finally:
         stopped.set()
         for thread in threads:
-            thread.join()
+            thread.join(timeout=2)  # they finish the item in hand, unless it is stuck, on a dead network drive, say
 
 
 def sha256_of(path: Path) -> str:
@@ -264,7 +276,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
-            wrong = message.split(": ")[1].split()[0].split("=")[0]
+            wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -304,6 +316,13 @@ def verbosity(text: str) -> str:
     return text.upper()
 
 
+def name_of_file(text: str) -> str:
+    """Read the name of a file or folder that must be given."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it needs a name")
+    return text
+
+
 def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: str) -> None:
     """Add a flag to a group of the parser; its default is told with its purpose, unless that is 'nothing'."""
     told = "" if default in (None, "") or kind is switch else f" ({default})"
@@ -320,23 +339,23 @@ def build_parser() -> Parser:
 
     percentage, share, batch = number(int, 0, 100), number(int, 0, 99), number(int, 1, also=[-1])
     flag = room("images")
-    flag("--image_dir", "data", str, "DIR", "folder that holds one folder of pictures per class")
+    flag("--image_dir", "data", name_of_file, "DIR", "folder that holds one folder of pictures per class")
     flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
     flag("--validation_percentage", 10, share, "N", "percentage kept for validation")
     flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
     flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
     flag = room("base model")
     flag("--architecture", "inception_v3", str, "NAME", "the base model")
-    flag("--model_dir", "inception_model", str, "DIR", "where the base model lies, or is downloaded to")
+    flag("--model_dir", "inception_model", name_of_file, "DIR", "where the base model lies, or is downloaded to")
     flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
     flag("--tfhub_module", "", str, "HANDLE", "known from the classic script; not supported yet")
     flag = room("bottlenecks")
-    flag("--bottleneck_dir", "bottleneck", str, "DIR", "where the features are kept, a file per picture")
+    flag("--bottleneck_dir", "bottleneck", name_of_file, "DIR", "where the features are kept, a file per picture")
     flag("--flip_left_right", False, switch, "BOOL", "also train on pictures flipped at random")
     flag("--random_crop", 0, share, "N", "also train on pictures with a margin of N %% cropped away at random")
     flag("--random_scale", 0, number(int, 0, 1000), "N", "also train on pictures enlarged at random by up to N %%")
     flag("--random_brightness", 0, percentage, "N", "also train on pictures brighter or darker by up to N %%")
-    flag("--distortions_per_image", 8, number(int, 1), "N", "such variants of each, computed once and cached")
+    flag("--distortions_per_image", 8, number(int, 1, 1000), "N", "such variants of each, computed once and cached")
     flag = room("head")
     flag("--how_many_training_steps", 4000, number(int, 1), "N", "training steps")
     flag("--learning_rate", 0.01, number(float, 0), "X", "of the gradient descent")
@@ -351,11 +370,17 @@ def build_parser() -> Parser:
     flag("--print_misclassified_test_images", False, switch, "BOOL", "list the test pictures taken for another class")
     flag("--logging_verbosity", "INFO", verbosity, "LEVEL", "DEBUG, INFO, WARN, ERROR or FATAL")
     flag = room("export")
-    flag("--output_graph", "output_graph.pb", str, "FILE", "the trained graph")
-    flag("--output_labels", "output_labels.txt", str, "FILE", "its classes, a line each")
+    flag("--output_graph", "output_graph.pb", name_of_file, "FILE", "the trained graph")
+    flag("--output_labels", "output_labels.txt", name_of_file, "FILE", "its classes, a line each")
     flag("--final_tensor_name", "final_result", str, "NAME", "name of its output")
     flag("--saved_model_dir", "", str, "DIR", "also write a SavedModel, from image bytes to scores")
-    flag("--intermediate_output_graphs_dir", "intermediate_graph", str, "DIR", "for graphs written while training")
+    flag(
+        "--intermediate_output_graphs_dir",
+        "intermediate_graph",
+        name_of_file,
+        "DIR",
+        "for graphs written while training",
+    )
     flag("--intermediate_store_frequency", 0, number(int, 0), "N", "steps between two of them; 0 for none")
     return parser
 
@@ -369,8 +394,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     if flags.tfhub_module:
         parser.error("--tfhub_module: TF-Hub modules can't be used yet; leave the flag out to use Inception-v3")
     if flags.architecture != "inception_v3":
-        parser.error(f"--architecture: {flags.architecture!r} is not known; the one there is is inception_v3")
-    if not re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.\\/-]*", flags.final_tensor_name):
+        parser.error(f"--architecture: {flags.architecture!r} is not known; there is only inception_v3")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
     return flags
 
@@ -382,6 +407,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 # Files that operating systems put into folders of pictures without anybody's asking.
 NOT_PICTURES = {"thumbs.db", "desktop.ini"}
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# Formats of cameras and scanners that are not read, by how their files begin.
+FOREIGN = {"HEIC or AVIF": rb"....ftyp(heic|heix|hevc|mif1|msf1|avif)", "TIFF or raw": rb"II\*\0|MM\0\*|....ftypcrx"}
 ORIENTATION_TAG = 0x0112
 # What makes a picture upright, for each value of the EXIF orientation (1 is upright already).
 UPRIGHT = {
@@ -445,6 +472,7 @@ def list_images(image_dir: str) -> list[Image]:
         raise UserError(
             f"--image_dir {image_dir}: it holds no folders; put the pictures of each class into one of its own."
         )
+    unread = [entry for entry in root.iterdir() if entry.is_file() and not is_hidden(entry)]
     images, folder_of = [], {}
     for folder in folders:
         label = label_of(folder.name)
@@ -454,23 +482,29 @@ def list_images(image_dir: str) -> list[Image]:
                 f"label {label!r}; rename or merge one of them."
             )
         folder_of[label] = folder
-        images += [
-            Image(entry, label)
-            for entry in sorted(folder.iterdir())
-            if not entry.name.startswith(".") and entry.name.lower() not in NOT_PICTURES and entry.is_file()
-        ]
-    check_classes(image_dir, images, list(folder_of))
+        entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry))
+        images += [Image(entry, label) for entry in entries if entry.is_file()]
+        unread += [entry for entry in entries if entry.is_dir()]
+    if unread:
+        told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
+        log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
+    check_classes(image_dir, images, list(folder_of), "file")
     return images
 
 
-def check_classes(image_dir: str, images: Sequence[Image], labels: Sequence[str]) -> None:
+def is_hidden(path: Path) -> bool:
+    """Tell whether a file or folder is none of the user's pictures by its name alone."""
+    return path.name.startswith(".") or path.name.lower() in NOT_PICTURES
+
+
+def check_classes(image_dir: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable picture") -> None:
     """Raise UserError unless there are two classes or more, of two pictures or more each."""
     if len(labels) == 1:
         raise UserError(
             f"--image_dir {image_dir}: it holds one class only, {labels[0]!r}; a classifier needs two or more."
         )
     counts = Counter(image.label for image in images)
-    small = [f"{label!r} ({counts[label]})" for label in labels if counts[label] < 2]
+    small = [f"{label!r} ({counts[label]} {unit}{'s' * (counts[label] != 1)})" for label in labels if counts[label] < 2]
     if small:
         raise UserError(
             f"--image_dir {image_dir}: each class needs two usable pictures or more, which these don't have: "
@@ -575,6 +609,9 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         else:
             pixels = pixels_of(image)
     except PIL.UnidentifiedImageError:
+        for name, beginning in FOREIGN.items():
+            if re.match(beginning, data, re.DOTALL):
+                raise ImageError(f"a picture in {name} format, which is not read; save it as JPEG") from None
         raise ImageError("not a picture in JPEG, PNG, GIF, BMP or WebP format") from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest picture has") from None
@@ -598,6 +635,8 @@ def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
 def read_image(path: Path, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
     """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
     try:
+        if not Path(path).is_file():  # a pipe or a device could be read for ever
+            raise ImageError("it can't be read (no such file, or no ordinary one)")
         data = Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
@@ -678,21 +717,25 @@ class LiteModel:
             raise UserError(f"LiteRT can't be loaded ({error}); install it with: pip install ai-edge-litert") from error
         try:
             self.interpreter = Interpreter(str(path), num_threads=threads)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is no model that LiteRT can run ({error}).") from error
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{path} is no model that LiteRT can run ({str(error).splitlines()[0]}).") from error
         (self.input,), (self.output,) = self.interpreter.get_input_details(), self.interpreter.get_output_details()
         self.input_size = tuple(int(side) for side in self.input["shape"][1:3])
         self.output_size = int(self.output["shape"][-1])
         self.path, self.prepared = path, False
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        if not self.prepared:  # here, so that the threads that prepare theirs don't hold up those that have
+    def prepare(self) -> None:
+        """Lay out and pack the weights, which takes a tenth of a second, if that is not done yet."""
+        if not self.prepared:
             try:
                 with quiet_stderr():
                     self.interpreter.allocate_tensors()
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{self.path} is no model that LiteRT can run ({error}).") from error
             self.prepared = True
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        self.prepare()  # not before, so that the threads that still prepare theirs don't hold up those that have
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
         return self.interpreter.get_tensor(self.output["index"])[0]
@@ -873,7 +916,7 @@ def find_graph(model_dir: Path, model_url: str) -> Path:
     if not graph_path.is_file():
         download_base_model(model_dir, model_url)
     if not is_release(graph_path):
-        log.info("%s is not the 2015-12-05 release of Inception-v3; its nodes are used as they are.", graph_path)
+        log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", graph_path)
     return graph_path
 
 
@@ -883,7 +926,10 @@ def read_graph(path: Path):
     try:
         graph.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError, by its several names
-        raise UserError(f"{path} is no TensorFlow graph; delete it, or name another one.") from error
+        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        raise UserError(
+            f"{path} ({size}) is no TensorFlow graph, or not a whole one; put the right file there."
+        ) from error
     return graph
 
 
@@ -1037,7 +1083,7 @@ class BottleneckStore:
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
-        self.folder, self.base = Path(folder), base
+        self.folder, self.base, self.reading = Path(folder), base, reading
         self.recipe = f"{base.fingerprint[:16]} {dataclasses.astuple(reading)}"
         self.index_path = self.folder / f"index_{base.name}.jsonl"
         self.skipped_path = self.folder / f"skipped_{base.name}.tsv"
@@ -1106,9 +1152,13 @@ class BottleneckStore:
             temporary.write_text("".join(lines), "utf-8")
 
 
-def printable(path: str | os.PathLike) -> str:
-    """Return a path as text that any terminal can show: control characters and undecodable bytes are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(path))
+def printable(text: str | os.PathLike) -> str:
+    """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
+    odd = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, and separators of lines and paragraphs
+    escaped = (
+        c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in odd else c for c in str(text)
+    )
+    return "".join(escaped)
 
 
 def parse_bottleneck(text: str, size: int) -> np.ndarray:
@@ -1124,7 +1174,7 @@ def parse_bottleneck(text: str, size: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def extract(store: BottleneckStore, reading: Reading, lite: LiteModel, job: tuple) -> str | dict[str, np.ndarray]:
+def extract(store: BottleneckStore, lite: LiteModel, job: tuple) -> str | dict[str, np.ndarray]:
     """Compute and keep what is missing for one image; return it by variant, or the reason why the image can't be used.
 
     job: the image, the settings of the distortion, and {variant: function from decoded to resized pixels}.
@@ -1132,7 +1182,7 @@ def extract(store: BottleneckStore, reading: Reading, lite: LiteModel, job: tupl
     image, settings, variants = job
     try:
         record = store.record(image, settings)  # before it is read: if it changes meanwhile, it is redone next time
-        pixels = read_image(image.path, reading, store.base.input_size)
+        pixels = read_image(image.path, store.reading, store.base.input_size)
     except ImageError as error:
         return str(error)
     except OSError as error:
@@ -1161,7 +1211,6 @@ def variants_of(
 def compute_bottlenecks(
     store: BottleneckStore,
     images: Sequence[Image],
-    reading: Reading,
     distortion: Distortion | None = None,
     count: int = 1,
 ) -> tuple[np.ndarray, dict[Path, str]]:
@@ -1184,9 +1233,10 @@ def compute_bottlenecks(
             jobs.append((image, settings, missing))
     wanted, skipped = sum(len(missing) for _, _, missing in jobs), {}
     if jobs:
-        log.info("%s: %d cached, %d to compute.", doing, len(places) - wanted, wanted)
+        kinds = f" of {count} variants for each of {len(images)} pictures" if distortion else ""
+        log.info("%s: %d cached, %d to compute%s.", doing, len(places) - wanted, wanted, kinds)
         models = [LiteModel(base.lite_path) for _ in range(min(core_count(), len(jobs)))]
-        workers = [functools.partial(extract, store, reading, model) for model in models]
+        workers = [functools.partial(extract, store, model) for model in models]
         with progress_bar(doing, wanted, " images") as bar:
             for (image, _, missing), result in on_all_cores(workers, jobs):
                 bar.update(len(missing))
@@ -1199,7 +1249,7 @@ def compute_bottlenecks(
     for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
         if new != row:
             features[new] = features[row]
-    return features[: len(usable)], skipped
+    return features[: len(usable)], dict(sorted(skipped.items()))
 
 
 # ======================================================================================================================
@@ -1408,9 +1458,10 @@ def evaluate(head: Head, testing: Rows, batch_size: int, random_seed: int | None
 def log_misclassified(test: Evaluation, tested: Sequence[Image], labels: Sequence[str]) -> None:
     """Print the classic list of the test images that were taken for another class, with that class."""
     log.info("=== MISCLASSIFIED TEST IMAGES ===")
-    for row, guess in zip(test.batch, test.predicted, strict=True):
-        if tested[row].label != labels[guess]:
-            log.info("%70s  %s", printable(tested[row].path), labels[guess])
+    wrong = [(tested[row], labels[guess]) for row, guess in zip(test.batch, test.predicted, strict=True)]
+    for image, label in wrong:
+        if image.label != label:
+            log.info("%70s  %s", printable(image.path), label)
 
 
 # ======================================================================================================================
@@ -1448,7 +1499,7 @@ def graph_with_head(base_graph, head: Head, final_tensor_name: str):
     Raises UserError for a final_tensor_name that another node has.
     """
     tf = import_tensorflow()
-    if final_tensor_name in {node.name for node in base_graph.node} or final_tensor_name.startswith(HEAD_NODES):
+    if final_tensor_name in {node.name for node in base_graph.node} or f"{final_tensor_name}/".startswith(HEAD_NODES):
         raise UserError(f"--final_tensor_name {final_tensor_name}: the graph has a node of that name; choose another.")
     graph = type(base_graph)()
     graph.CopyFrom(base_graph)
@@ -1588,6 +1639,8 @@ def write_saved_model(graph, final_tensor_name: str, folder: Path) -> None:
                 folder.rename(replaced)
             temporary.rename(folder)
     finally:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -1597,13 +1650,18 @@ def write_saved_model(graph, final_tensor_name: str, folder: Path) -> None:
 # ======================================================================================================================
 
 
+class Console(logging.Handler):
+    """Prints messages on stdout, and warnings and errors, as such, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        serious = record.levelno >= logging.WARNING
+        text = f"{record.levelname}: {record.getMessage()}" if serious else record.getMessage()
+        print(text, file=sys.stderr if serious else sys.stdout, flush=True)
+
+
 def set_up_logging(verbosity: str) -> None:
-    """Print messages on stdout, and warnings and errors, as such, on stderr."""
-    normal, serious = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    normal.addFilter(lambda record: record.levelno < logging.WARNING)
-    serious.setLevel(logging.WARNING)
-    serious.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    log.handlers[:] = [normal, serious]
+    """Print what is at least as serious as `verbosity`."""
+    log.handlers[:] = [Console()]
     log.propagate = False
     log.setLevel(verbosity)
 
@@ -1636,32 +1694,6 @@ def with_distortions(training: Rows, variants: np.ndarray) -> Rows:
     return Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + variants.shape[1]))
 
 
-def bottlenecks_of_all(
-    flags: argparse.Namespace, base: BaseModel, images: Sequence[Image]
-) -> tuple[list[Image], Rows, Rows, Rows]:
-    """Return the usable images with their splits, and the rows to train, validate and test with."""
-    reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
-    store = BottleneckStore(flags.bottleneck_dir, base, reading)
-    features, skipped = compute_bottlenecks(store, images, reading)
-    store.write_skipped(skipped)
-    log_skipped(skipped, store.skipped_path)
-    labels = list(dict.fromkeys(image.label for image in images))
-    images = [image for image in images if image.path not in skipped]
-    check_classes(flags.image_dir, images, labels)
-    images = assign_splits(images, flags.testing_percentage, flags.validation_percentage)
-    training, validation, testing = (
-        rows_of(split, images, features[:, 0], labels) for split in ("training", "validation", "testing")
-    )
-    distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
-    if distortion != Distortion():
-        trained_on = [images[row] for row in training.rows]
-        variants, gone = compute_bottlenecks(store, trained_on, reading, distortion, flags.distortions_per_image)
-        if gone:
-            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-        training = with_distortions(training, variants)
-    return images, training, validation, testing
-
-
 def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't be written."""
     folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "intermediate_output_graphs_dir"]
@@ -1679,6 +1711,25 @@ def check_outputs(flags: argparse.Namespace) -> None:
             raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
     if flags.saved_model_dir:
         check_saved_model_dir(Path(flags.saved_model_dir))
+    files = OutputFiles(Path(flags.output_graph))
+    base_graph = Path(flags.model_dir, GRAPH_FILE)
+    written = [
+        os.path.realpath(path) for path in (files.graph, files.lite, files.facts, flags.output_labels, base_graph)
+    ]
+    if len(set(written)) < len(written):
+        raise UserError(
+            "--output_graph and --output_labels: two of the files to be written, or the base model, are one."
+        )
+    if (files.facts.is_file() and not is_ours(files.facts)) or (files.lite.is_file() and not files.facts.is_file()):
+        raise UserError(f"--output_graph {files.graph}: {files.facts} or {files.lite} is not ours; name another file.")
+
+
+def is_ours(facts: Path) -> bool:
+    """Tell whether a .json beside a graph was written by this script, and so may be replaced."""
+    try:
+        return "graph_sha256" in json.loads(facts.read_bytes())
+    except (ValueError, TypeError):
+        return False
 
 
 def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head, history, labels, test) -> None:
@@ -1687,7 +1738,8 @@ def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head
     history: the Scores of the training; test: the Evaluation on the test images, or None.
     """
     files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
-    for folder in {path.absolute().parent for path in (files.graph, labels_path, Path(flags.saved_model_dir))}:
+    saved_model_dir = Path(flags.saved_model_dir or "none").absolute()
+    for folder in {path.absolute().parent for path in (files.graph, labels_path, base.lite_path, saved_model_dir)}:
         remove_leftovers(folder)
     graph = graph_with_head(base_graph, head, flags.final_tensor_name)
     facts = {
@@ -1706,21 +1758,33 @@ def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head
     if flags.checkpoint_path:
         write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
-        write_saved_model(graph, flags.final_tensor_name, Path(flags.saved_model_dir))
-    written = f"{files.graph}, {files.lite} and {labels_path}"
-    log.info("Wrote %s; name pictures with: python predict.py --image FILE", written)
+        write_saved_model(graph, flags.final_tensor_name, saved_model_dir)
+    written = [files.graph, files.lite, files.facts, labels_path, flags.checkpoint_path, flags.saved_model_dir]
+    log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
+    flagged = (("--graph", files.graph, "output_graph.pb"), ("--labels", labels_path, "output_labels.txt"))
+    others = "".join(f" {flag} {path}" for flag, path, default in flagged if str(path) != default)
+    log.info("Name pictures with: python3 predict.py%s --image FILE", others)
 
 
-def run(flags: argparse.Namespace) -> None:
-    """Go through the rooms: images, base model, bottlenecks, head, evaluation, export."""
-    check_outputs(flags)
-    images = list_images(flags.image_dir)
-    labels = list(dict.fromkeys(image.label for image in images))
+def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, images, features, labels) -> None:
+    """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it."""
+    check_classes(flags.image_dir, images, labels)
+    images = assign_splits(images, flags.testing_percentage, flags.validation_percentage)
+    training, validation, testing = (
+        rows_of(split, images, features, labels) for split in ("training", "validation", "testing")
+    )
+    counts = Counter(image.label for image in images)
+    log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
+    split = len(training.rows), len(validation.rows), len(testing.rows)
+    log.info("Pictures: %d to train, %d to validate, %d to test.", *split)
 
-    base = load_base_model(find_graph(Path(flags.model_dir), flags.model_url), Path(flags.bottleneck_dir))
-    images, training, validation, testing = bottlenecks_of_all(flags, base, images)
-    counts = Counter(image.split for image in images)
-    log.info("Pictures: %(training)d to train, %(validation)d to validate, %(testing)d to test.", counts)
+    distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
+    if distortion != Distortion():
+        trained_on = [images[row] for row in training.rows]
+        variants, gone = compute_bottlenecks(store, trained_on, distortion, flags.distortions_per_image)
+        if gone:
+            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+        training = with_distortions(training, variants)
 
     base_graph = load_graph(base.graph_path)
 
@@ -1742,6 +1806,22 @@ def run(flags: argparse.Namespace) -> None:
     else:
         log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
     write_all(flags, base, base_graph, head, history, labels, test)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Go through the rooms: images, base model, bottlenecks, and with what is usable head, evaluation and export."""
+    check_outputs(flags)
+    images = list_images(flags.image_dir)
+    labels = list(dict.fromkeys(image.label for image in images))
+    base = load_base_model(find_graph(Path(flags.model_dir), flags.model_url), Path(flags.bottleneck_dir))
+    reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
+    store = BottleneckStore(flags.bottleneck_dir, base, reading)
+    features, skipped = compute_bottlenecks(store, images)
+    store.write_skipped(skipped)
+    try:
+        learn(flags, base, store, [image for image in images if image.path not in skipped], features[:, 0], labels)
+    finally:
+        log_skipped(skipped, store.skipped_path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 # Makes the environment .venv with what requirements.txt names, then runs retrain.py with the flags below and yours.
 # Flags of yours come last, so they win. Paths are relative to this folder.
 set -eu
-cd "$(dirname "$0")"
+CDPATH="" cd -- "$(dirname -- "$0")"
 
 fail() {
     echo "retrain.sh: error: $1" >&2
@@ -35,6 +35,7 @@ if ! .venv/bin/python -c "$supported" >/dev/null 2>&1 || ! cmp -s requirements.t
     .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt ||
         fail "the packages could not be installed (see above); the next run tries again."
     cp requirements.txt .venv/installed.txt
+    echo "Installed."
 fi
 
 exec .venv/bin/python retrain.py --bottleneck_dir bottleneck --how_many_training_steps 200 \

@@ -54,7 +54,7 @@ def our_extraction(base: retrain.BaseModel, images: list[retrain.Image], reading
     """Return our images per second from files to bottleneck files, in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         store = retrain.BottleneckStore(folder, base, reading)
-        took = seconds(lambda: retrain.compute_bottlenecks(store, images, reading))
+        took = seconds(lambda: retrain.compute_bottlenecks(store, images))
     return len(images) / took
 
 
@@ -111,7 +111,7 @@ def features_of(base: retrain.BaseModel, images: list[retrain.Image], reading: r
     """Return the features of photographs, float32 [images, n]."""
     with tempfile.TemporaryDirectory() as folder:
         store = retrain.BottleneckStore(folder, base, reading)
-        return retrain.compute_bottlenecks(store, images, reading)[0][:, 0]
+        return retrain.compute_bottlenecks(store, images)[0][:, 0]
 
 
 def print_effect_of_reduced_decoding(base, learnt: list[retrain.Image], tried: list, large: list) -> None:
@@ -159,7 +159,7 @@ def cached_seconds(base: retrain.BaseModel, images: list[retrain.Image], count: 
         for picture in pictures:
             store.save(picture, "", store.record(picture, ""), values)
         fresh = retrain.BottleneckStore(f"{folder}/bottleneck", base, reading)
-        return seconds(lambda: retrain.compute_bottlenecks(fresh, pictures, reading))
+        return seconds(lambda: retrain.compute_bottlenecks(fresh, pictures))
 
 
 # Linux hands a process's peak down to the processes that it starts, so each is asked for its own.

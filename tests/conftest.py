@@ -47,60 +47,63 @@ def make_image_dir(folder: Path, count: int = 20) -> Path:
     return folder
 
 
+class GraphBuilder:
+    """Adds nodes to a GraphDef as old as the 2015 release."""
+
+    def __init__(self, seed: int):
+        import tensorflow as tf
+
+        self.tf, self.random, self.graph = tf, np.random.default_rng(seed), tf.compat.v1.GraphDef()
+        self.graph.versions.producer = 8  # BatchNormWithGlobalNormalization is refused from 9 on
+
+    def add(self, op: str, name: str, *inputs: str, **attributes) -> str:
+        """Add a node and return its name; the type of each attribute is that of its value."""
+        node = self.graph.node.add(op=op, name=name, input=inputs)
+        for key, value in attributes.items():
+            if isinstance(value, list):
+                node.attr[key].list.i.extend(value)
+            elif isinstance(value, self.tf.DType):
+                node.attr[key].type = value.as_datatype_enum
+            else:
+                setattr(node.attr[key], {bool: "b", int: "i", float: "f", bytes: "s"}[type(value)], value)
+        return name
+
+    def const(self, name: str, value, kind=None) -> str:
+        """Add a constant, of float32 unless told otherwise."""
+        kind = kind or self.tf.float32
+        node = self.graph.node.add(op="Const", name=name)
+        node.attr["dtype"].type = kind.as_datatype_enum
+        node.attr["value"].tensor.CopyFrom(self.tf.make_tensor_proto(value, kind))
+        return name
+
+    def conv(self, name: str, inputs: str, shape: tuple[int, ...], stride: int, gamma: bool) -> str:
+        """Add a convolution with the batch normalisation, checks and control dependencies of the release."""
+        float32, count = self.tf.float32, shape[-1]
+        self.const(f"{name}/conv2d_params", self.random.normal(size=shape) * 0.5)
+        parts = {
+            "moving_mean": self.random.normal(size=count),
+            "moving_variance": self.random.uniform(0.5, 2, count),
+            "beta": self.random.normal(size=count),
+            "gamma": self.random.uniform(0.5, 2, count),
+        }
+        names = [self.const(f"{name}/batchnorm/{part}", values) for part, values in parts.items()]
+        self.add(
+            "Conv2D", f"{name}/Conv2D", inputs, f"{name}/conv2d_params",
+            T=float32, strides=[1, stride, stride, 1], padding=b"SAME", use_cudnn_on_gpu=True,
+        )  # fmt: skip
+        self.add(
+            "BatchNormWithGlobalNormalization", f"{name}/batchnorm", f"{name}/Conv2D", *names,
+            T=float32, variance_epsilon=0.001, scale_after_normalization=gamma,
+        )  # fmt: skip
+        self.add("CheckNumerics", f"{name}/CheckNumerics", f"{name}/batchnorm", T=float32, message=b"Inf or NaN")
+        self.add("Identity", f"{name}/control_dependency", f"{name}/batchnorm", f"^{name}/CheckNumerics", T=float32)
+        return self.add("Relu", name, f"{name}/control_dependency", T=float32)
+
+
 def make_graph(path: Path, seed: int = 0) -> Path:
     """Write a graph with the node names and ops of the 2015 Inception-v3 release, for 33x33 pixels and 16 features."""
-    import tensorflow as tf
-
-    random = np.random.default_rng(seed)
-    graph = tf.compat.v1.GraphDef()
-    graph.versions.producer = 8  # BatchNormWithGlobalNormalization is refused from 9 on
-
-    def add(op: str, name: str, *inputs: str, **attributes):
-        node = graph.node.add(op=op, name=name, input=inputs)
-        for key, value in attributes.items():
-            attribute = node.attr[key]
-            if isinstance(value, bool):
-                attribute.b = value
-            elif isinstance(value, int):
-                attribute.i = value
-            elif isinstance(value, float):
-                attribute.f = value
-            elif isinstance(value, bytes):
-                attribute.s = value
-            elif isinstance(value, tf.DType):
-                attribute.type = value.as_datatype_enum
-            elif isinstance(value, list):
-                attribute.list.i.extend(value)
-        return name
-
-    def const(name: str, value, dtype=tf.float32):
-        node = graph.node.add(op="Const", name=name)
-        node.attr["dtype"].type = dtype.as_datatype_enum
-        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
-        return name
-
-    def conv(name: str, inputs: str, weights: np.ndarray, stride: int, gamma: bool) -> str:
-        count = weights.shape[-1]
-        parts = {
-            "moving_mean": random.normal(size=count),
-            "moving_variance": random.uniform(0.5, 2, count),
-            "beta": random.normal(size=count),
-            "gamma": random.uniform(0.5, 2, count),
-        }
-        const(f"{name}/conv2d_params", weights)
-        names = [const(f"{name}/batchnorm/{part}", values) for part, values in parts.items()]
-        add(
-            "Conv2D", f"{name}/Conv2D", inputs, f"{name}/conv2d_params",
-            T=tf.float32, strides=[1, stride, stride, 1], padding=b"SAME", use_cudnn_on_gpu=True,
-        )  # fmt: skip
-        add(
-            "BatchNormWithGlobalNormalization", f"{name}/batchnorm", f"{name}/Conv2D", *names,
-            T=tf.float32, variance_epsilon=0.001, scale_after_normalization=gamma,
-        )  # fmt: skip
-        add("CheckNumerics", f"{name}/CheckNumerics", f"{name}/batchnorm", T=tf.float32, message=b"Inf or NaN")
-        add("Identity", f"{name}/control_dependency", f"{name}/batchnorm", f"^{name}/CheckNumerics", T=tf.float32)
-        return add("Relu", name, f"{name}/control_dependency", T=tf.float32)
-
+    builder = GraphBuilder(seed)
+    tf, add, const, conv = builder.tf, builder.add, builder.const, builder.conv
     const("DecodeJpeg/contents", b"", tf.string)
     add("DecodeJpeg", "DecodeJpeg", "DecodeJpeg/contents", channels=3, fancy_upscaling=True, ratio=1)
     add("Cast", "Cast", "DecodeJpeg", SrcT=tf.uint8, DstT=tf.float32)
@@ -109,9 +112,9 @@ def make_graph(path: Path, seed: int = 0) -> Path:
     add("ResizeBilinear", "ResizeBilinear", "ExpandDims", size, T=tf.float32, align_corners=False)
     add("Sub", "Sub", "ResizeBilinear", const("Sub/y", 128.0), T=tf.float32)
     add("Mul", "Mul", "Sub", const("Mul/y", 1 / 128), T=tf.float32)
-    stem = conv("conv", "Mul", random.normal(size=(3, 3, 3, 8)) * 0.5, 2, gamma=False)
-    one = conv("mixed/conv", stem, random.normal(size=(1, 1, 8, 8)) * 0.5, 1, gamma=True)
-    two = conv("mixed/tower/conv", stem, random.normal(size=(3, 3, 8, 8)) * 0.3, 1, gamma=False)
+    stem = conv("conv", "Mul", (3, 3, 3, 8), 2, gamma=False)
+    one = conv("mixed/conv", stem, (1, 1, 8, 8), 1, gamma=True)
+    two = conv("mixed/tower/conv", stem, (3, 3, 8, 8), 1, gamma=False)
     add("Concat", "mixed/join", const("mixed/join/concat_dim", 3, tf.int32), one, two, N=2, T=tf.float32)
     add("CheckNumerics", "pool_3/CheckNumerics", "mixed/join", T=tf.float32, message=b"Inf or NaN")
     add("Identity", "pool_3/control_dependency", "mixed/join", "^pool_3/CheckNumerics", T=tf.float32)
@@ -120,11 +123,11 @@ def make_graph(path: Path, seed: int = 0) -> Path:
         T=tf.float32, ksize=[1, 17, 17, 1], strides=[1, 1, 1, 1], padding=b"VALID",
     )  # fmt: skip
     add("Reshape", "pool_3/_reshape", "pool_3", const("pool_3/_reshape/shape", [1, 16], tf.int32), T=tf.float32)
-    const("softmax/weights", random.normal(size=(16, 4)))
+    const("softmax/weights", builder.random.normal(size=(16, 4)))
     add("MatMul", "softmax/logits/MatMul", "pool_3/_reshape", "softmax/weights", T=tf.float32)
     add("Softmax", "softmax", "softmax/logits/MatMul", T=tf.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(graph.SerializeToString())
+    path.write_bytes(builder.graph.SerializeToString())
     return path
 
 

@@ -229,6 +229,19 @@ def test_the_environment_that_retrain_sh_made_is_used(bare_python, tmp_path):
     assert (done.returncode, done.stdout) == (5, f"{tmp_path / 'predict.py'} --image my photo.jpg\n")
 
 
+@POSIX
+def test_stopping_stops_the_python_of_the_environment(bare_python, tmp_path):
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho started\nexec sleep 60\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-S", str(tmp_path / "predict.py")]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"started\n"
+        process.terminate()
+        assert process.wait(timeout=30) == -15  # no process of its own that would be left behind
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The README's commands and the notebook, in a copy of the project as a clone would have it
 # ----------------------------------------------------------------------------------------------------------------------

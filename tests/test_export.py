@@ -366,3 +366,39 @@ def test_full_disk_leaves_the_old_outputs(train, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert said == "retrain.py: error: output_graph.tflite could not be written (No space left on device).\n"
     assert outputs(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--output_graph", "o.pb", "--output_labels", "o.pb"),
+        ("--output_graph", "o.pb", "--output_labels", "o.json"),
+        ("--output_graph", "model/classify_image_graph_def.pb"),
+        ("--output_graph", "package.pb"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_outputs_do_not_take_the_place_of_others(train, tmp_path, capsys, small_graph, flags):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / small_graph.name).symlink_to(small_graph)
+    (tmp_path / "package.json").write_text('{"name": "mine"}')
+    assert train(*flags, "--model_dir", "model") == 1
+    assert capsys.readouterr().err.startswith("retrain.py: error: --output_graph")
+    assert (tmp_path / "package.json").read_text() == '{"name": "mine"}'
+    assert not (tmp_path / "o.pb").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--output_graph", "--output_labels", "--image_dir", "--model_dir", "--bottleneck_dir"]
+)
+def test_names_that_must_be_given_can_not_be_empty(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        retrain.main([flag, ""])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"retrain.py: error: argument {flag}: it needs a name (see retrain.py --help)\n"
+
+
+def test_an_empty_word_is_no_flag(capsys):
+    with pytest.raises(SystemExit):
+        retrain.main([""])
+    assert "'' is no flag of this command" in capsys.readouterr().err

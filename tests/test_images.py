@@ -221,7 +221,9 @@ def test_the_content_tells_the_format_and_not_the_ending(tmp_path, form, name):
 
 @pytest.mark.parametrize("form", ["TIFF", "PPM", "ICO", "TGA"])
 def test_other_formats_are_refused_by_name(form):
-    with pytest.raises(ImageError, match="not a picture in JPEG, PNG, GIF, BMP or WebP format"):
+    with pytest.raises(
+        ImageError, match="a picture in TIFF or raw format, which is not read|not a picture in JPEG, PNG, GIF, BMP or"
+    ):
         decoded(encoded(picture(32, 32), form))
 
 
@@ -531,10 +533,10 @@ def test_the_label_of_a_folder(folder_name, label):
         pytest.param(["Roses/1.jpg", "Roses/2.jpg"], "one class only, 'roses'", id="one class"),
         pytest.param(
             ["a/1.jpg", "a/2.jpg", "Few/1.jpg", "Few/.2.jpg"],
-            r"two usable pictures or more.*'few' \(1\)",
+            r"two usable pictures or more.*'few' \(1 file\)",
             id="one file",
         ),
-        pytest.param(["a/1.jpg", "a/2.jpg", "b/deeper/1.jpg", "b/deeper/2.jpg"], r"'b' \(0\)", id="empty class"),
+        pytest.param(["a/1.jpg", "a/2.jpg", "b/deeper/1.jpg", "b/deeper/2.jpg"], r"'b' \(0 files\)", id="empty class"),
         pytest.param(
             ["a-b/1.jpg", "a-b/2.jpg", "A_B/1.jpg", "A_B/2.jpg", "c/1.jpg", "c/2.jpg"],
             "'A_B' and 'a-b' both give the label 'a b'",
@@ -550,7 +552,16 @@ def test_folders_that_cannot_be_trained_on_get_one_sentence(tmp_path, capsys, na
     assert sentence.startswith(f"--image_dir {root}: ") and sentence.endswith((".", ")."))
 
     assert retrain.main(["--image_dir", str(root), "--model_dir", str(tmp_path / "none")]) == 1
-    assert capsys.readouterr().err == f"retrain.py: error: {sentence}\n"
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == f"retrain.py: error: {sentence}"
+    assert all(line.startswith("WARNING: Only the files directly in a class's folder are read") for line in told[:-1])
+
+
+def test_files_that_lie_elsewhere_are_told(tmp_path, caplog):
+    root = make_files(tmp_path / "pictures", "a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg", "b/2019/3.jpg", "loose.jpg")
+    assert len(retrain.list_images(str(root))) == 4
+    (record,) = caplog.records
+    assert f"{root / 'loose.jpg'} and 1 more" in record.getMessage()
 
 
 def test_a_file_is_no_image_dir(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT, picture
+from conftest import ROOT, picture, run_script
 
 import predict
 import retrain
@@ -302,7 +302,7 @@ def test_names_can_not_play_tricks_on_the_terminal(folder, capsys, name, broken)
     assert not re.search(r"[^\x20-\x7e\n]", shown)
     assert len(said.err.splitlines()) == int(broken)
     (first, _) = json.loads(Path("out.json").read_text("utf-8"))
-    assert first["image"] == escaped
+    assert first["image"] == os.fsencode(path).decode("utf-8", "backslashreplace")  # the path itself, where it is text
 
 
 def test_labels_can_not_either(folder, capsys):
@@ -313,7 +313,7 @@ def test_labels_can_not_either(folder, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--top_k", "0"], ["--top_k", "x"], ["--imag", "a.jpg"], ["a.jpg"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--top_k", "0"], ["--top_k", "x"], ["--imag", "a.jpg"]], ids=" ".join)
 def test_wrong_flags(folder, capsys, flags):
     with pytest.raises(SystemExit) as ended:
         predict.main(flags)
@@ -468,3 +468,52 @@ def test_picture_may_be_a_stream_of_another_ending(folder):
         Path(name).write_bytes(data.getvalue())
     first, second = scores_of("--image", "wrong.jpg", "none").values()
     assert first == pytest.approx(second) and max(first, key=first.get) == "blue"
+
+
+def test_pictures_need_no_flag_and_flags_may_be_repeated(folder, capsys):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        save(name)
+    assert predict.main(["a.jpg", "--image", "b.jpg", "--image", "c.jpg", "--top_k", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[::3] == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_a_missing_picture_does_not_keep_the_others_from_being_named(folder, capsys):
+    save("a.jpg")
+    assert predict.main(["--image", "nosuch.jpg", "a.jpg", "--top_k", "1"]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("a.jpg\n")
+    assert said.err == "predict.py: error: nosuch.jpg: there is no such picture, or none in that folder\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_among_the_pictures_is_told_and_not_waited_for(folder, capsys):
+    save("pictures/a.jpg")
+    os.mkfifo("pictures/pipe")
+    assert predict.main(["--image", "pictures", "--top_k", "1"]) == 1
+    assert "pictures/pipe: there is no such picture" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no /dev/stdout")
+def test_a_device_is_written_to_and_not_replaced(folder, tmp_path):
+    save("a.jpg")
+    Path("link.csv").symlink_to("real.csv")
+    done = run_script("predict.py", "a.jpg", "--csv", "link.csv", "--json", "/dev/null", cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert Path("link.csv").is_symlink() and Path("real.csv").read_text("utf-8").startswith("image,label,score")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_tflite_without_its_json_is_told(folder, capsys):
+    save("a.jpg")
+    Path("lone.tflite").write_bytes(Path("output_graph.tflite").read_bytes())
+    assert predict.main(["--image", "a.jpg", "--graph", "lone.tflite"]) == 1
+    assert "the .json that belongs to it is not beside it" in one_sentence(capsys)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
+def test_a_reader_that_has_seen_enough_ends_it_quietly(folder):
+    for i in range(40):
+        save(f"many/{i}.jpg")
+    command = f'"{sys.executable}" "{ROOT / "predict.py"}" --image many | head -n 1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("many/0.jpg\n", "")
