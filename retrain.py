@@ -1000,6 +1000,32 @@ def fold_batch_norm(graph):
     return folded
 
 
+def pool_after_convolving(graph):
+    """Return a GraphDef in which a 1x1 convolution fed by an average pooling of stride 1 comes before it instead.
+
+    One averages over places, the other mixes channels, so their order makes no difference to the numbers; but there are
+    three to six times fewer channels to pool then. Eight of Inception-v3's blocks have such a branch.
+    """
+    tf = import_tensorflow()
+    swapped = type(graph)()
+    swapped.CopyFrom(graph)
+    nodes, users = {node.name: node for node in swapped.node}, {}
+    for node in swapped.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    for pool in swapped.node:
+        if pool.op != "AvgPool" or list(pool.attr["strides"].list.i) != [1, 1, 1, 1]:
+            continue
+        (conv, *others) = users[pool.name]
+        weights = nodes[conv.input[1]] if conv.op == "Conv2D" else None
+        if others or weights is None or tf.make_ndarray(weights.attr["value"].tensor).shape[:2] != (1, 1):
+            continue
+        for user in users[conv.name]:
+            user.input[list(user.input).index(conv.name)] = pool.name
+        conv.input[0], pool.input[0] = pool.input[0], conv.name
+    return swapped
+
+
 def graph_input_size(graph) -> tuple[int, int]:
     """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its pictures."""
     tf = import_tensorflow()
@@ -1022,7 +1048,7 @@ def convert_to_lite(graph_path: Path, lite_path: Path) -> None:
     """Write the network of a graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite file."""
     tf = import_tensorflow()
     log.info("Converting the base model for the LiteRT engine, once.")
-    function = graph_function(load_graph(graph_path), BOTTLENECK_NODE, batch=1)
+    function = graph_function(pool_after_convolving(load_graph(graph_path)), BOTTLENECK_NODE, batch=1)
     with quiet_stderr():
         lite = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
     with whole_file(lite_path) as temporary:

@@ -113,7 +113,9 @@ def make_graph(path: Path, seed: int = 0) -> Path:
     add("Sub", "Sub", "ResizeBilinear", const("Sub/y", 128.0), T=tf.float32)
     add("Mul", "Mul", "Sub", const("Mul/y", 1 / 128), T=tf.float32)
     stem = conv("conv", "Mul", (3, 3, 3, 8), 2, gamma=False)
-    one = conv("mixed/conv", stem, (1, 1, 8, 8), 1, gamma=True)
+    around = {"ksize": [1, 3, 3, 1], "strides": [1, 1, 1, 1], "padding": b"SAME"}
+    pooled = add("AvgPool", "mixed/pool", stem, T=tf.float32, **around)
+    one = conv("mixed/conv", pooled, (1, 1, 8, 8), 1, gamma=True)
     two = conv("mixed/tower/conv", stem, (3, 3, 8, 8), 1, gamma=False)
     add("Concat", "mixed/join", const("mixed/join/concat_dim", 3, tf.int32), one, two, N=2, T=tf.float32)
     add("CheckNumerics", "pool_3/CheckNumerics", "mixed/join", T=tf.float32, message=b"Inf or NaN")

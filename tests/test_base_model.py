@@ -108,6 +108,20 @@ def placeholder_for_contents(graph, nodes) -> None:
     node.name, node.op, node.attr["dtype"].type = "DecodeJpeg/contents", "Placeholder", dtype
 
 
+def test_pooling_after_convolving_keeps_the_features(small_graph):
+    graph = retrain.load_graph(small_graph)
+    swapped = retrain.pool_after_convolving(graph)
+    inputs = {node.name: list(node.input) for node in swapped.node}
+    assert inputs["mixed/pool"] == ["mixed/conv/Conv2D"]
+    assert inputs["mixed/conv/Conv2D"][0] == "conv"
+    assert inputs["mixed/conv/batchnorm"][0] == "mixed/pool"
+    assert inputs["pool_3"] == ["pool_3/control_dependency"]
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 33, 33, 3)).astype(np.float32)
+    before, after = (retrain.graph_function(g, retrain.BOTTLENECK_NODE)(pixels).numpy() for g in (graph, swapped))
+    assert np.abs(before).max() > 0.1
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
 @pytest.fixture(params=["Const", "Placeholder"])
 def graph_path(request, small_graph, tmp_path) -> Path:
     """The small base model, with its contents node of either kind."""
