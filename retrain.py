@@ -345,7 +345,7 @@ def build_parser() -> Parser:
     flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
     flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
     flag = room("base model")
-    flag("--architecture", "inception_v3", str, "NAME", "the base model")
+    flag("--architecture", "auto", str, "NAME", "inception_v3, starter, or auto: the better one to be had")
     flag("--model_dir", "inception_model", name_of_file, "DIR", "where the base model lies, or is downloaded to")
     flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
     flag("--tfhub_module", "", str, "HANDLE", "known from the classic script; not supported yet")
@@ -393,8 +393,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
     if flags.tfhub_module:
         parser.error("--tfhub_module: TF-Hub modules can't be used yet; leave the flag out to use Inception-v3")
-    if flags.architecture != "inception_v3":
-        parser.error(f"--architecture: {flags.architecture!r} is not known; there is only inception_v3")
+    if flags.architecture not in ("auto", "inception_v3", "starter"):
+        parser.error(f"--architecture: {flags.architecture!r} is not known; choose auto, inception_v3 or starter")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
     return flags
@@ -689,6 +689,10 @@ ARCHIVE_URL = f"https://storage.googleapis.com/download.tensorflow.org/models/im
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}"
 # (connect, read) in seconds, and the pauses before each new try of one address.
 TIMEOUTS, PAUSES = (10, 30), (1, 4)
+# How long a server may take to answer when there is something to fall back on.
+SHORT_TIMEOUT = 5
+# The small network that comes with this script.
+STARTER_FILE = "starter_graph_def.pb"
 
 JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
@@ -742,11 +746,11 @@ class LiteModel:
 
 
 class DownloadError(Exception):
-    """A download that failed; `final` when another try of the same address is of no use."""
+    """A download that failed; `final` when another try of the same address is of no use, `silent` without an answer."""
 
-    def __init__(self, reason: str, final: bool = False):
+    def __init__(self, reason: str, final: bool = False, silent: bool = False):
         super().__init__(reason)
-        self.final = final
+        self.final, self.silent = final, silent
 
 
 def fetch(url: str, part: Path, size: int | None) -> None:
@@ -790,7 +794,7 @@ def network_error(error: Exception) -> DownloadError:
         reason = f"the server answered {code} {error.response.reason}".rstrip()
         return DownloadError(reason, final=400 <= code < 500 and code not in (408, 425, 429))
     if "timed out" in str(error).lower():
-        return DownloadError("the server did not answer in time")
+        return DownloadError("the server did not answer in time", silent=True)
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return DownloadError("the connection broke off")
     if isinstance(error, requests.ConnectionError):
@@ -871,10 +875,29 @@ def extract_graph(archive: Path, graph_path: Path, check: Callable[[Path], None]
     raise DownloadError(f"the archive holds no {GRAPH_FILE}", final=True)
 
 
-def download_base_model(model_dir: Path, model_url: str) -> Path:
+class NoBaseModel(UserError):
+    """Inception-v3 is neither here nor to be had; `reason` says why and `remedy` what to do, as parts of a sentence."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f"There is no base model: {reason}; {remedy}.")
+        self.reason, self.remedy = reason, remedy
+
+
+def knock(url: str) -> None:
+    """Raise DownloadError unless the server answers soon that it has the file."""
+    import requests
+
+    try:
+        with requests.get(url, stream=True, timeout=SHORT_TIMEOUT) as response:
+            response.raise_for_status()
+    except requests.RequestException as error:
+        raise network_error(error) from error
+
+
+def download_base_model(model_dir: Path, model_url: str, patient: bool = True) -> Path:
     """Return the graph's path after downloading it: the release, or what lies at `model_url`.
 
-    Raises UserError, when no address gave it, with what to do by hand.
+    patient: whether to try addresses again that don't answer at once. Raises NoBaseModel when no address gave it.
     """
     graph_path, failures = model_dir / GRAPH_FILE, []
 
@@ -888,25 +911,30 @@ def download_base_model(model_dir: Path, model_url: str) -> Path:
             os.replace(part, graph_path)
 
     sources = [(ARCHIVE_URL, check_release, ARCHIVE_SIZE), (GRAPH_URL, check_release, GRAPH_SIZE)]
-    for url, check, size in [(model_url, check_nodes, None)] if model_url else sources:
-        log.info("Downloading the base model from %s", url)
+    if model_url:
+        sources = [(model_url, check_nodes, None)]
+    for url, check, size in sources:
         try:
+            if not patient:
+                knock(url)
+            log.info("Downloading the base model from %s", url)
             download(url, model_dir, functools.partial(install, check), size)
-            for other, *_ in sources:  # what an address gave before it failed
+            for other, _, _ in sources:  # what another address gave before it failed is of no more use
                 part_of(other, model_dir).unlink(missing_ok=True)
             return graph_path
         except DownloadError as error:
             failures.append(f"{url} ({error})")
-    raise UserError(
-        f"There is no base model: {GRAPH_FILE} is not in {model_dir}, and could not be had from "
-        + " nor from ".join(failures)
-        + f"; download it on any machine, put it into the folder {model_dir.resolve()} and run the command again, or "
-        "name another address with --model_url."
+            if error.silent and not patient:  # there seems to be no way out of here: don't wait for another address
+                break
+    raise NoBaseModel(
+        f"{GRAPH_FILE} is not in {model_dir}, and could not be had from {' nor from '.join(failures)}",
+        f"download it on any machine, put it into the folder {model_dir.resolve()} and run the command again, or name "
+        "another address with --model_url",
     )
 
 
-def find_graph(model_dir: Path, model_url: str) -> Path:
-    """Return the path of the base model's graph: in `model_dir`, out of the archive lying there, or downloaded."""
+def find_graph(model_dir: Path, model_url: str, patient: bool = True) -> Path:
+    """Return the path of Inception-v3's graph: in `model_dir`, out of the archive lying there, or downloaded."""
     graph_path, archive_path = model_dir / GRAPH_FILE, model_dir / ARCHIVE_FILE
     if not graph_path.is_file() and archive_path.is_file():
         try:
@@ -914,10 +942,39 @@ def find_graph(model_dir: Path, model_url: str) -> Path:
         except DownloadError as error:
             raise UserError(f"{archive_path}: {error}; delete it, or put the right file there.") from error
     if not graph_path.is_file():
-        download_base_model(model_dir, model_url)
+        download_base_model(model_dir, model_url, patient)
     if not is_release(graph_path):
         log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", graph_path)
     return graph_path
+
+
+def find_starter(model_dir: Path) -> Path:
+    """Return the path of the starter's graph: in `model_dir`, or where it came with this script."""
+    folders = [model_dir, Path(__file__).resolve().with_name("inception_model")]
+    for folder in folders:
+        if (folder / STARTER_FILE).is_file():
+            return folder / STARTER_FILE
+    raise UserError(f"--architecture starter: {STARTER_FILE} is not in {' nor in '.join(map(str, folders))}.")
+
+
+def choose_graph(architecture: str, model_dir: Path, model_url: str) -> tuple[str, Path, str]:
+    """Return the name of the base model, the path of its graph, and a warning if it is not the one hoped for, or ''.
+
+    architecture: inception_v3 and starter are taken at their word; auto is Inception-v3 if it is here or can be had
+    from a server that answers soon, and else the starter.
+    """
+    if architecture == "starter":
+        return "starter", find_starter(model_dir), ""
+    try:
+        return "inception_v3", find_graph(model_dir, model_url, patient=architecture != "auto"), ""
+    except NoBaseModel as error:
+        if architecture != "auto":
+            raise
+        warning = (
+            f"The base model is the small starter network that comes with this script, since {error.reason}. "
+            f"Inception-v3 is more accurate; to have it, {error.remedy}."
+        )
+        return "starter", find_starter(model_dir), warning
 
 
 def read_graph(path: Path):
@@ -1055,7 +1112,7 @@ def convert_to_lite(graph_path: Path, lite_path: Path) -> None:
         temporary.write_bytes(lite)
 
 
-def load_base_model(graph_path: Path, cache_dir: Path) -> BaseModel:
+def load_base_model(graph_path: Path, cache_dir: Path, name: str = "inception_v3") -> BaseModel:
     """Return the base model of a graph; its conversion is kept beside it, or in `cache_dir` if that is read-only."""
     fingerprint = sha256_of(graph_path)
     lite_name = f"{graph_path.stem}.{fingerprint[:12]}.tflite"
@@ -1070,7 +1127,7 @@ def load_base_model(graph_path: Path, cache_dir: Path) -> BaseModel:
         lite_path = folders[0] / lite_name
         convert_to_lite(graph_path, lite_path)
         lite = LiteModel(lite_path)
-    return BaseModel("inception_v3", graph_path, lite_path, fingerprint, lite.input_size, lite.output_size)
+    return BaseModel(name, graph_path, lite_path, fingerprint, lite.input_size, lite.output_size)
 
 
 # ======================================================================================================================
@@ -1839,7 +1896,10 @@ def run(flags: argparse.Namespace) -> None:
     check_outputs(flags)
     images = list_images(flags.image_dir)
     labels = list(dict.fromkeys(image.label for image in images))
-    base = load_base_model(find_graph(Path(flags.model_dir), flags.model_url), Path(flags.bottleneck_dir))
+    name, graph_path, warning = choose_graph(flags.architecture, Path(flags.model_dir), flags.model_url)
+    if warning:
+        log.warning(warning)
+    base = load_base_model(graph_path, Path(flags.bottleneck_dir), name)
     reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
     store = BottleneckStore(flags.bottleneck_dir, base, reading)
     features, skipped = compute_bottlenecks(store, images)
@@ -1848,6 +1908,8 @@ def run(flags: argparse.Namespace) -> None:
         learn(flags, base, store, [image for image in images if image.path not in skipped], features[:, 0], labels)
     finally:
         log_skipped(skipped, store.skipped_path)
+    if warning:
+        log.warning(warning)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import http.server
 import io
+import json
 import shutil
 import signal
 import socket
@@ -54,7 +55,7 @@ def pictures(tmp_path) -> Path:
 
 def main_fails(capsys, *flags) -> str:
     """Run retrain.py's main, which must fail with exit code 1 and one sentence; return the sentence."""
-    assert retrain.main([str(flag) for flag in flags]) == 1
+    assert retrain.main(["--architecture", "inception_v3", *map(str, flags)]) == 1
     lines = capsys.readouterr().err.splitlines()
     *progress, sentence = lines
     assert sentence.startswith("retrain.py: error: ") and sentence.endswith(".")
@@ -727,8 +728,8 @@ def assert_says_what_to_do(sentence: str, model: Path, *urls: str) -> None:
 @pytest.mark.parametrize(
     "replies, said",
     [
-        pytest.param([Reply(status=404)], "404", id="404"),
-        pytest.param([Reply(status=500)], "500", id="500"),
+        pytest.param([Reply(status=404)], "answered 404", id="404"),
+        pytest.param([Reply(status=500)], "answered 500", id="500"),
         pytest.param([Reply(HTML)], "bytes where", id="HTML"),
         pytest.param([Reply(silent=True)], "did not answer in time", id="says nothing"),
     ],
@@ -830,7 +831,7 @@ def test_a_run_stopped_between_the_last_byte_and_the_check_fetches_nothing_again
 def test_a_run_stopped_while_downloading_keeps_what_came(server, release, model, pictures, signal_number, code):
     server.replies[MIRROR] = [Reply(release.graph, sends=2 * BLOCK, stalls=True), Reply(release.graph)]
     url = server.url(MIRROR)
-    flags = ["--image_dir", pictures, "--model_dir", model, "--model_url", url]
+    flags = ["--image_dir", pictures, "--model_dir", model, "--model_url", url, "--architecture", "inception_v3"]
     with subprocess.Popen(
         [sys.executable, str(ROOT / "retrain.py"), *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=model.parent,
@@ -849,3 +850,88 @@ def test_a_run_stopped_while_downloading_keeps_what_came(server, release, model,
     retrain.find_graph(model, url)
     assert_holds_only_the_graph(model, release.graph)
     assert server.ranges(MIRROR) == [None, f"bytes={2 * BLOCK}-"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which base model: at one's word, or what can be had
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def starter(model, small_graph) -> Path:
+    """A starter in `model`: another one than the small graph that stands for Inception-v3."""
+    return make_graph(model / retrain.STARTER_FILE, seed=7)
+
+
+def test_auto_takes_inception_that_lies_there_without_asking_anybody(server, model, starter, small_graph):
+    (model / GRAPH_FILE).write_bytes(small_graph.read_bytes())
+    assert retrain.choose_graph("auto", model, "") == ("inception_v3", model / GRAPH_FILE, "")
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("url", [False, True], ids=["release", "--model_url"])
+def test_auto_downloads_inception_from_a_server_that_answers(server, release, model, starter, url):
+    server.replies = {ARCHIVE: [Reply(release.archive)], MIRROR: [Reply(release.graph)]}
+    chosen = retrain.choose_graph("auto", model, server.url(MIRROR) if url else "")
+    assert chosen == ("inception_v3", model / GRAPH_FILE, "")
+    assert (model / GRAPH_FILE).read_bytes() == release.graph
+
+
+def test_auto_takes_the_second_address_if_the_first_fails(server, release, model, starter):
+    server.replies = {ARCHIVE: [Reply(status=500)], GRAPH: [Reply(release.graph)]}
+    assert retrain.choose_graph("auto", model, "")[0] == "inception_v3"
+    assert server.ranges(ARCHIVE) == [None]  # asked once, not again after a pause
+
+
+def test_auto_falls_back_on_the_starter_and_says_why(server, model, starter):
+    name, path, warning = retrain.choose_graph("auto", model, "")
+    assert (name, path) == ("starter", starter)
+    assert f"{retrain.ARCHIVE_URL} (the server answered 404" in warning
+    assert f"put it into the folder {model.resolve()}" in warning
+    assert [path for path, _ in server.asked] == [ARCHIVE, GRAPH]
+
+
+def test_auto_does_not_wait_for_a_server_that_says_nothing(server, model, starter, monkeypatch):
+    monkeypatch.setattr(retrain, "SHORT_TIMEOUT", 0.3)
+    server.replies = {ARCHIVE: [Reply(silent=True)], GRAPH: [Reply(silent=True)]}
+    name, _, warning = retrain.choose_graph("auto", model, "")
+    assert name == "starter" and "did not answer in time" in warning
+    assert [path for path, _ in server.asked] == [ARCHIVE]  # the second would be waited for as well
+
+
+def test_auto_falls_back_when_a_download_breaks_off_for_good(server, release, model, starter):
+    server.replies = {ARCHIVE: [Reply(release.archive, sends=BLOCK, ranges=False)], GRAPH: [Reply(status=404)]}
+    assert retrain.choose_graph("auto", model, "")[0] == "starter"
+    assert not (model / GRAPH_FILE).exists()
+
+
+def test_starter_is_taken_at_its_word(server, model, starter, small_graph):
+    (model / GRAPH_FILE).write_bytes(small_graph.read_bytes())
+    assert retrain.choose_graph("starter", model, "") == ("starter", starter, "")
+    assert server.asked == []
+
+
+def test_inception_is_taken_at_its_word(server, model, starter):
+    with pytest.raises(UserError, match="There is no base model"):
+        retrain.choose_graph("inception_v3", model, "")
+
+
+def test_the_starter_that_comes_with_the_script_is_found(tmp_path):
+    path = retrain.find_starter(tmp_path)
+    assert path == ROOT / "inception_model" / retrain.STARTER_FILE
+    assert path.stat().st_size <= 8_000_000
+
+
+def test_a_run_on_the_starter_warns_twice_and_names_its_files(server, model, starter, image_dir, capsys, monkeypatch):
+    monkeypatch.chdir(image_dir.parent)
+    assert (
+        retrain.main(["--image_dir", str(image_dir), "--model_dir", str(model), "--how_many_training_steps", "5"]) == 0
+    )
+    said = capsys.readouterr()
+    warnings = [
+        line for line in said.err.splitlines() if line.startswith("WARNING: The base model is the small starter")
+    ]
+    assert len(warnings) == 2
+    kept = {path.name.split("_")[-1] for path in (image_dir.parent / "bottleneck").glob("*/*.txt")}
+    assert kept == {"starter.txt"}
+    assert json.loads((image_dir.parent / "output_graph.json").read_text())["architecture"] == "starter"

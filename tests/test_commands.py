@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -303,3 +304,35 @@ def test_notebook_runs_from_top_to_bottom(clone):
     for html in shown:
         assert "<img src='data:image/png;base64," in html
         assert all(f"<td>{label}</td>" in html for label in labels)
+
+
+@POSIX
+def test_the_one_command_works_offline_on_the_starter(clone):
+    """No network: the starter stands in, with a warning at both ends, and learns the drawn pictures."""
+    shutil.move(clone / "inception_model/classify_image_graph_def.pb", clone / "elsewhere.pb")
+    try:
+        offline = {
+            **os.environ,
+            "HTTPS_PROXY": "http://127.0.0.1:9",
+            "https_proxy": "http://127.0.0.1:9",
+            "NO_PROXY": "",
+        }
+        command = ["./retrain.sh", "--random_seed", "0", "--bottleneck_dir", "of_starter"]
+        done = subprocess.run(command, cwd=clone, env=offline, capture_output=True, text=True)
+    finally:
+        shutil.move(clone / "elsewhere.pb", clone / "inception_model/classify_image_graph_def.pb")
+    assert done.returncode == 0, done.stderr
+    warned = [
+        line for line in done.stderr.splitlines() if line.startswith("WARNING: The base model is the small starter")
+    ]
+    assert len(warned) == 2
+    assert float(re.search(r"Final test accuracy = ([\d.]+)%", done.stdout).group(1)) >= 90
+    named = subprocess.run(
+        [sys.executable, "predict.py", "--image", "test_images", "--json", "named.json"],
+        cwd=clone, capture_output=True, text=True,
+    )  # fmt: skip
+    assert named.returncode == 0, named.stderr
+    entries = json.loads((clone / "named.json").read_text("utf-8"))
+    right = [Path(entry["image"]).name.startswith(entry["predictions"][0]["label"]) for entry in entries]
+    assert len(right) == 10
+    assert sum(right) >= 8
