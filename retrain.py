@@ -1657,7 +1657,7 @@ def lite_with_head(lite: bytes, head: Head) -> bytes:
 def write_graph(graph, path: Path) -> None:
     """Write a GraphDef as a frozen graph file."""
     with whole_file(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString())
+        temporary.write_bytes(graph.SerializeToString(deterministic=True))
 
 
 def write_outputs(
@@ -1667,7 +1667,7 @@ def write_outputs(
 
     facts: what predict.py needs beyond the files, to be written as JSON.
     """
-    frozen = graph.SerializeToString()
+    frozen = graph.SerializeToString(deterministic=True)
     facts = {
         "graph_sha256": hashlib.sha256(frozen).hexdigest(),
         "lite_sha256": hashlib.sha256(lite).hexdigest(),

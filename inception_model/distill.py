@@ -738,7 +738,7 @@ def main() -> int:
     views = sources[-1][0]
     graph = starter_graph(finished_weights(layers, student, np.concatenate([views[2], views[-1]]), SQUARE_NORM))
     with retrain.whole_file(flags.output) as temporary:
-        temporary.write_bytes(graph.SerializeToString())
+        temporary.write_bytes(graph.SerializeToString(deterministic=True))
     print(f"written: {flags.output}, {flags.output.stat().st_size:,} bytes", flush=True)
     if not flags.photos:
         return 0
