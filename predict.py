@@ -20,7 +20,6 @@ from pathlib import Path
 
 from retrain import (
     JPEG_NODE,
-    NOT_PICTURES,
     RESIZED_NODE,
     ImageError,
     LiteModel,
@@ -34,6 +33,7 @@ from retrain import (
     fold_batch_norm,
     graph_input_size,
     import_tensorflow,
+    is_hidden,
     number,
     on_all_cores,
     printable,
@@ -163,7 +163,7 @@ def files_below(folder: Path) -> list[Path]:
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(where, n) for n in sorted(names) if not n.startswith(".") and n.lower() not in NOT_PICTURES]
+        found += [path for path in (Path(where, name) for name in sorted(names)) if not is_hidden(path)]
     return found
 
 

@@ -327,7 +327,7 @@ def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: s
     """Add a flag to a group of the parser; its default is told with its purpose, unless that is 'nothing'."""
     told = "" if default in (None, "") or kind is switch else f" ({default})"
     options = {"nargs": "?", "const": True} if kind is switch else {}
-    group.add_argument(name, default=default, type=kind, metavar=metavar or None, help=purpose + told, **options)
+    group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose + told, **options)
 
 
 def build_parser() -> Parser:

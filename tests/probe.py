@@ -82,9 +82,8 @@ def probe(features: np.ndarray, classes: np.ndarray, training: np.ndarray) -> np
     step = 1 / (0.5 * np.linalg.norm(a, 2) ** 2 / len(a) + PENALTY)
     weights = ahead = np.zeros((x.shape[1], wanted.shape[1]))
     for k in range(ITERATIONS):
-        logits = a @ ahead  # [n, classes]
-        guess = np.exp(logits - logits.max(1, keepdims=True))
-        gradient = a.T @ (guess / guess.sum(1, keepdims=True) - wanted) / len(a) + PENALTY * ahead
+        guess = retrain.Head(ahead, np.zeros(len(wanted[0]))).probabilities(a)  # [n, classes]
+        gradient = a.T @ (guess - wanted) / len(a) + PENALTY * ahead
         weights, before = ahead - step * gradient, weights
         ahead = weights + k / (k + 3) * (weights - before)
     return ((x @ weights).argmax(1) == classes)[~training]

@@ -220,22 +220,24 @@ def test_missing_packages_are_named_in_a_sentence(bare_python):
     assert len(done.stderr.splitlines()) == 1
 
 
+def make_environment(folder: Path, script: str) -> None:
+    """Put a .venv into `folder` whose Python is a shell script."""
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+
+
 @POSIX
 def test_the_environment_that_retrain_sh_made_is_used(bare_python, tmp_path):
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "$@"\nexit 5\n')
-    python.chmod(0o755)
+    make_environment(tmp_path, 'echo "$@"\nexit 5')
     done = bare_python("--image", "my photo.jpg")
     assert (done.returncode, done.stdout) == (5, f"{tmp_path / 'predict.py'} --image my photo.jpg\n")
 
 
 @POSIX
 def test_stopping_stops_the_python_of_the_environment(bare_python, tmp_path):
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho started\nexec sleep 60\n")
-    python.chmod(0o755)
+    make_environment(tmp_path, "echo started\nexec sleep 60")
     command = [sys.executable, "-S", str(tmp_path / "predict.py")]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"started\n"
