@@ -1541,10 +1541,9 @@ def evaluate(head: Head, testing: Rows, batch_size: int, random_seed: int | None
 def log_misclassified(test: Evaluation, tested: Sequence[Image], labels: Sequence[str]) -> None:
     """Print the classic list of the test images that were taken for another class, with that class."""
     log.info("=== MISCLASSIFIED TEST IMAGES ===")
-    wrong = [(tested[row], labels[guess]) for row, guess in zip(test.batch, test.predicted, strict=True)]
-    for image, label in wrong:
-        if image.label != label:
-            log.info("%70s  %s", printable(image.path), label)
+    for row, guess in zip(test.batch, test.predicted, strict=True):
+        if tested[row].label != labels[guess]:
+            log.info("%70s  %s", printable(tested[row].path), labels[guess])
 
 
 # ======================================================================================================================
