@@ -9,29 +9,35 @@ the head, is trained on them; base model and head together are written as output
 output_labels.txt. `python predict.py --image x.jpg` then names new pictures. All flags: `python retrain.py --help`.
 
 The file is read in the order in which a picture travels:
-common ground, flags, images, base model, bottlenecks, head, evaluation, export, main.
+common ground, flags, crawl, images, base model, bottlenecks, head, evaluation, export, main.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import functools
 import gzip
 import hashlib
+import http.cookiejar
 import io
+import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
 import queue
+import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -39,10 +45,12 @@ import tarfile
 import threading
 import time
 import unicodedata
+import urllib.parse
+import urllib.robotparser
 import uuid
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -65,16 +73,22 @@ except ImportError as missing:
     )
 
 # ======================================================================================================================
-# Common ground: errors, whole files, progress, all cores
+# Common ground: errors, whole files, progress, all cores, names
 # ======================================================================================================================
 
 log = logging.getLogger("retrain")
+# What is read, by the names that Pillow gives to formats.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 # Large pictures and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 
 
 class UserError(Exception):
     """Something the user can put right: one sentence that names the file or flag and what to do."""
+
+
+class ImageError(Exception):
+    """A picture that can't be used, and why, in a few words."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -170,9 +184,9 @@ def progress_bar(doing: str, total: int, unit: str, **options):
         unit=unit,
         file=sys.stderr if on_terminal else PlainLines(),
         mininterval=0.1 if on_terminal else 10,
-        miniters=1,
+        miniters=0,
         delay=1e-9,  # no line yet that says 0 of all, ? left
-        bar_format=shape + "{n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
+        bar_format=shape + "{n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}",
         **options,
     )
 
@@ -266,6 +280,25 @@ def writing_by_tensorflow(path: Path) -> Iterator[None]:
         raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}).") from error
 
 
+def printable(text: str | os.PathLike) -> str:
+    """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
+    odd = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, and separators of lines and paragraphs
+    escaped = (
+        c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in odd else c for c in str(text)
+    )
+    return "".join(escaped)
+
+
+def label_of(folder: str) -> str:
+    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
+
+    Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
+    """
+    return re.sub(
+        " +", " ", "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
+    )
+
+
 # ======================================================================================================================
 # Flags: the classic script's names and meanings, and ours
 # ======================================================================================================================
@@ -323,10 +356,19 @@ def name_of_file(text: str) -> str:
     return text
 
 
-def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: str) -> None:
+def networks(text: str) -> tuple:
+    """Read the value of --crawl_allow_private: addresses or networks, joined by commas, or `all`."""
+    try:
+        return tuple(map(ipaddress.ip_network, (text if text != "all" else "0.0.0.0/0,::/0").split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
+
+
+def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: str, **options) -> None:
     """Add a flag to a group of the parser; its default is told with its purpose, unless that is 'nothing'."""
-    told = "" if default in (None, "") or kind is switch else f" ({default})"
-    options = {"nargs": "?", "const": True} if kind is switch else {}
+    told = "" if default in (None, "", ()) or kind in (switch, source_named) else f" ({default})"
+    if kind in (switch, networks):
+        options = {"nargs": "?", "const": True if kind is switch else networks("all")}
     group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose + told, **options)
 
 
@@ -338,6 +380,27 @@ def build_parser() -> Parser:
         return functools.partial(add_flag, parser.add_argument_group(name))
 
     percentage, share, batch = number(int, 0, 100), number(int, 0, 99), number(int, 1, also=[-1])
+    flag = room("crawl")
+    flag("--crawl", "", str, "FILE", "first collect pictures of the classes named in FILE, a line each")
+    flag("--crawl_count", None, number(int, 1), "N", "pictures wanted for each class")
+    flag("--crawl_dir", "", str, "DIR", "where they go, a folder per class; by default the --image_dir")
+    flag("--crawl_only", False, switch, "BOOL", "don't train afterwards")
+    flag(
+        "--crawl_source",
+        [("openverse", "")],
+        source_named,
+        "SOURCE",
+        "where they are looked up, the preferred source first: openverse, bing, baidu, page:URL, list:FILE "
+        "({} in URL or FILE is for the search words) (openverse)",
+        nargs="+",
+    )
+    flag("--crawl_min_side", 100, number(int, 1), "N", "pixels that the shorter side must have")
+    flag("--crawl_max_bytes", 20_000_000, number(int, 1), "N", "largest file that is fetched")
+    flag("--crawl_parallel", 8, number(int, 1, 64), "N", "downloads at once")
+    flag("--crawl_host_parallel", None, number(int, 1, 64), "N", "of them from one host (2; all with a delay of 0)")
+    flag("--crawl_host_delay", 1.0, number(float, 0, 3600), "S", "seconds between two requests to one host")
+    flag("--crawl_timeout", 15.0, number(float, 0.1, 3600), "S", "seconds without an answer until one is given up")
+    flag("--crawl_allow_private", (), networks, "NET", "allow pictures at private addresses: all, or in these networks")
     flag = room("images")
     flag("--image_dir", "data", name_of_file, "DIR", "folder that holds one folder of pictures per class")
     flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
@@ -391,6 +454,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
+    if flags.crawl and not flags.crawl_count and not sys.stdin.isatty():
+        parser.error("--crawl_count: say how many pictures of each class are wanted")
+    if flags.crawl_only and not flags.crawl:
+        parser.error("--crawl_only: there is nothing to crawl without --crawl")
     if flags.tfhub_module:
         parser.error("--tfhub_module: TF-Hub modules can't be used yet; leave the flag out to use Inception-v3")
     if flags.architecture not in ("auto", "inception_v3", "starter"):
@@ -401,12 +468,945 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 # ======================================================================================================================
+# Crawl: from a list of class names to folders of checked pictures
+# ======================================================================================================================
+
+# What robots.txt files know us by, and what servers are told.
+ROBOT = "retrain.py"
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects pictures to train an image classifier; obeys robots.txt)"
+# Pauses before each new try of one address in seconds (half as much again or less at random), the longest Retry-After
+# that is waited for, and how many redirects are followed.
+CRAWL_PAUSES, LONGEST_WAIT, MOST_REDIRECTS = (1, 4), 60, 5
+# A whole answer may take this many time-outs; a page of results may be this long.
+PATIENCE, MOST_PAGE_BYTES = 4, 10_000_000
+# So many results at most wait for their host's turn.
+LOOKAHEAD = 64
+# No crawled picture needs more pixels: a whole camera's worth.
+MOST_PIXELS = 60_000_000
+ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
+# Two pictures are the same one if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798
+# photographs: copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most (median 2), and no
+# two different photographs in fewer than 82.
+SAME_PICTURE = 40
+MANIFEST = "crawl.jsonl"
+# Names that Windows gives to devices, with any ending.
+RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrawlSettings:
+    """How many pictures of which kind are wanted, and how politely they are fetched."""
+
+    count: int  # for each class
+    min_side: int = 100  # pixels
+    max_bytes: int = 20_000_000
+    parallel: int = 8  # downloads at once
+    host_parallel: int | None = None  # of which from one host; None: 2, or all with a host_delay of 0
+    host_delay: float = 1.0  # seconds between two requests to one host
+    timeout: float = 15.0  # seconds without a byte
+    allow_private: tuple = ()  # networks: what may be reached although its address is not a public one
+
+
+class Refusal(Exception):
+    """An address that gave no picture: why, in a few words; `passing` when another time it might."""
+
+    def __init__(self, reason: str, passing: bool = False, status: int = 0, wait: float = 0):
+        super().__init__(reason)
+        self.passing, self.status, self.wait = passing, status, wait
+
+
+class SourceError(Exception):
+    """A source that can't be used, and why; `passing` when another time it might."""
+
+    def __init__(self, reason: str, passing: bool = False):
+        super().__init__(reason)
+        self.passing = passing
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A picture that a source knows of, and what it says about it."""
+
+    url: str
+    source: str
+    page: str | None = None
+    licence: str | None = None
+    title: str | None = None
+    creator: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A fetched picture that was looked at and found good."""
+
+    path: Path
+    sha256: str
+    ending: str
+    size: tuple[int, int]  # width, height
+    looks: str  # its perceptual hash of 256 bits, in hexadecimal
+
+
+class HostGate:
+    """Lets so many requests through at a time, of which so many to one host, and a new one there in so many seconds."""
+
+    def __init__(self, parallel: int, host_parallel: int, delay: float):
+        self.parallel, self.host_parallel, self.delay = parallel, host_parallel, delay
+        self.delays, self.next_start, self.busy = {}, Counter(), Counter()
+        self.changed = threading.Condition()
+
+    def slow_down(self, host: str, delay: float) -> None:
+        """Give a host the longer pauses that it asks for."""
+        self.delays[host] = max(delay, self.delays.get(host, self.delay))
+
+    def pause(self, host: str, seconds: float) -> None:
+        """Start nothing at a host for so long."""
+        with self.changed:
+            self.next_start[host] = max(self.next_start[host], time.monotonic() + seconds)
+
+    @contextlib.contextmanager
+    def turn(self, host: str) -> Iterator[None]:
+        """Wait for the turn of a request to `host`, and hold it while the block runs."""
+        with self.changed:
+            while True:
+                wait = self.next_start[host] - time.monotonic()
+                free = self.busy[host] < self.host_parallel and self.busy.total() < self.parallel
+                if free and wait <= 0:
+                    break
+                self.changed.wait(wait if free else None)
+            self.busy[host] += 1
+            self.next_start[host] = time.monotonic() + self.delays.get(host, self.delay)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.busy[host] -= 1
+                self.changed.notify_all()
+
+
+def check_public(address: str, allowed: Sequence) -> None:
+    """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if (not ip.is_global or ip.is_multicast) and not any(ip in network for network in allowed):
+        raise Refusal("private address")
+
+
+def guarded_adapter(allowed: Sequence, thread: threading.local):
+    """Return an adapter for requests whose connections check whom they reached, and are listed in `thread.sockets`.
+
+    The name was resolved and checked before, but a hostile name server can answer the second time with another address:
+    only the connection knows which it came to.
+    """
+    import requests.adapters
+    import urllib3
+
+    class Guard:
+        def connect(self):
+            super().connect()
+            if not self.proxy:  # which stands where it likes; the address behind it was checked by name
+                check_public(self.sock.getpeername()[0], allowed)
+
+        def getresponse(self):
+            thread.sockets.append(self.sock)  # the connection forgets it as soon as it reads to the end
+            return super().getresponse()
+
+    class HTTPPool(urllib3.HTTPConnectionPool):
+        ConnectionCls = type("HTTP", (Guard, urllib3.connection.HTTPConnection), {})
+
+    class HTTPSPool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = type("HTTPS", (Guard, urllib3.connection.HTTPSConnection), {})
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def init_poolmanager(self, *arguments, **options):
+            super().init_poolmanager(*arguments, **options)
+            self.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+
+        def proxy_manager_for(self, proxy, **options):
+            manager = super().proxy_manager_for(proxy, **options)
+            manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+            return manager
+
+    return Adapter(pool_connections=LOOKAHEAD, pool_maxsize=LOOKAHEAD)
+
+
+class Web:
+    """Fetches addresses with a polite visitor's patience and no more: see CrawlSettings.
+
+    Only http and https, only public addresses, no cookies and no passwords; robots.txt is obeyed.
+    """
+
+    def __init__(self, settings: CrawlSettings):
+        import requests
+
+        self.settings, self.thread = settings, threading.local()
+        host_parallel = settings.host_parallel or (2 if settings.host_delay else settings.parallel)
+        self.gate = HostGate(settings.parallel, host_parallel, settings.host_delay)
+        self.robots, self.robots_lock = {}, threading.Lock()
+        self.session = requests.Session()
+        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+        self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, guarded_adapter(settings.allow_private, self.thread))
+
+    def get(self, url: str, most_bytes: int, robots: bool = True, headers: dict | None = None) -> tuple[str, bytes]:
+        """Return (the address after redirects, the body); try again after a pause when that may help.
+
+        robots: whether robots.txt has a say. Raises Refusal.
+        """
+        for pause in (*CRAWL_PAUSES, None):
+            try:
+                return self.follow(url, most_bytes, robots, headers or {})
+            except Refusal as refusal:
+                if not refusal.passing or pause is None or refusal.wait > LONGEST_WAIT:
+                    raise
+                if not refusal.wait:  # a host that names its own pause has got it already
+                    time.sleep(pause * random.uniform(0.5, 1.5))
+
+    def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> tuple[str, bytes]:
+        """Return (address, body) as get does, in one try."""
+        for _ in range(MOST_REDIRECTS + 1):
+            host = self.check(url)
+            if robots and not self.may_fetch(url):
+                raise Refusal("forbidden by robots.txt")
+            with self.gate.turn(host):
+                target, body = self.request(url, host, most_bytes, headers)
+            if body is not None:
+                return url, body
+            url, headers = target, {}  # a key is for the host that it was given for
+        raise Refusal("too many redirects")
+
+    def check(self, url: str) -> str:
+        """Return the host of an address, with its port. Raises Refusal for one that must not be fetched."""
+        import requests
+
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+            if not parts.hostname or re.search(r"[\s\\]", parts.netloc):
+                raise ValueError
+        except (ValueError, KeyError):
+            raise Refusal("no http or https address") from None
+        try:
+            places = {place[4][0] for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
+        except (OSError, UnicodeError):
+            if not requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)):  # which may know the name
+                raise Refusal("unknown host", passing=True) from None
+            places = set()
+        for place in places:
+            check_public(place, self.settings.allow_private)
+        return f"{parts.hostname}:{port}"
+
+    def may_fetch(self, url: str) -> bool:
+        """Tell whether the robots.txt of the address' host lets us fetch it. Raises Refusal if that can't be read."""
+        site = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
+        with self.robots_lock:
+            lock, rules = self.robots.setdefault(site, (threading.Lock(), []))
+        with lock:  # the first asks, the others wait for the answer
+            if not rules:
+                rules.append(self.read_robots(site))
+        return rules[0].can_fetch(ROBOT, url)
+
+    def read_robots(self, site: str) -> urllib.robotparser.RobotFileParser:
+        """Return the rules of a site: its own; none if it has no robots.txt, and 'nothing' if that is forbidden."""
+        rules = urllib.robotparser.RobotFileParser()
+        try:
+            _, body = self.get(f"{site}/robots.txt", 512_000, robots=False)
+            rules.parse(body.decode("utf-8", "replace").lstrip("\ufeff").splitlines())
+            if delay := rules.crawl_delay(ROBOT):
+                self.gate.slow_down(self.check(site), min(float(delay), LONGEST_WAIT))
+        except Refusal as refusal:
+            if refusal.passing:
+                raise
+            rules.disallow_all = refusal.status in (401, 403)
+            rules.allow_all = not rules.disallow_all
+        return rules
+
+    def request(self, url: str, host: str, most_bytes: int, headers: dict) -> tuple[str, bytes | None]:
+        """Return (where it redirects to, None) or (url, body) for one request. Raises Refusal."""
+        import requests
+
+        late = threading.Event()
+        self.thread.sockets = sockets = []
+
+        def cut() -> None:
+            late.set()
+            for connected in sockets:
+                with contextlib.suppress(OSError):  # it may be closed by now
+                    connected.shutdown(socket.SHUT_RDWR)
+
+        # A server that sends a byte now and then never runs into a time-out, so the whole answer has a limit as well.
+        timeout = self.settings.timeout
+        deadline = threading.Timer(PATIENCE * timeout, cut)
+        deadline.daemon = True
+        deadline.start()
+        try:
+            with self.session.get(
+                url, headers=headers, stream=True, timeout=timeout, allow_redirects=False
+            ) as response:
+                if target := self.session.get_redirect_target(response):
+                    return urllib.parse.urljoin(url, target), None
+                self.check_status(response, host)
+                body = read_at_most(response, most_bytes)
+        except requests.RequestException as error:
+            raise Refusal("too slow") if late.is_set() else refusal_of(error) from None
+        finally:
+            deadline.cancel()
+        if late.is_set():  # an answer that tells no length just seems to end
+            raise Refusal("too slow")
+        return url, body
+
+    def check_status(self, response, host: str) -> None:
+        """Raise Refusal unless the answer is what was asked for; give the host the pause that it asks for."""
+        code = response.status_code
+        if code == 200:
+            return
+        wait = seconds_of(response.headers.get("Retry-After", ""))
+        self.gate.pause(host, min(wait, LONGEST_WAIT))
+        raise Refusal(f"HTTP {code}", code in (408, 425, 429, 500, 502, 503, 504), code, wait)
+
+
+def seconds_of(retry_after: str) -> float:
+    """Return the seconds that a Retry-After header asks for, as a number or as a date; 0 for none."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if retry_after.strip().isdecimal():
+            return float(retry_after)
+        until = email.utils.parsedate_to_datetime(retry_after)
+        return max(0.0, until.timestamp() - time.time())
+    return 0.0
+
+
+def read_at_most(response, most_bytes: int) -> bytes:
+    """Return the body of an answer. Raises Refusal when it is longer, whatever it says of its length."""
+    declared, body = response.headers.get("Content-Length", ""), bytearray()
+    if declared.isdecimal() and int(declared) > most_bytes:
+        raise Refusal("too many bytes")
+    for block in response.iter_content(1 << 14):
+        body += block
+        if len(body) > most_bytes:
+            raise Refusal("too many bytes")
+    return bytes(body)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return what an exception of requests comes to."""
+    from requests import exceptions
+
+    if isinstance(error, exceptions.InvalidURL | exceptions.InvalidSchema | exceptions.InvalidHeader):
+        return Refusal("no http or https address")
+    if isinstance(error, exceptions.SSLError):
+        return Refusal("no valid certificate")
+    if isinstance(error, exceptions.ContentDecodingError):
+        return Refusal("damaged")
+    if isinstance(error, exceptions.ConnectTimeout):
+        return Refusal("out of reach", passing=True)
+    if "timed out" in str(error).lower():
+        return Refusal("timed out", passing=True)
+    if isinstance(error, exceptions.ChunkedEncodingError) or "aborted" in str(error):
+        return Refusal("broke off", passing=True)
+    return Refusal("out of reach", passing=True)
+
+
+# The sources: each a class whose `results` yields pages of results, each a list of Found; its name is in SOURCES.
+
+
+class Source:
+    """A place where pictures are looked up: `argument` is what stands behind its name on the command line."""
+
+    address = ""  # where it is asked, unless the argument names another server of its kind
+    searches = True  # or gives the same pictures whatever the class, unless {} in its argument is for the words
+
+    def __init__(self, name: str, argument: str, web: Web):
+        self.name, self.web, self.address = name, web, argument or self.address
+        self.related = []  # words to search for instead, when it knows any
+
+    def ask(self, robots: bool = False, headers: dict | None = None, **query) -> tuple[str, bytes]:
+        """Return (address, body) of a page of results. Raises SourceError.
+
+        robots: whether robots.txt is asked. Search engines forbid their results to all robots; whoever names one here
+        asks it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
+        """
+        url = self.address
+        if query:
+            url += ("&" if "?" in url else "?") + urllib.parse.urlencode(query)
+        try:
+            return self.web.get(url, MOST_PAGE_BYTES, robots, headers)
+        except Refusal as refusal:
+            raise SourceError(f"{url} could not be read ({refusal})", refusal.passing) from None
+
+    def changed(self, url: str, missing: str) -> SourceError:
+        """Return the error of a page that can't be read any more."""
+        return SourceError(f"the page {url} has no {missing}; if a browser finds pictures there, its form has changed")
+
+
+class Openverse(Source):
+    """Openly licensed pictures; https://api.openverse.org, or another server of that kind."""
+
+    address = "https://api.openverse.org/v1/images/"
+
+    def __init__(self, name: str, argument: str, web: Web):
+        super().__init__(name, argument, web)
+        token = os.environ.get("OPENVERSE_TOKEN")
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.page_size = 50 if token else 20  # the most that are given
+        if not argument and not token:
+            web.gate.slow_down("api.openverse.org:443", 1)
+
+    def results(self, words: str) -> Iterator[list[Found]]:
+        for page in itertools.count(1):
+            url, body = self.ask(headers=self.headers, q=words, page=page, page_size=self.page_size)
+            try:
+                answer = json.loads(body)
+                pictures, last = answer["results"], int(answer["page_count"])
+                yield [
+                    Found(
+                        picture["url"],
+                        self.name,
+                        picture.get("foreign_landing_url"),
+                        " ".join(filter(None, [picture["license"], picture.get("license_version")])),
+                        picture.get("title"),
+                        picture.get("creator"),
+                    )
+                    for picture in pictures
+                ]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise self.changed(url, "'results' with 'url' and 'license'") from None
+            if page >= last:
+                return
+
+
+class Bing(Source):
+    """What Bing finds; the licences are unknown."""
+
+    address = "https://www.bing.com/images/async"
+    page_size = 35
+
+    def results(self, words: str) -> Iterator[list[Found]]:
+        from bs4 import BeautifulSoup
+
+        for first in itertools.count(0, self.page_size):
+            url, body = self.ask(q=words, first=first, count=self.page_size, mmasync=1)
+            entries = BeautifulSoup(body, "html.parser").select("a.iusc[m]")
+            if not entries and first:
+                return
+            try:
+                facts = [json.loads(entry["m"]) for entry in entries]
+                found = [Found(fact["murl"], self.name, fact.get("purl"), None, plain(fact.get("t"))) for fact in facts]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise self.changed(url, "'murl' in the 'm' of its a.iusc") from None
+            if not found:
+                raise self.changed(url, "a.iusc")
+            yield found
+
+
+class Baidu(Source):
+    """What Baidu finds; the licences are unknown."""
+
+    address = "https://image.baidu.com/search/flip?tn=baiduimage&ie=utf-8"
+    page_size = 60
+
+    def results(self, words: str) -> Iterator[list[Found]]:
+        for first in itertools.count(0, self.page_size):
+            url, body = self.ask(word=words, pn=first)
+            text = body.decode("utf-8", "replace")
+            entries = [entry for entry in text.split('"objURL":')[1:] if not entry.startswith('""')]
+            self.note_related(text)
+            if not entries and first:
+                return
+            if not entries:
+                raise self.changed(url, '"objURL"')
+            yield [self.found(entry) for entry in entries]
+
+    def found(self, entry: str) -> Found:
+        """Return the result whose address an entry of the page's script begins with."""
+        string = r'"(?:[^"\\]|\\.)*"'
+        page, title = (re.search(rf'"{key}":\s*({string})', entry) for key in ("fromURL", "fromPageTitle"))
+        read = functools.partial(json.loads, strict=False)
+        try:
+            page = read(page[1]) if page else ""
+            return Found(
+                read(re.match(rf"\s*({string})", entry)[1]),
+                self.name,
+                page if page.startswith("http") else None,  # most are enciphered
+                None,
+                plain(read(title[1])) if title else None,
+            )
+        except (ValueError, TypeError):
+            raise self.changed(self.address, '"objURL" that can be read') from None
+
+    def note_related(self, text: str) -> None:
+        """Remember the searches that the page offers instead."""
+        from bs4 import BeautifulSoup
+
+        if "topRS" in text:
+            links = BeautifulSoup(text, "html.parser").select("#topRS a")
+            self.related = list(dict.fromkeys(link.get_text(strip=True) for link in links))
+
+
+class Page(Source):
+    """The pictures of an ordinary web page, each in its largest form; {} in the address is for the search words."""
+
+    searches = False
+
+    def results(self, words: str) -> Iterator[list[Found]]:
+        from bs4 import BeautifulSoup
+
+        given = self.address
+        self.address = given.replace("{}", urllib.parse.quote(words))
+        try:
+            url, body = self.ask(robots=True)
+        finally:
+            self.address = given
+        page = BeautifulSoup(body, "html.parser")
+        base = page.find("base", href=True)
+        base = urllib.parse.urljoin(url, base["href"]) if base else url
+        title = page.title.get_text(strip=True) if page.title else None
+        found = []
+        for image in page.select("img, meta[property='og:image'], a[href]"):
+            address = largest_of(image)
+            if address and not address.startswith("data:"):
+                address = urllib.parse.urldefrag(urllib.parse.urljoin(base, address.strip())).url
+                found.append(Found(address, self.name, url, None, image.get("alt") or title))
+        if not found:
+            raise self.changed(url, "picture")
+        yield list(dict.fromkeys(found))
+
+
+PICTURE_NAME = re.compile(r"[^?#]+\.(jpe?g|png|gif|bmp|webp)$", re.IGNORECASE)
+
+
+def largest_of(element) -> str | None:
+    """Return the address of the largest form of what an element of a web page shows, or links to; None for none.
+
+    Pages that load their pictures as one scrolls keep the true address in a data- attribute, and a blank in `src`.
+    """
+    if element.name == "meta":
+        return element.get("content")
+    if element.name == "a" and element.find("img"):  # the picture in the link speaks for both
+        return None
+    link = element if element.name == "a" else element.find_parent("a", href=True)
+    if link is not None and PICTURE_NAME.match(link["href"].strip()):
+        return link["href"]
+    if element.name == "a":
+        return None
+    around = element.find_parent("picture")
+    sized = []
+    for one in [element, *(around.select("source") if around else [])]:
+        for name in ("srcset", "data-srcset", "data-lazy-srcset"):
+            for address, size in re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]+)[wx])?\s*(?:,|$)", one.get(name, "")):
+                sized.append((float(size or 1), address))
+    if sized:
+        return max(sized, key=lambda pair: pair[0])[1]
+    names = ("data-original", "data-src", "data-lazy-src", "data-lazy", "data-url", "src")
+    return next((element[name] for name in names if element.get(name)), None)
+
+
+class List(Source):
+    """Addresses from a file, one per line; {} in its name is for the search words."""
+
+    searches = False
+
+    def results(self, words: str) -> Iterator[list[Found]]:
+        path = Path(self.address.replace("{}", words))
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from None
+        yield [Found(line.strip(), self.name) for line in lines if line.strip() and not line.startswith("#")]
+
+
+SOURCES = {"openverse": Openverse, "bing": Bing, "baidu": Baidu, "page": Page, "list": List}
+
+
+def plain(title: str | None) -> str | None:
+    """Return a title without the marks that search engines put around the words searched for."""
+    return title and re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", title).strip()
+
+
+def source_named(text: str) -> tuple[str, str]:
+    """Read a --crawl_source: (name, argument). Raises argparse.ArgumentTypeError."""
+    name, _, argument = text.partition(":")
+    if name not in SOURCES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
+    if not argument and not SOURCES[name].address:
+        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in {name}:{'URL' if name == 'page' else 'FILE'}")
+    if name != "list" and argument and not re.match(r"https?://[^\s/]", argument):
+        raise argparse.ArgumentTypeError(f"{text!r}: {argument!r} is no http or https address")
+    return name, argument
+
+
+def results_of(sources: Sequence[Source], words: str, problems: list[SourceError]) -> Iterator[Found]:
+    """Yield what the sources find, one source after the other, each address once; note what went wrong with them."""
+    seen = set()
+    for source in sources:
+        try:
+            for page in source.results(words):
+                fresh = [found for found in dict.fromkeys(page) if found.url and found.url not in seen]
+                if not fresh:  # some repeat their last page for ever
+                    break
+                for found in fresh:
+                    if found.url not in seen:
+                        seen.add(found.url)
+                        yield found
+        except SourceError as error:
+            log.warning("--crawl_source %s: %s.", source.name, printable(str(error)))
+            problems.append(error)
+
+
+# What is kept: whole pictures, each once, and a record of every address.
+
+
+def look_at(data: bytes, min_side: int, decode: Callable[[bytes], np.ndarray]) -> tuple[str, tuple[int, int], str]:
+    """Return (file name ending, (width, height), perceptual hash) of a picture. Raises Refusal for one of no use.
+
+    decode: returns uint8 pixels [height, width, 3], or raises ImageError for bytes that are no whole picture.
+    """
+    import imagehash
+
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
+        raise Refusal("a web page")
+    try:
+        header = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        if math.prod(header.size) > MOST_PIXELS:
+            raise PIL.Image.DecompressionBombError
+        if min(header.size) < min_side:
+            raise Refusal("too small")
+    except PIL.Image.DecompressionBombError:
+        raise Refusal("too many pixels") from None
+    except Refusal:
+        raise
+    except Exception:  # a header that nothing can be made of: decode says so in better words
+        header = None
+    try:
+        looks = imagehash.phash(PIL.Image.fromarray(decode(data)), hash_size=16)
+    except ImageError as error:
+        raise Refusal(str(error).split(" (")[0]) from None
+    return ENDINGS[header.format], header.size, str(looks)
+
+
+class Manifest:
+    """What became of every address tried for one class: crawl.jsonl in its folder, one JSON object a line.
+
+    url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
+    well); then `reason`, or file, sha256, width, height and looks, the perceptual hash in hexadecimal.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path, self.staging = folder, folder / MANIFEST, folder / ".crawl"
+        self.lock, self.entries = threading.Lock(), {}
+        try:
+            text = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise UserError(f"{self.path} could not be read ({error.strerror or error}).") from error
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a run that was killed
+                entry = json.loads(line)
+                self.entries[entry["url"]] = entry
+        self.torn = bool(text) and not text.endswith(b"\n")
+        remove_leftovers(self.staging)
+        for url, entry in self.entries.items():  # a run was killed between the record and the file's name
+            if entry["outcome"] == "kept" and self.staged(url).exists():
+                os.replace(self.staged(url), folder / entry["file"])
+        self.kept = sum((folder / name).is_file() for name in self.kept_files())
+
+    def staged(self, url: str) -> Path:
+        """Return where a fetched file waits for its turn to be kept or refused."""
+        return self.staging / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def kept_files(self) -> dict[str, dict]:
+        """Return the records of the pictures that were kept, by the names of their files."""
+        return {entry["file"]: entry for entry in self.entries.values() if entry["outcome"] == "kept"}
+
+    def is_settled(self, url: str) -> bool:
+        """Tell whether an address was kept or refused for good; one that failed may be tried again."""
+        return self.entries.get(url, {"outcome": "failed"})["outcome"] != "failed"
+
+    def record(self, found: Found, outcome: str, **facts) -> None:
+        """Append a line, at once and whole."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        entry = {**dataclasses.asdict(found), "time": now, "outcome": outcome, **facts}
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        with self.lock:
+            try:
+                with open(self.path, "ab") as file:
+                    file.write(b"\n" * self.torn + line.encode("utf-8", "backslashreplace"))
+            except OSError as error:
+                raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
+            self.torn = False
+            self.entries[found.url] = entry
+
+    def keep(self, found: Found, picture: Picture) -> None:
+        """Record a picture, and give its file its name."""
+        name = picture.sha256 + picture.ending
+        width, height = picture.size
+        facts = {"file": name, "sha256": picture.sha256, "width": width, "height": height, "looks": picture.looks}
+        self.record(found, "kept", **facts)
+        os.replace(picture.path, self.folder / name)
+        self.kept += 1
+
+    def refused(self) -> Counter:
+        """Return how many addresses gave nothing, by reason."""
+        return Counter(entry["reason"] for entry in list(self.entries.values()) if entry["outcome"] != "kept")
+
+
+class Gallery:
+    """Every picture there is, of every class, to tell a new one from one that is there already."""
+
+    def __init__(self):
+        self.place_of, self.places, self.bits = {}, [], np.zeros((64, 256), bool)
+
+    def add(self, place: str, sha256: str, looks: str) -> None:
+        """Add the picture at `place`, `<class folder>/<file name>`."""
+        if len(self.places) == len(self.bits):
+            self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
+        self.bits[len(self.places)] = self.bits_of(looks)
+        self.places.append(place)
+        self.place_of.setdefault(sha256, place)
+
+    @staticmethod
+    def bits_of(looks: str) -> np.ndarray:
+        """Return the 256 bits of a perceptual hash."""
+        return np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8)).astype(bool)
+
+    def twin(self, sha256: str, looks: str) -> tuple[str, str] | None:
+        """Return (what is the same, the place) of a picture that is there already, or None."""
+        if sha256 in self.place_of:
+            return "the same file", self.place_of[sha256]
+        differing = (self.bits[: len(self.places)] != self.bits_of(looks)).sum(axis=1)
+        if len(differing) and differing.min() <= SAME_PICTURE:
+            return "the same picture", self.places[int(differing.argmin())]
+        return None
+
+
+def gallery_of(manifests: Sequence[Manifest], look: Callable[[bytes], tuple]) -> Gallery:
+    """Return the pictures that the class folders hold: the crawled ones from their records, others after a look."""
+    gallery, strangers = Gallery(), []
+    for manifest in manifests:
+        kept = manifest.kept_files()
+        for name, entry in kept.items():  # deleted ones too: whoever deleted one doesn't want it back
+            gallery.add(f"{manifest.folder.name}/{name}", entry["sha256"], entry["looks"])
+        strangers += [
+            path
+            for path in sorted(manifest.folder.glob("*"))
+            if path.is_file() and path.name not in kept and path.name != MANIFEST
+        ]
+
+    def look_up(path: Path) -> tuple[str, str] | None:
+        try:
+            data = path.read_bytes()
+            return hashlib.sha256(data).hexdigest(), look(data)[2]
+        except (OSError, Refusal):  # whatever it is, no crawled picture is like it
+            return None
+
+    if strangers:
+        with progress_bar("Pictures already there", len(strangers), "picture") as bar:
+            for path, known in on_all_cores([look_up] * core_count(), strangers):
+                if known:
+                    gallery.add(f"{path.parent.name}/{path.name}", *known)
+                bar.update()
+    return gallery
+
+
+def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
+    """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
+
+    Raises UserError for a file that can't be read, or a name that can't be a folder's on every system.
+    """
+    try:
+        lines = Path(names_path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise UserError(f"--crawl {names_path} could not be read ({why}).") from error
+    there = {alike(path.name): path.name for path in crawl_dir.glob("*") if path.is_dir()}
+    classes = {}
+    for number_of_line, line in enumerate(lines, 1):
+        folder, colon, words = (part.strip() for part in line.partition("#")[0].partition(":"))
+        if not folder and not colon:
+            continue
+        where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
+        if not folder or re.search(r'[\\/<>"|?*\x00-\x1f\x7f]', folder) or RESERVED.match(folder):
+            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
+        if folder[0] == "." or folder[-1] == "." or len(os.fsencode(folder)) > 200 or not label_of(folder).strip():
+            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
+        if there.setdefault(alike(folder), folder) != folder:
+            raise UserError(f"{where} and {there[alike(folder)]!r} are one folder on some systems; rename one of them.")
+        if folder in classes:
+            raise UserError(f"{where} is there twice.")
+        classes[folder] = words or folder
+    if not classes:
+        raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
+    return classes
+
+
+def alike(folder: str) -> str:
+    """Return what the names of two folders share if a system, or a label, takes them for one."""
+    return label_of(unicodedata.normalize("NFKC", folder).casefold()).strip()
+
+
+def in_background(work: Callable, *arguments) -> concurrent.futures.Future:
+    """Start the work in a thread of its own, which nobody waits for when the program ends; return its future."""
+    future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:  # it is raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[bytes], tuple]) -> Picture | None:
+    """Return a good picture, fetched or still there from a run that was stopped; record why not and return None."""
+    staged = manifest.staged(found.url)
+    try:
+        if not staged.exists():
+            _, data = web.get(found.url, web.settings.max_bytes)
+            with whole_file(staged) as temporary:
+                temporary.write_bytes(data)
+        data = staged.read_bytes()
+        return Picture(staged, hashlib.sha256(data).hexdigest(), *look(data))
+    except Refusal as refusal:
+        manifest.record(found, "failed" if refusal.passing else "refused", reason=str(refusal))
+        staged.unlink(missing_ok=True)
+        return None
+
+
+def settle(found: Found, picture: Picture | None, manifest: Manifest, gallery: Gallery) -> None:
+    """Keep a picture, unless it is there already."""
+    if picture is None:
+        return
+    if twin := gallery.twin(picture.sha256, picture.looks):
+        same, place = twin
+        elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
+        manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place)
+        picture.path.unlink()
+    else:
+        manifest.keep(found, picture)
+        gallery.add(f"{manifest.folder.name}/{picture.sha256}{picture.ending}", picture.sha256, picture.looks)
+
+
+def crawl_class(results: Iterator[Found], manifest: Manifest, web: Web, gallery: Gallery, look: Callable) -> None:
+    """Fetch results until as many pictures are kept as are wanted, or there are no more results.
+
+    Many are fetched at once, but whether to keep them is decided in the order of the results: so a run that was stopped
+    and resumed keeps the same ones. No more are under way than are still wanted, so nothing is fetched in vain.
+    """
+    wanted, jobs = web.settings.count, deque()
+    if manifest.kept >= wanted:
+        return
+    with progress_bar(manifest.folder.name, wanted, "picture", initial=min(manifest.kept, wanted)) as bar:
+        while manifest.kept < wanted:
+            under_way = [future for _, future in jobs if not future.done()]
+            good = sum(future.done() and not future.exception() and future.result() is not None for _, future in jobs)
+            room = min(LOOKAHEAD, wanted - manifest.kept) - len(under_way) - good
+            found = next((found for found in results if not manifest.is_settled(found.url)), None) if room > 0 else None
+            if found:
+                jobs.append((found, in_background(fetch_picture, found, manifest, web, look)))
+            elif not jobs:
+                break
+            elif not jobs[0][1].done():  # Ctrl-C doesn't interrupt a wait without end on every system
+                concurrent.futures.wait(under_way, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+            while jobs and jobs[0][1].done():
+                found, future = jobs.popleft()
+                kept = manifest.kept
+                settle(found, future.result(), manifest, gallery)
+                bar.set_postfix_str(f"{manifest.refused().total()} refused", refresh=False)
+                bar.update(manifest.kept - kept)
+    with contextlib.suppress(OSError):
+        manifest.staging.rmdir()
+
+
+def crawl_report(manifests: Sequence[Manifest], wanted: int, related: dict[str, list[str]]) -> list[str]:
+    """Return the lines of a table of what was kept and refused of each class, and of what could be done."""
+    width = max(5, *(len(manifest.folder.name) for manifest in manifests))
+    lines = [f"{'Class':<{width}}  {'kept':>6}  {'asked':>6}  {'refused':>7}"]
+    for manifest in manifests:
+        refused = manifest.refused()
+        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in refused.most_common())
+        row = f"{manifest.folder.name:<{width}}  {manifest.kept:>6}  {wanted:>6}  {refused.total():>7}"
+        lines.append(f"{row}  {reasons}".rstrip())
+    for manifest in manifests:
+        across = [entry["twin"] for entry in manifest.entries.values() if "another class" in entry.get("reason", "")]
+        if across:
+            lines.append(
+                f"{manifest.folder.name}: {len(across)} of its pictures were kept for another class before it "
+                f"({', '.join(sorted({printable(place.split('/')[0]) for place in across}))})."
+            )
+    for manifest in manifests:
+        if manifest.kept < wanted:
+            lines.append(advice(manifest, wanted - manifest.kept, related.get(manifest.folder.name, [])))
+    return lines
+
+
+def advice(manifest: Manifest, short: int, related: Sequence[str]) -> str:
+    """Return a line on what could be done about a class that stayed short."""
+    name, refused = manifest.folder.name, manifest.refused()
+    failed = sum(entry["outcome"] == "failed" for entry in manifest.entries.values())
+    ways = []
+    if failed:
+        ways.append(f"run the same command again, which tries {failed} that failed once more")
+    if refused["too small"]:
+        ways.append("allow smaller pictures (--crawl_min_side)")
+    if refused["private address"]:
+        ways.append("allow private addresses if they can be trusted (--crawl_allow_private)")
+    if related:
+        ways.append(f"search for something related, such as {', '.join(map(printable, related[:5]))}")
+    ways += [f"search for other words (`{name}: other words` in the file of names)", "add another --crawl_source"]
+    return f"{name} stayed {short} short; what could be done: {'; '.join(ways)}."
+
+
+def crawl(
+    classes: dict[str, str],
+    crawl_dir: Path,
+    sources: Sequence[tuple[str, str]],
+    settings: CrawlSettings,
+    decode: Callable[[bytes], np.ndarray],
+) -> None:
+    """Fill a folder of `crawl_dir` for each class with pictures from the sources, and print what came of it.
+
+    classes: {folder: search words}; sources: (name, argument) in the order of preference; decode: see look_at.
+    Raises UserError when nothing could be found, or a source was out of reach while pictures were missing.
+    """
+    for name, argument in sources:
+        if len(classes) > 1 and not SOURCES[name].searches and "{}" not in argument:
+            raise UserError(
+                f"--crawl_source {name}:{argument} would give every class the same pictures; name one class only, or "
+                "put {} where each class's search words go."
+            )
+    web, related, problems = Web(settings), {}, []
+    for folder in classes:
+        try:
+            (crawl_dir / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{crawl_dir / folder} could not be made ({error.strerror or error}).") from error
+    manifests = [Manifest(crawl_dir / folder) for folder in classes]
+    gallery = gallery_of(manifests, functools.partial(look_at, min_side=1, decode=decode))
+    look = functools.partial(look_at, min_side=settings.min_side, decode=decode)
+    try:
+        for manifest, words in zip(manifests, classes.values(), strict=True):
+            asked = [
+                SOURCES[name](f"{name}:{argument}" if argument else name, argument, web) for name, argument in sources
+            ]
+            crawl_class(results_of(asked, words, problems), manifest, web, gallery, look)
+            related[manifest.folder.name] = [word for source in asked for word in source.related]
+    finally:
+        for line in crawl_report(manifests, settings.count, related):
+            log.info("%s", line)
+    short = [manifest for manifest in manifests if manifest.kept < settings.count]
+    if short and any(problem.passing for problem in problems):
+        raise UserError(f"--crawl_source: {problems[0]}; run the same command again to go on.")
+    if not any(manifest.kept for manifest in manifests):
+        raise UserError("--crawl found no picture that can be used; see the table above.")
+
+
+# ======================================================================================================================
 # Images: which there are, what they show, who trains and who tests
 # ======================================================================================================================
 
-# Files that operating systems put into folders of pictures without anybody's asking.
-NOT_PICTURES = {"thumbs.db", "desktop.ini"}
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# Files that operating systems put into folders of pictures without anybody's asking, and the record of --crawl.
+NOT_PICTURES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
 # Formats of cameras and scanners that are not read, by how their files begin.
 FOREIGN = {"HEIC or AVIF": rb"....ftyp(heic|heix|hevc|mif1|msf1|avif)", "TIFF or raw": rb"II\*\0|MM\0\*|....ftypcrx"}
 ORIENTATION_TAG = 0x0112
@@ -420,10 +1420,6 @@ UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-
-
-class ImageError(Exception):
-    """A picture that can't be used, and why, in a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,16 +1442,6 @@ class Reading:
 
     ignore_exif_orientation: bool = False
     exact_decode: bool = False
-
-
-def label_of(folder: str) -> str:
-    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
-
-    Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
-    """
-    return re.sub(
-        " +", " ", "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
-    )
 
 
 def list_images(image_dir: str) -> list[Image]:
@@ -1235,15 +2221,6 @@ class BottleneckStore:
             temporary.write_text("".join(lines), "utf-8")
 
 
-def printable(text: str | os.PathLike) -> str:
-    """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
-    odd = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, and separators of lines and paragraphs
-    escaped = (
-        c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in odd else c for c in str(text)
-    )
-    return "".join(escaped)
-
-
 def parse_bottleneck(text: str, size: int) -> np.ndarray:
     """Return float32 [size] from the text of a bottleneck file. Raises ValueError unless it is so many numbers."""
     with warnings.catch_warnings():
@@ -1890,9 +2867,40 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, im
     write_all(flags, base, base_graph, head, history, labels, test)
 
 
+def ask_for_count() -> int:
+    """Return how many pictures of each class the person at the terminal wants."""
+    while True:
+        try:
+            return number(int, 1)(input("How many pictures of each class are wanted? ").strip())
+        except argparse.ArgumentTypeError as error:
+            print(f"{error}; please give a whole number, such as 100.", file=sys.stderr)
+        except EOFError:
+            raise UserError("--crawl_count: say how many pictures of each class are wanted.") from None
+
+
+def collect(flags: argparse.Namespace) -> None:
+    """Go through the room of crawling."""
+    crawl_dir = Path(flags.crawl_dir or flags.image_dir)
+    names = [field.name for field in dataclasses.fields(CrawlSettings)]
+    settings = CrawlSettings(**{name: getattr(flags, f"crawl_{name}") for name in names})
+    if settings.count is None:
+        settings = dataclasses.replace(settings, count=ask_for_count())
+    classes = read_names(flags.crawl, crawl_dir)
+    plain_reading = Reading(ignore_exif_orientation=True)
+    crawl(classes, crawl_dir, flags.crawl_source, settings, lambda data: decode_image(data, plain_reading, (299, 299)))
+    others = sorted(path.name for path in Path(flags.image_dir).glob("*") if path.is_dir() and path.name not in classes)
+    if others and not flags.crawl_only:
+        log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
+
+
 def run(flags: argparse.Namespace) -> None:
     """Go through the rooms: images, base model, bottlenecks, and with what is usable head, evaluation and export."""
-    check_outputs(flags)
+    if not flags.crawl_only:
+        check_outputs(flags)
+    if flags.crawl:
+        collect(flags)
+    if flags.crawl_only:
+        return
     images = list_images(flags.image_dir)
     labels = list(dict.fromkeys(image.label for image in images))
     name, graph_path, warning = choose_graph(flags.architecture, Path(flags.model_dir), flags.model_url)
