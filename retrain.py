@@ -25,6 +25,7 @@ import functools
 import gzip
 import hashlib
 import http.cookiejar
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -478,7 +479,7 @@ USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects pictures to train 
 # that is waited for, and how many redirects are followed.
 CRAWL_PAUSES, LONGEST_WAIT, MOST_REDIRECTS = (1, 4), 60, 5
 # A whole answer may take this many time-outs; a page of results may be this long.
-PATIENCE, MOST_PAGE_BYTES = 4, 10_000_000
+PATIENCE, MOST_PAGE_BYTES = 8, 10_000_000
 # So many results at most wait for their host's turn.
 LOOKAHEAD = 64
 # No crawled picture needs more pixels: a whole camera's worth.
@@ -508,7 +509,10 @@ class CrawlSettings:
 
 
 class Refusal(Exception):
-    """An address that gave no picture: why, in a few words; `passing` when another time it might."""
+    """An address that gave no picture: why, in a few words; `passing` when another time it might.
+
+    status: the HTTP status, if that is why; wait: seconds to let pass, infinite when another run should try.
+    """
 
     def __init__(self, reason: str, passing: bool = False, status: int = 0, wait: float = 0):
         super().__init__(reason)
@@ -554,9 +558,13 @@ class HostGate:
         self.delays, self.next_start, self.busy = {}, Counter(), Counter()
         self.changed = threading.Condition()
 
+    def delay_of(self, host: str) -> float:
+        """Return the seconds between two requests to a host."""
+        return self.delays.get(host, self.delay)
+
     def slow_down(self, host: str, delay: float) -> None:
         """Give a host the longer pauses that it asks for."""
-        self.delays[host] = max(delay, self.delays.get(host, self.delay))
+        self.delays[host] = max(delay, self.delay_of(host))
 
     def pause(self, host: str, seconds: float) -> None:
         """Start nothing at a host for so long."""
@@ -569,12 +577,14 @@ class HostGate:
         with self.changed:
             while True:
                 wait = self.next_start[host] - time.monotonic()
+                if wait > max(LONGEST_WAIT, self.delay_of(host)):
+                    raise Refusal("the host wants a long pause", passing=True, wait=wait)
                 free = self.busy[host] < self.host_parallel and self.busy.total() < self.parallel
                 if free and wait <= 0:
                     break
                 self.changed.wait(wait if free else None)
             self.busy[host] += 1
-            self.next_start[host] = time.monotonic() + self.delays.get(host, self.delay)
+            self.next_start[host] = time.monotonic() + self.delay_of(host)
         try:
             yield
         finally:
@@ -705,10 +715,12 @@ class Web:
         with lock:  # the first asks, the others wait for the answer
             if not rules:
                 rules.append(self.read_robots(site))
+        if isinstance(rules[0], Refusal):
+            raise rules[0]
         return rules[0].can_fetch(ROBOT, url)
 
-    def read_robots(self, site: str) -> urllib.robotparser.RobotFileParser:
-        """Return the rules of a site: its own; none if it has no robots.txt, and 'nothing' if that is forbidden."""
+    def read_robots(self, site: str) -> urllib.robotparser.RobotFileParser | Refusal:
+        """Return the rules of a site, or why they can't be had; a site without any allows all, a locked one nothing."""
         rules = urllib.robotparser.RobotFileParser()
         try:
             _, body = self.get(f"{site}/robots.txt", 512_000, robots=False)
@@ -717,7 +729,7 @@ class Web:
                 self.gate.slow_down(self.check(site), min(float(delay), LONGEST_WAIT))
         except Refusal as refusal:
             if refusal.passing:
-                raise
+                return Refusal(str(refusal), passing=True, wait=math.inf)
             rules.disallow_all = refusal.status in (401, 403)
             rules.allow_all = not rules.disallow_all
         return rules
@@ -749,11 +761,11 @@ class Web:
                 self.check_status(response, host)
                 body = read_at_most(response, most_bytes)
         except requests.RequestException as error:
-            raise Refusal("too slow") if late.is_set() else refusal_of(error) from None
+            raise Refusal("too slow", passing=True, wait=math.inf) if late.is_set() else refusal_of(error) from None
         finally:
             deadline.cancel()
         if late.is_set():  # an answer that tells no length just seems to end
-            raise Refusal("too slow")
+            raise Refusal("too slow", passing=True, wait=math.inf)
         return url, body
 
     def check_status(self, response, host: str) -> None:
@@ -762,7 +774,7 @@ class Web:
         if code == 200:
             return
         wait = seconds_of(response.headers.get("Retry-After", ""))
-        self.gate.pause(host, min(wait, LONGEST_WAIT))
+        self.gate.pause(host, wait)
         raise Refusal(f"HTTP {code}", code in (408, 425, 429, 500, 502, 503, 504), code, wait)
 
 
@@ -882,11 +894,9 @@ class Bing(Source):
     page_size = 35
 
     def results(self, words: str) -> Iterator[list[Found]]:
-        from bs4 import BeautifulSoup
-
         for first in itertools.count(0, self.page_size):
             url, body = self.ask(q=words, first=first, count=self.page_size, mmasync=1)
-            entries = BeautifulSoup(body, "html.parser").select("a.iusc[m]")
+            entries = parse_html(body).select("a.iusc[m]")
             if not entries and first:
                 return
             try:
@@ -936,10 +946,8 @@ class Baidu(Source):
 
     def note_related(self, text: str) -> None:
         """Remember the searches that the page offers instead."""
-        from bs4 import BeautifulSoup
-
         if "topRS" in text:
-            links = BeautifulSoup(text, "html.parser").select("#topRS a")
+            links = parse_html(text).select("#topRS a")
             self.related = list(dict.fromkeys(link.get_text(strip=True) for link in links))
 
 
@@ -949,15 +957,13 @@ class Page(Source):
     searches = False
 
     def results(self, words: str) -> Iterator[list[Found]]:
-        from bs4 import BeautifulSoup
-
         given = self.address
         self.address = given.replace("{}", urllib.parse.quote(words))
         try:
             url, body = self.ask(robots=True)
         finally:
             self.address = given
-        page = BeautifulSoup(body, "html.parser")
+        page = parse_html(body)
         base = page.find("base", href=True)
         base = urllib.parse.urljoin(url, base["href"]) if base else url
         title = page.title.get_text(strip=True) if page.title else None
@@ -1018,6 +1024,15 @@ class List(Source):
 SOURCES = {"openverse": Openverse, "bing": Bing, "baidu": Baidu, "page": Page, "list": List}
 
 
+def parse_html(page: bytes | str):
+    """Return a web page as BeautifulSoup, which finds out its encoding."""
+    import bs4
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pages in XML, which is no concern of the user's
+        return bs4.BeautifulSoup(page, "html.parser")
+
+
 def plain(title: str | None) -> str | None:
     """Return a title without the marks that search engines put around the words searched for."""
     return title and re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", title).strip()
@@ -1041,7 +1056,7 @@ def results_of(sources: Sequence[Source], words: str, problems: list[SourceError
     for source in sources:
         try:
             for page in source.results(words):
-                fresh = [found for found in dict.fromkeys(page) if found.url and found.url not in seen]
+                fresh = [found for found in page if isinstance(found.url, str) and found.url not in seen]
                 if not fresh:  # some repeat their last page for ever
                     break
                 for found in fresh:
@@ -1056,13 +1071,14 @@ def results_of(sources: Sequence[Source], words: str, problems: list[SourceError
 # What is kept: whole pictures, each once, and a record of every address.
 
 
-def look_at(data: bytes, min_side: int, decode: Callable[[bytes], np.ndarray]) -> tuple[str, tuple[int, int], str]:
-    """Return (file name ending, (width, height), perceptual hash) of a picture. Raises Refusal for one of no use.
+def look_at(path: Path, min_side: int, decode: Callable[[bytes], np.ndarray]) -> Picture:
+    """Return the picture in a file. Raises Refusal for one that is of no use.
 
     decode: returns uint8 pixels [height, width, 3], or raises ImageError for bytes that are no whole picture.
     """
     import imagehash
 
+    data = path.read_bytes()
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
         raise Refusal("a web page")
     try:
@@ -1081,7 +1097,7 @@ def look_at(data: bytes, min_side: int, decode: Callable[[bytes], np.ndarray]) -
         looks = imagehash.phash(PIL.Image.fromarray(decode(data)), hash_size=16)
     except ImageError as error:
         raise Refusal(str(error).split(" (")[0]) from None
-    return ENDINGS[header.format], header.size, str(looks)
+    return Picture(path, hashlib.sha256(data).hexdigest(), ENDINGS[header.format], header.size, str(looks))
 
 
 class Manifest:
@@ -1178,7 +1194,7 @@ class Gallery:
         return None
 
 
-def gallery_of(manifests: Sequence[Manifest], look: Callable[[bytes], tuple]) -> Gallery:
+def gallery_of(manifests: Sequence[Manifest], look: Callable[[Path], Picture]) -> Gallery:
     """Return the pictures that the class folders hold: the crawled ones from their records, others after a look."""
     gallery, strangers = Gallery(), []
     for manifest in manifests:
@@ -1191,18 +1207,17 @@ def gallery_of(manifests: Sequence[Manifest], look: Callable[[bytes], tuple]) ->
             if path.is_file() and path.name not in kept and path.name != MANIFEST
         ]
 
-    def look_up(path: Path) -> tuple[str, str] | None:
+    def look_up(path: Path) -> Picture | None:
         try:
-            data = path.read_bytes()
-            return hashlib.sha256(data).hexdigest(), look(data)[2]
+            return look(path)
         except (OSError, Refusal):  # whatever it is, no crawled picture is like it
             return None
 
     if strangers:
         with progress_bar("Pictures already there", len(strangers), "picture") as bar:
-            for path, known in on_all_cores([look_up] * core_count(), strangers):
-                if known:
-                    gallery.add(f"{path.parent.name}/{path.name}", *known)
+            for path, picture in on_all_cores([look_up] * core_count(), strangers):
+                if picture:
+                    gallery.add(f"{path.parent.name}/{path.name}", picture.sha256, picture.looks)
                 bar.update()
     return gallery
 
@@ -1220,7 +1235,8 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
     there = {alike(path.name): path.name for path in crawl_dir.glob("*") if path.is_dir()}
     classes = {}
     for number_of_line, line in enumerate(lines, 1):
-        folder, colon, words = (part.strip() for part in line.partition("#")[0].partition(":"))
+        line = re.split(r"(?:^|\s)#", line)[0]
+        folder, colon, words = (part.strip() for part in line.partition(":"))
         if not folder and not colon:
             continue
         where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
@@ -1257,7 +1273,7 @@ def in_background(work: Callable, *arguments) -> concurrent.futures.Future:
     return future
 
 
-def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[bytes], tuple]) -> Picture | None:
+def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Path], Picture]) -> Picture | None:
     """Return a good picture, fetched or still there from a run that was stopped; record why not and return None."""
     staged = manifest.staged(found.url)
     try:
@@ -1265,8 +1281,8 @@ def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[by
             _, data = web.get(found.url, web.settings.max_bytes)
             with whole_file(staged) as temporary:
                 temporary.write_bytes(data)
-        data = staged.read_bytes()
-        return Picture(staged, hashlib.sha256(data).hexdigest(), *look(data))
+            del data  # many wait here, and few look
+        return look(staged)
     except Refusal as refusal:
         manifest.record(found, "failed" if refusal.passing else "refused", reason=str(refusal))
         staged.unlink(missing_ok=True)
@@ -1375,6 +1391,8 @@ def crawl(
                 f"--crawl_source {name}:{argument} would give every class the same pictures; name one class only, or "
                 "put {} where each class's search words go."
             )
+    if missing := [name for name in ("requests", "bs4", "imagehash") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: pip install -r requirements.txt")
     web, related, problems = Web(settings), {}, []
     for folder in classes:
         try:
@@ -1382,8 +1400,14 @@ def crawl(
         except OSError as error:
             raise UserError(f"{crawl_dir / folder} could not be made ({error.strerror or error}).") from error
     manifests = [Manifest(crawl_dir / folder) for folder in classes]
-    gallery = gallery_of(manifests, functools.partial(look_at, min_side=1, decode=decode))
-    look = functools.partial(look_at, min_side=settings.min_side, decode=decode)
+    others = [path.parent for path in sorted(crawl_dir.glob(f"*/{MANIFEST}")) if path.parent.name not in classes]
+    gallery = gallery_of([*manifests, *map(Manifest, others)], functools.partial(look_at, min_side=1, decode=decode))
+    eyes = threading.Semaphore(core_count())  # a decoded picture may take much memory
+
+    def look(path: Path) -> Picture:
+        with eyes:
+            return look_at(path, settings.min_side, decode)
+
     try:
         for manifest, words in zip(manifests, classes.values(), strict=True):
             asked = [
