@@ -490,6 +490,8 @@ ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": "
 # two different photographs in fewer than 82.
 SAME_PICTURE = 40
 MANIFEST = "crawl.jsonl"
+# IPv6 addresses that a gateway turns into the IPv4 address of their last 32 bits.
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Names that Windows gives to devices, with any ending.
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 
@@ -596,7 +598,9 @@ class HostGate:
 def check_public(address: str, allowed: Sequence) -> None:
     """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.version == 6:  # it may stand for an IPv4 address in four ways
+        translated = ipaddress.ip_address(int(ip) % 2**32) if ip in NAT64 else None
+        ip = ip.ipv4_mapped or ip.sixtofour or translated or (ip.teredo or (None, None))[1] or ip
     if (not ip.is_global or ip.is_multicast) and not any(ip in network for network in allowed):
         raise Refusal("private address")
 
@@ -846,9 +850,22 @@ class Source:
         except Refusal as refusal:
             raise SourceError(f"{url} could not be read ({refusal})", refusal.passing) from None
 
-    def changed(self, url: str, missing: str) -> SourceError:
+    def read(self, url: str, entries: Sequence, found: Callable[..., Found], form: str) -> list[Found]:
+        """Return what `found` makes of the entries of a page, but for odd ones, advertisements and the like.
+
+        form: what makes an entry one. Raises SourceError when there are entries, and none can be read.
+        """
+        readable = []
+        for entry in entries:
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                readable.append(found(entry))
+        if entries and not readable:
+            raise self.changed(url, form)
+        return readable
+
+    def changed(self, url: str, form: str) -> SourceError:
         """Return the error of a page that can't be read any more."""
-        return SourceError(f"the page {url} has no {missing}; if a browser finds pictures there, its form has changed")
+        return SourceError(f"the page {url} has no {form}; if a browser finds pictures there, its form has changed")
 
 
 class Openverse(Source):
@@ -865,26 +882,23 @@ class Openverse(Source):
             web.gate.slow_down("api.openverse.org:443", 1)
 
     def results(self, words: str) -> Iterator[list[Found]]:
+        form = "'results' with 'url' and 'license'"
         for page in itertools.count(1):
             url, body = self.ask(headers=self.headers, q=words, page=page, page_size=self.page_size)
             try:
                 answer = json.loads(body)
-                pictures, last = answer["results"], int(answer["page_count"])
-                yield [
-                    Found(
-                        picture["url"],
-                        self.name,
-                        picture.get("foreign_landing_url"),
-                        " ".join(filter(None, [picture["license"], picture.get("license_version")])),
-                        picture.get("title"),
-                        picture.get("creator"),
-                    )
-                    for picture in pictures
-                ]
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise self.changed(url, "'results' with 'url' and 'license'") from None
+                entries, last = list(answer["results"]), int(answer["page_count"])
+            except (ValueError, TypeError, KeyError):
+                raise self.changed(url, form) from None
+            yield self.read(url, entries, self.found, form)
             if page >= last:
                 return
+
+    def found(self, entry: dict) -> Found:
+        """Return the result that a picture of the answer is."""
+        licence = " ".join(filter(None, [entry["license"], entry.get("license_version")]))
+        page, title, creator = (entry.get(key) for key in ("foreign_landing_url", "title", "creator"))
+        return Found(entry["url"], self.name, page, licence, title, creator)
 
 
 class Bing(Source):
@@ -899,14 +913,14 @@ class Bing(Source):
             entries = parse_html(body).select("a.iusc[m]")
             if not entries and first:
                 return
-            try:
-                facts = [json.loads(entry["m"]) for entry in entries]
-                found = [Found(fact["murl"], self.name, fact.get("purl"), None, plain(fact.get("t"))) for fact in facts]
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise self.changed(url, "'murl' in the 'm' of its a.iusc") from None
-            if not found:
+            if not entries:
                 raise self.changed(url, "a.iusc")
-            yield found
+            yield self.read(url, entries, self.found, "'murl' in the 'm' of its a.iusc")
+
+    def found(self, entry) -> Found:
+        """Return the result that a link of the page stands for."""
+        facts = json.loads(entry["m"])
+        return Found(facts["murl"], self.name, facts.get("purl"), title=plain(facts.get("t")))
 
 
 class Baidu(Source):
@@ -920,35 +934,25 @@ class Baidu(Source):
             url, body = self.ask(word=words, pn=first)
             text = body.decode("utf-8", "replace")
             entries = [entry for entry in text.split('"objURL":')[1:] if not entry.startswith('""')]
-            self.note_related(text)
+            if "topRS" in text:
+                links = parse_html(text).select("#topRS a")
+                self.related = list(dict.fromkeys(link.get_text(strip=True) for link in links))
             if not entries and first:
                 return
             if not entries:
                 raise self.changed(url, '"objURL"')
-            yield [self.found(entry) for entry in entries]
+            yield self.read(url, entries, self.found, '"objURL" that can be read')
 
     def found(self, entry: str) -> Found:
         """Return the result whose address an entry of the page's script begins with."""
-        string = r'"(?:[^"\\]|\\.)*"'
-        page, title = (re.search(rf'"{key}":\s*({string})', entry) for key in ("fromURL", "fromPageTitle"))
-        read = functools.partial(json.loads, strict=False)
-        try:
-            page = read(page[1]) if page else ""
-            return Found(
-                read(re.match(rf"\s*({string})", entry)[1]),
-                self.name,
-                page if page.startswith("http") else None,  # most are enciphered
-                None,
-                plain(read(title[1])) if title else None,
-            )
-        except (ValueError, TypeError):
-            raise self.changed(self.address, '"objURL" that can be read') from None
-
-    def note_related(self, text: str) -> None:
-        """Remember the searches that the page offers instead."""
-        if "topRS" in text:
-            links = parse_html(text).select("#topRS a")
-            self.related = list(dict.fromkeys(link.get_text(strip=True) for link in links))
+        string = r'\s*("(?:[^"\\]|\\.)*")'
+        page, title = None, None
+        with contextlib.suppress(ValueError, TypeError):  # some are in no proper JSON
+            title = plain(json.loads(re.search(rf'"fromPageTitle":{string}', entry)[1]))
+        with contextlib.suppress(ValueError, TypeError):
+            page = json.loads(re.search(rf'"fromURL":{string}', entry)[1])
+        page = page if page and page.startswith("http") else None  # most are enciphered
+        return Found(json.loads(re.match(string, entry)[1]), self.name, page, title=title)
 
 
 class Page(Source):
@@ -1054,15 +1058,15 @@ def results_of(sources: Sequence[Source], words: str, problems: list[SourceError
     """Yield what the sources find, one source after the other, each address once; note what went wrong with them."""
     seen = set()
     for source in sources:
+        own = set()
         try:
             for page in source.results(words):
-                fresh = [found for found in page if isinstance(found.url, str) and found.url not in seen]
-                if not fresh:  # some repeat their last page for ever
+                told = {found.url: found for found in page if isinstance(found.url, str)}
+                if told.keys() <= own:  # some repeat their last page for ever
                     break
-                for found in fresh:
-                    if found.url not in seen:
-                        seen.add(found.url)
-                        yield found
+                own |= told.keys()
+                yield from (found for url, found in told.items() if url not in seen)
+                seen |= told.keys()
         except SourceError as error:
             log.warning("--crawl_source %s: %s.", source.name, printable(str(error)))
             problems.append(error)
@@ -1171,13 +1175,14 @@ class Gallery:
     def __init__(self):
         self.place_of, self.places, self.bits = {}, [], np.zeros((64, 256), bool)
 
-    def add(self, place: str, sha256: str, looks: str) -> None:
-        """Add the picture at `place`, `<class folder>/<file name>`."""
+    def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
+        """Add the picture at `place`, `<class folder>/<file name>`, and the address that it came from, if any."""
         if len(self.places) == len(self.bits):
             self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
         self.bits[len(self.places)] = self.bits_of(looks)
         self.places.append(place)
-        self.place_of.setdefault(sha256, place)
+        for key in filter(None, (sha256, url)):
+            self.place_of.setdefault(key, place)
 
     @staticmethod
     def bits_of(looks: str) -> np.ndarray:
@@ -1200,7 +1205,7 @@ def gallery_of(manifests: Sequence[Manifest], look: Callable[[Path], Picture]) -
     for manifest in manifests:
         kept = manifest.kept_files()
         for name, entry in kept.items():  # deleted ones too: whoever deleted one doesn't want it back
-            gallery.add(f"{manifest.folder.name}/{name}", entry["sha256"], entry["looks"])
+            gallery.add(f"{manifest.folder.name}/{name}", entry["sha256"], entry["looks"], entry["url"])
         strangers += [
             path
             for path in sorted(manifest.folder.glob("*"))
@@ -1289,18 +1294,34 @@ def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Pa
         return None
 
 
+def refuse_twin(found: Found, same: str, place: str, manifest: Manifest) -> None:
+    """Record that a picture is there already, at `place`."""
+    elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
+    manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place)
+
+
+def new_ones(results: Iterable[Found], manifest: Manifest, gallery: Gallery) -> Iterator[Found]:
+    """Yield the results of which nothing is known yet; an address that gave another class a picture is refused."""
+    for found in results:
+        if manifest.is_settled(found.url):
+            continue
+        if place := gallery.place_of.get(found.url):
+            refuse_twin(found, "the same file", place, manifest)
+        else:
+            yield found
+
+
 def settle(found: Found, picture: Picture | None, manifest: Manifest, gallery: Gallery) -> None:
     """Keep a picture, unless it is there already."""
     if picture is None:
         return
     if twin := gallery.twin(picture.sha256, picture.looks):
-        same, place = twin
-        elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
-        manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place)
+        refuse_twin(found, *twin, manifest)
         picture.path.unlink()
     else:
         manifest.keep(found, picture)
-        gallery.add(f"{manifest.folder.name}/{picture.sha256}{picture.ending}", picture.sha256, picture.looks)
+        place = f"{manifest.folder.name}/{picture.sha256}{picture.ending}"
+        gallery.add(place, picture.sha256, picture.looks, found.url)
 
 
 def crawl_class(results: Iterator[Found], manifest: Manifest, web: Web, gallery: Gallery, look: Callable) -> None:
@@ -1312,12 +1333,13 @@ def crawl_class(results: Iterator[Found], manifest: Manifest, web: Web, gallery:
     wanted, jobs = web.settings.count, deque()
     if manifest.kept >= wanted:
         return
+    results = new_ones(results, manifest, gallery)
     with progress_bar(manifest.folder.name, wanted, "picture", initial=min(manifest.kept, wanted)) as bar:
         while manifest.kept < wanted:
             under_way = [future for _, future in jobs if not future.done()]
             good = sum(future.done() and not future.exception() and future.result() is not None for _, future in jobs)
             room = min(LOOKAHEAD, wanted - manifest.kept) - len(under_way) - good
-            found = next((found for found in results if not manifest.is_settled(found.url)), None) if room > 0 else None
+            found = next(results, None) if room > 0 else None
             if found:
                 jobs.append((found, in_background(fetch_picture, found, manifest, web, look)))
             elif not jobs:
@@ -1402,10 +1424,12 @@ def crawl(
     manifests = [Manifest(crawl_dir / folder) for folder in classes]
     others = [path.parent for path in sorted(crawl_dir.glob(f"*/{MANIFEST}")) if path.parent.name not in classes]
     gallery = gallery_of([*manifests, *map(Manifest, others)], functools.partial(look_at, min_side=1, decode=decode))
-    eyes = threading.Semaphore(core_count())  # a decoded picture may take much memory
+    eyes, closed = threading.Semaphore(core_count()), threading.Event()  # a decoded picture may take much memory
 
     def look(path: Path) -> Picture:
         with eyes:
+            if closed.is_set():
+                raise Stopped  # nobody hears it, and the file waits for the next run
             return look_at(path, settings.min_side, decode)
 
     try:
@@ -1416,6 +1440,9 @@ def crawl(
             crawl_class(results_of(asked, words, problems), manifest, web, gallery, look)
             related[manifest.folder.name] = [word for source in asked for word in source.related]
     finally:
+        closed.set()
+        for _ in range(core_count()):  # a thread that wakes up in native code while Python ends takes the process down
+            eyes.acquire()
         for line in crawl_report(manifests, settings.count, related):
             log.info("%s", line)
     short = [manifest for manifest in manifests if manifest.kept < settings.count]

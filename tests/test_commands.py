@@ -9,10 +9,12 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
+from crawl_server import CrawlServer, Result
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="retrain.sh is for POSIX systems")
 
@@ -277,12 +279,27 @@ def readme_commands() -> list[str]:
     return [line for line in lines if line and "tests/run.sh" not in line]
 
 
+@pytest.fixture
+def picture_search(clone) -> Iterator[str]:
+    """The README's file of class names in the clone; yields the flags that let --crawl find them at a local server."""
+    names = re.search(r"^```text\n(ants\n.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)[
+        1
+    ]
+    (clone / "names.txt").write_text(names)
+    with CrawlServer() as server:
+        for first, line in enumerate(names.splitlines()):
+            server.results[line.split(": ")[-1]] = [Result("good", 1000 * first + seed) for seed in range(110)]
+        yield f" --crawl_source {server.source('openverse')} --crawl_allow_private 127.0.0.1 --crawl_host_delay 0"
+
+
 @POSIX
-def test_every_command_of_the_readme_runs(clone):
+def test_every_command_of_the_readme_runs(clone, picture_search):
     commands = readme_commands()
     assert commands[0] == "./retrain.sh"
     assert any("predict.py" in command for command in commands)
     for command in commands:
+        if "--crawl " in command:
+            command += picture_search
         done = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
