@@ -724,7 +724,7 @@ class Web:
         return rules[0].can_fetch(ROBOT, url)
 
     def read_robots(self, site: str) -> urllib.robotparser.RobotFileParser | Refusal:
-        """Return the rules of a site, or why they can't be had; a site without any allows all, a locked one nothing."""
+        """Return the rules of a site, or why they can't be had; a site without any allows all, and odd ones nothing."""
         rules = urllib.robotparser.RobotFileParser()
         try:
             _, body = self.get(f"{site}/robots.txt", 512_000, robots=False)
@@ -734,8 +734,8 @@ class Web:
         except Refusal as refusal:
             if refusal.passing:
                 return Refusal(str(refusal), passing=True, wait=math.inf)
-            rules.disallow_all = refusal.status in (401, 403)
-            rules.allow_all = not rules.disallow_all
+            rules.allow_all = 400 <= refusal.status < 500 and refusal.status not in (401, 403)
+            rules.disallow_all = not rules.allow_all
         return rules
 
     def request(self, url: str, host: str, most_bytes: int, headers: dict) -> tuple[str, bytes | None]:

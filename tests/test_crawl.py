@@ -74,7 +74,7 @@ def web(**settings) -> retrain.Web:
 def flags_of(folder: Path, sources: Sequence[str], count: int) -> list[str]:
     """Return the flags of a crawl of names.txt into `folder`/pictures from the local server."""
     flags = ["--crawl", folder / "names.txt", "--crawl_dir", folder / "pictures", "--crawl_count", count]
-    flags += ["--crawl_only", "--crawl_host_delay", 0, "--crawl_timeout", 0.5, "--crawl_max_bytes", 300_000]
+    flags += ["--crawl_only", "--crawl_host_delay", 0, "--crawl_timeout", 1.5, "--crawl_max_bytes", 300_000]
     return list(map(str, [*flags, "--crawl_allow_private", "127.0.0.1", "--crawl_source", *sources]))
 
 
@@ -599,7 +599,7 @@ def start(folder: Path, *sources: str, count: int = 200, names: Sequence[str] = 
     """Start a hasty crawl into `folder`, in a process of its own; what it says is in the file `said` there."""
     folder.mkdir(exist_ok=True)
     (folder / "names.txt").write_text("\n".join(names), "utf-8")
-    command = [sys.executable, "-c", HASTY, *flags_of(folder, sources, count)]
+    command = [sys.executable, "-c", HASTY, *flags_of(folder, sources, count), "--crawl_parallel", "40"]
     with open(folder / "said", "w") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
