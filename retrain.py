@@ -43,6 +43,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -242,7 +243,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -303,6 +304,10 @@ def label_of(folder: str) -> str:
 # ======================================================================================================================
 # Flags: the classic script's names and meanings, and ours
 # ======================================================================================================================
+
+
+# The base models by their names, and the layers that each can keep as its bottleneck, the usual one first.
+ARCHITECTURES = {"auto": (), "inception_v3": (), "starter": (), "vgg16": ("avg_pool", "block5_pool", "fc2")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -409,10 +414,20 @@ def build_parser() -> Parser:
     flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
     flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
     flag = room("base model")
-    flag("--architecture", "auto", str, "NAME", "inception_v3, starter, or auto: the better one to be had")
+    flag(
+        "--architecture",
+        "auto",
+        str,
+        "NAME",
+        "inception_v3, starter, vgg16, or auto: inception_v3 if to be had, else starter",
+    )
+    flag("--bottleneck_layer", "", str, "NAME", "of vgg16: avg_pool (the usual one), block5_pool or fc2")
     flag("--model_dir", "inception_model", name_of_file, "DIR", "where the base model lies, or is downloaded to")
     flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
-    flag("--tfhub_module", "", str, "HANDLE", "known from the classic script; not supported yet")
+    flag("--tfhub_module", "", str, "HANDLE", "a TF-Hub or Kaggle address, or a SavedModel folder, as the base model")
+    flag("--image_size", 0, number(int, 1, also=[0]), "N", "input size of a --tfhub_module that leaves it free")
+    flag("--engine", "auto", str, "NAME", "litert, tensorflow (in batches), or auto: tensorflow if there is a GPU")
+    flag("--cpu_threads", 0, number(int, 1, also=[0]), "N", "how many cores to use; 0 for all")
     flag = room("bottlenecks")
     flag("--bottleneck_dir", "bottleneck", name_of_file, "DIR", "where the features are kept, a file per picture")
     flag("--flip_left_right", False, switch, "BOOL", "also train on pictures flipped at random")
@@ -449,6 +464,23 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_base_model_flags(parser: Parser, flags: argparse.Namespace) -> None:
+    """End with a sentence for a base model that is not known, or one that is asked for what it doesn't have."""
+    if flags.architecture not in ARCHITECTURES:
+        parser.error(f"--architecture: {flags.architecture!r} is not known; choose {', '.join(ARCHITECTURES)}")
+    if flags.engine not in ("auto", "litert", "tensorflow"):
+        parser.error(f"--engine: {flags.engine!r} is not known; choose auto, litert or tensorflow")
+    if flags.tfhub_module and flags.architecture != "auto":
+        parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
+    if flags.image_size and not flags.tfhub_module:
+        parser.error("--image_size is for --tfhub_module only; the other base models have a size of their own")
+    layers = () if flags.tfhub_module else ARCHITECTURES[flags.architecture]
+    if flags.bottleneck_layer and flags.bottleneck_layer not in layers:
+        whose = "the TF-Hub module" if flags.tfhub_module else f"--architecture {flags.architecture}"
+        choice = f"choose {', '.join(layers)}" if layers else "leave the flag out, or use --architecture vgg16"
+        parser.error(f"--bottleneck_layer: {flags.bottleneck_layer!r} is no layer of {whose}; {choice}")
+
+
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
@@ -459,10 +491,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--crawl_count: say how many pictures of each class are wanted")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
-    if flags.tfhub_module:
-        parser.error("--tfhub_module: TF-Hub modules can't be used yet; leave the flag out to use Inception-v3")
-    if flags.architecture not in ("auto", "inception_v3", "starter"):
-        parser.error(f"--architecture: {flags.architecture!r} is not known; choose auto, inception_v3 or starter")
+    check_base_model_flags(parser, flags)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
     return flags
@@ -1737,12 +1766,16 @@ EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLEN
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A trained network from pixels to the features of its last pooling layer."""
+    """A trained network from pixels to features, as a frozen graph of the Inception-v3 kind.
+
+    Whatever it was made of, its graph has the nodes of the 2015 release from `DecodeJpeg/contents` over `Mul`, where
+    the network proper begins, to `pool_3/_reshape`, its features: what comes after is the same for every base model.
+    """
 
     name: str  # the architecture, as it stands in the names of bottleneck files
     graph_path: Path
-    lite_path: Path  # the same network from resized pixels to features, converted for LiteRT
-    fingerprint: str  # SHA-256 of the graph
+    lite_path: Path | None  # the same from resized pixels to features, converted for LiteRT; None if that can't be
+    fingerprint: str  # SHA-256 of the graph, or of what it was made of
     input_size: tuple[int, int]  # height, width
     bottleneck_size: int
 
@@ -1780,6 +1813,77 @@ class LiteModel:
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
         return self.interpreter.get_tensor(self.output["index"])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What runs the base model: LiteRT, one thread for each core, or TensorFlow, in batches and on a GPU if it can."""
+
+    kind: str = "litert"  # or "tensorflow"
+    cpu_threads: int = 0  # the most cores to use, 0 for all
+
+    @property
+    def cores(self) -> int:
+        return min(core_count(), self.cpu_threads or core_count())
+
+
+class TensorFlowModel:
+    """A graph run by TensorFlow, for many threads at a time: what they ask for while it runs is the next batch."""
+
+    BATCH = 16
+
+    def __init__(self, path: Path):
+        """Load the graph of `path`."""
+        self.run = graph_function(load_graph(path), BOTTLENECK_NODE)
+        self.running, self.waiting = threading.Lock(), deque()
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the features float32 [n] of resized pixels float32 [height, width, 3]."""
+        answer = concurrent.futures.Future()
+        self.waiting.append((pixels, answer))
+        with self.running:  # the first to come runs what has gathered, for the others too
+            while not answer.done():
+                self.run_batch()
+        return answer.result()
+
+    def run_batch(self) -> None:
+        """Answer those who wait the longest. Raises UserError if the GPU's memory doesn't suffice."""
+        tf = import_tensorflow()
+        taken = [self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))]
+        # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
+        batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)
+        batch[: len(taken)] = [pixels for pixels, _ in taken]
+        try:
+            values = self.run(tf.constant(batch)).numpy()
+        except tf.errors.ResourceExhaustedError as error:
+            raise UserError("The GPU has too little memory for the base model; use --engine litert.") from error
+        for (_, answer), features in zip(taken, values, strict=False):
+            answer.set_result(features)
+
+
+def choose_engine(kind: str, cpu_threads: int) -> Engine:
+    """Return the engine of a --engine: auto is TensorFlow if it sees a GPU, and else LiteRT."""
+    if cpu_threads:  # TensorFlow asks once, when it first computes something
+        os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
+    if kind != "litert":
+        devices = import_tensorflow().config
+        gpus = devices.list_physical_devices("GPU")
+        for gpu in gpus:
+            with contextlib.suppress(RuntimeError):  # it is in use already, by whoever imported us
+                devices.experimental.set_memory_growth(gpu, True)
+        kind = "tensorflow" if gpus or kind == "tensorflow" else "litert"
+    return Engine(kind, cpu_threads)
+
+
+def networks(base: BaseModel, engine: Engine, count: int) -> list[Callable[[np.ndarray], np.ndarray]]:
+    """Return functions from resized pixels float32 [height, width, 3] to features [n], one for each thread to start.
+
+    count: how many pictures there are; more threads than that are not needed.
+    """
+    if engine.kind == "litert" and base.lite_path:
+        return [LiteModel(base.lite_path) for _ in range(min(engine.cores, count))]
+    # Twice the batch: while one half waits for the network, the other reads the next pictures.
+    return [TensorFlowModel(base.graph_path)] * min(2 * TensorFlowModel.BATCH, count)
 
 
 class DownloadError(Exception):
@@ -2060,6 +2164,7 @@ def fold_batch_norm(graph):
     tf = import_tensorflow()
     nodes = {node.name: node for node in graph.node}
     folded = type(graph)()
+    folded.library.CopyFrom(graph.library)
     # Old enough for any reader of TensorFlow 1, new enough for the ops that are left.
     folded.versions.producer = max(graph.versions.producer, 21)
     constants = {}
@@ -2111,8 +2216,10 @@ def pool_after_convolving(graph):
         if pool.op != "AvgPool" or list(pool.attr["strides"].list.i) != [1, 1, 1, 1]:
             continue
         (conv, *others) = users[pool.name]
-        weights = nodes[conv.input[1]] if conv.op == "Conv2D" else None
-        if others or weights is None or tf.make_ndarray(weights.attr["value"].tensor).shape[:2] != (1, 1):
+        weights = nodes.get(conv.input[1]) if conv.op == "Conv2D" else None
+        if others or weights is None or list(conv.attr["strides"].list.i) != [1, 1, 1, 1]:
+            continue
+        if tf.make_ndarray(weights.attr["value"].tensor).shape[:2] != (1, 1):
             continue
         for user in users[conv.name]:
             user.input[list(user.input).index(conv.name)] = pool.name
@@ -2128,6 +2235,12 @@ def graph_input_size(graph) -> tuple[int, int]:
     return tuple(int(side) for side in tf.make_ndarray(size.attr["value"].tensor))
 
 
+def graph_bottleneck_size(graph) -> int:
+    """Return how many features a GraphDef of the Inception-v3 kind gives."""
+    (shape,) = (node for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape")
+    return int(import_tensorflow().make_ndarray(shape.attr["value"].tensor)[-1])
+
+
 def graph_function(graph, output: str, batch: int | None = None):
     """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a GraphDef's output."""
     tf = import_tensorflow()
@@ -2138,33 +2251,308 @@ def graph_function(graph, output: str, batch: int | None = None):
     return tf.compat.v1.wrap_function(imported, [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)])
 
 
+class ConversionError(Exception):
+    """A network that LiteRT doesn't run, and why, in a few words."""
+
+
 def convert_to_lite(graph_path: Path, lite_path: Path) -> None:
-    """Write the network of a graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite file."""
+    """Write the network of a graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite file.
+
+    Raises ConversionError for a network with operators that LiteRT doesn't have.
+    """
     tf = import_tensorflow()
     log.info("Converting the base model for the LiteRT engine, once.")
     function = graph_function(pool_after_convolving(load_graph(graph_path)), BOTTLENECK_NODE, batch=1)
-    with quiet_stderr():
-        lite = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
+    try:
+        with quiet_stderr():
+            lite = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
+    except Exception as error:  # the converter raises many kinds
+        raise ConversionError(str(error).strip().splitlines()[0]) from error
     with whole_file(lite_path) as temporary:
         temporary.write_bytes(lite)
+        try:
+            LiteModel(temporary).prepare()
+        except UserError as error:
+            raise ConversionError("it has operators that LiteRT doesn't know") from error
 
 
-def load_base_model(graph_path: Path, cache_dir: Path, name: str = "inception_v3") -> BaseModel:
-    """Return the base model of a graph; its conversion is kept beside it, or in `cache_dir` if that is read-only."""
-    fingerprint = sha256_of(graph_path)
-    lite_name = f"{graph_path.stem}.{fingerprint[:12]}.tflite"
+def keeping_folders(folder: Path, cache_dir: Path) -> list[Path]:
+    """Return where to look for what is made of a file of `folder`: there, or in `cache_dir` if it is read-only, first.
+
+    What is not found is made in the first of them.
+    """
     # The mode is asked too: the administrator can write anywhere, and yet should not where others can't.
-    writable = os.access(graph_path.parent, os.W_OK) and graph_path.parent.stat().st_mode & stat.S_IWUSR
-    folders = [graph_path.parent, cache_dir] if writable else [cache_dir, graph_path.parent]
+    writable = os.access(folder, os.W_OK) and folder.stat().st_mode & stat.S_IWUSR
+    return [folder, cache_dir] if writable else [cache_dir, folder]
+
+
+def load_base_model(
+    graph_path: Path, cache_dir: Path, name: str = "inception_v3", fingerprint: str | None = None
+) -> BaseModel:
+    """Return the base model of a graph; its conversion is kept beside it, or in `cache_dir` if that is read-only.
+
+    fingerprint: of what the graph was made of, if it is not itself what was given.
+    """
+    mark = fingerprint or sha256_of(graph_path)
+    lite_name = f"{graph_path.stem.removesuffix('.' + mark[:12])}.{mark[:12]}.tflite"
+    folders = keeping_folders(graph_path.parent, cache_dir)
     for lite_path in (folder / lite_name for folder in folders):
         with contextlib.suppress(UserError, ValueError):  # not there yet, or damaged
             lite = LiteModel(lite_path)
             break
     else:
         lite_path = folders[0] / lite_name
-        convert_to_lite(graph_path, lite_path)
+        try:
+            convert_to_lite(graph_path, lite_path)
+        except ConversionError as error:
+            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
+            graph = load_graph(graph_path)
+            return BaseModel(name, graph_path, None, mark, graph_input_size(graph), graph_bottleneck_size(graph))
         lite = LiteModel(lite_path)
-    return BaseModel(name, graph_path, lite_path, fingerprint, lite.input_size, lite.output_size)
+    return BaseModel(name, graph_path, lite_path, mark, lite.input_size, lite.output_size)
+
+
+def image_graph(network: Callable, input_size: tuple[int, int]):
+    """Return the frozen GraphDef, of the Inception-v3 kind, of a TensorFlow function.
+
+    network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features float32 [n, bottleneck size].
+    """
+    tf = import_tensorflow()
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *input_size, 3], tf.float32))
+    with quiet_stderr():
+        frozen = convert_variables_to_constants_v2(traced)
+    (given,), (made,) = frozen.inputs, frozen.outputs
+    with tf.Graph().as_default() as graph:
+        contents = tf.compat.v1.placeholder(tf.string, [], "DecodeJpeg/contents")
+        pixels = tf.raw_ops.DecodeJpeg(contents=contents, channels=3, name=JPEG_NODE)
+        # By the same kernel as for Inception-v3: the features differ by which pixels, not by which base model.
+        resized = tf.raw_ops.ResizeBilinear(
+            images=tf.cast(pixels, tf.float32)[None], size=input_size, name=RESIZED_NODE
+        )
+        given_as = {given.name: tf.identity(resized, "Mul")}
+        (features,) = tf.import_graph_def(frozen.graph.as_graph_def(), given_as, [made.name], name="network")
+        tf.reshape(features, [-1, traced.outputs[0].shape[-1]], BOTTLENECK_NODE)
+    return graph.as_graph_def()
+
+
+def keep_graph(name: str, fingerprint: str, folders: Sequence[Path], make: Callable) -> Path:
+    """Return the path of the graph that `make` returns, made once for what has this fingerprint."""
+    paths = [folder / f"{name}.{fingerprint[:12]}.pb" for folder in folders]
+    for path in paths:
+        if path.is_file():
+            return path
+    log.info("Making a graph of %s, once.", name)
+    with whole_file(paths[0]) as temporary:
+        temporary.write_bytes(make().SerializeToString(deterministic=True))
+    return paths[0]
+
+
+# VGG16's weights as Keras names them, with the fully-connected layers and without, and their MD5 sums.
+VGG16_FILES = {
+    "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5": "6d6bbae143d832006294945121d1f1fc",
+    "vgg16_weights_tf_dim_ordering_tf_kernels.h5": "64373286793e3c8b2b4e3219cbf3544b",
+}
+VGG16_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"
+
+
+def find_vgg16(layer: str, model_dir: Path) -> Path:
+    """Return the path of Keras' weights of VGG16 that suffice for a layer: in `model_dir`, or by its own download."""
+    names = [name for name in VGG16_FILES if layer != "fc2" or "notop" not in name]
+    for name in names:
+        if (model_dir / name).is_file():
+            return model_dir / name
+    name = names[0]
+    log.info("%s is not in %s: Keras downloads it, or takes what it downloaded before.", name, model_dir)
+    try:
+        get_file = import_tensorflow().keras.utils.get_file
+        return Path(get_file(name, VGG16_URL + name, cache_subdir="models", file_hash=VGG16_FILES[name]))
+    except Exception as error:  # Keras raises bare Exceptions
+        raise UserError(
+            f"--architecture vgg16: {name} is not in {model_dir}, and could not be had from {VGG16_URL}{name} "
+            f"({str(error).splitlines()[0]}); download it on any machine and put it into {model_dir.resolve()}."
+        ) from error
+
+
+def load_vgg16_weights(model, weights: Path) -> None:
+    """Load a file of weights, by Keras 2 as Keras offers it or by Keras 3. Raises UserError for one that is neither."""
+    with tempfile.TemporaryDirectory() as folder:
+        renamed = Path(folder, "keras3.weights.h5")  # Keras 3 tells its own format by the name
+        shutil.copyfile(weights, renamed) if os.name == "nt" else renamed.symlink_to(weights.resolve())
+        for path in (weights, renamed):
+            with contextlib.suppress(Exception):  # of all kinds, by h5py and Keras
+                model.load_weights(str(path))
+                return
+    raise UserError(f"{weights} holds no weights of Keras' VGG16, or not all; put the right file there.")
+
+
+def vgg16_graph(layer: str, weights: Path):
+    """Return the frozen GraphDef of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096]."""
+    keras = import_tensorflow().keras
+    with_top = "notop" not in weights.name
+    model = keras.applications.VGG16(include_top=with_top, weights=None, input_shape=(224, 224, 3))
+    load_vgg16_weights(model, weights)
+    kept = model.get_layer("fc2" if layer == "fc2" else "block5_pool").output
+    if layer != "fc2":
+        kept = keras.layers.GlobalAveragePooling2D()(kept) if layer == "avg_pool" else keras.layers.Flatten()(kept)
+    network = keras.Model(model.inputs, kept)
+    preprocess = keras.applications.vgg16.preprocess_input  # RGB to BGR, minus ImageNet's means
+    return image_graph(lambda pixels: network(preprocess(pixels), training=False), (224, 224))
+
+
+def load_vgg16(layer: str, model_dir: Path, cache_dir: Path) -> BaseModel:
+    """Return VGG16 up to a layer as a base model; its graph is kept like its conversion."""
+    weights = find_vgg16(layer, model_dir)
+    name, fingerprint = f"vgg16_{layer}", hashlib.sha256(f"{layer} {sha256_of(weights)}".encode()).hexdigest()
+    folders = keeping_folders(model_dir, cache_dir)
+    graph_path = keep_graph(name, fingerprint, folders, lambda: vgg16_graph(layer, weights))
+    return load_base_model(graph_path, cache_dir, name, fingerprint)
+
+
+# Where an image feature module keeps its function, in the order in which it is looked for.
+HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
+
+
+def find_hub_module(handle: str) -> Path:
+    """Return the SavedModel folder of a handle: a local folder, or what tensorflow_hub makes of an address."""
+    if Path(handle).is_dir():
+        return Path(handle)
+    if "://" not in handle:
+        raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
+    import_tensorflow()
+    try:
+        import tensorflow_hub
+    except ImportError as error:
+        raise UserError(
+            f"--tfhub_module {handle}: the package tensorflow-hub can't be loaded ({error}); install it with: "
+            "pip install tensorflow-hub 'setuptools<82'"
+        ) from error
+    log.info("Asking %s for the module, or taking it from where tensorflow_hub keeps it.", handle)
+    try:
+        return Path(tensorflow_hub.resolve(handle))
+    except Exception as error:  # of the network, of the file system, of archives
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--tfhub_module {handle}: it could not be had ({reason}); download and unpack it on any machine, and name "
+            "the folder."
+        ) from error
+
+
+def hub_functions(module) -> Iterator[tuple[Callable, list, str]]:
+    """Yield the functions of a loaded module that could give features, their inputs' TensorSpecs, and their names."""
+    tf = import_tensorflow()
+
+    def specs(function) -> list:
+        return [
+            spec for spec in tf.nest.flatten(function.structured_input_signature) if isinstance(spec, tf.TensorSpec)
+        ]
+
+    if callable(module):  # the TF2 format
+        for function in module.__call__.concrete_functions:
+            yield module, specs(function), "its call"
+    for name in HUB_SIGNATURES:
+        if name in module.signatures:
+            function = module.signatures[name]
+            key = next(iter(function.structured_input_signature[1]), None)
+
+            def call(pixels, function=function, key=key):
+                return function(**{key: pixels})
+
+            yield call, specs(function), f"its signature {name!r}"
+
+
+def tf1_hub_functions(folder: Path) -> list[tuple[Callable, list, str]]:
+    """Return the same of a module of the TF1 format, whose variables a session reads."""
+    tf = import_tensorflow()
+    functions = []
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
+        # It holds one graph to train, tagged so, and one without a tag.
+        signatures = tf.compat.v1.saved_model.load(session, [], str(folder)).signature_def
+        for name in (name for name in HUB_SIGNATURES if name in signatures):
+            given, made = (dict(infos) for infos in (signatures[name].inputs, signatures[name].outputs))
+            output = made.get("default", next(iter(made.values()))).name
+            frozen = tf.compat.v1.graph_util.convert_variables_to_constants(
+                session, graph.as_graph_def(), [output.split(":")[0]]
+            )
+            tensors = [graph.get_tensor_by_name(info.name) for info in given.values()]
+
+            def call(pixels, frozen=frozen, tensors=tensors, output=output):
+                return tf.import_graph_def(frozen, {tensors[0].name: pixels}, [output])[0]
+
+            specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
+            functions.append((call, specs, f"its signature {name!r}"))
+    return functions
+
+
+def hub_network(functions: Iterable, handle: str, image_size: int) -> tuple[Callable, tuple[int, int]]:
+    """Return a module's function from pixels [n, height, width, 3], 0 to 255, to features, and its input size.
+
+    The function is of float32 tensors; features are [n, bottleneck size]. Raises UserError for a module that has none,
+    or that leaves its size free where `image_size` is 0.
+    """
+    tf = import_tensorflow()
+    reasons = []
+    for function, specs, name in functions:
+        shape = specs[0].shape if len(specs) == 1 else tf.TensorShape(None)
+        if shape.rank != 4 or shape[3] not in (3, None) or specs[0].dtype != tf.float32:
+            told = ", ".join(f"{spec.dtype.name} {spec.shape}" for spec in specs) or "nothing"
+            reasons.append(f"{name} takes {told} where one batch of pictures is expected")
+            continue
+        size = tuple(shape[1:3])
+        if None in size and not image_size:
+            raise UserError(f"--tfhub_module {handle}: it takes pictures of any size; choose one with --image_size.")
+        size = tuple(side or image_size for side in size)
+        if image_size and size != (image_size, image_size):
+            raise UserError(f"--image_size {image_size}: the module takes pictures of {size[0]} x {size[1]} only.")
+
+        def network(pixels, function=function):
+            given = function(pixels / 255)  # the common image signatures ask for 0 to 1
+            return given.get("default", next(iter(given.values()))) if isinstance(given, dict) else given
+
+        traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *size, 3], tf.float32))
+        made = tf.nest.flatten(traced.structured_outputs)
+        if len(made) == 1 and made[0].dtype == tf.float32 and made[0].shape.rank == 2 and made[0].shape[1]:
+            return network, size
+        told = ", ".join(f"{output.dtype.name} {output.shape}" for output in made)
+        reasons.append(f"{name} gives {told} where features, float32 (None, size), are expected")
+    why = reasons[0] if reasons else f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
+    raise UserError(f"--tfhub_module {handle}: it is no image feature model ({why}).")
+
+
+def hub_graph(handle: str, folder: Path, image_size: int):
+    """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
+    tf = import_tensorflow()
+    try:
+        with quiet_stderr():
+            is_tf1 = (folder / "tfhub_module.pb").exists()
+            functions = tf1_hub_functions(folder) if is_tf1 else list(hub_functions(tf.saved_model.load(str(folder))))
+    except Exception as error:  # of the file system, of protobuf, of missing operators
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--tfhub_module {handle}: {folder} is no SavedModel that can be loaded ({reason}).") from error
+    return image_graph(*hub_network(functions, handle, image_size))
+
+
+def hub_name(handle: str) -> str:
+    """Return a handle as the classic script has it in file names, cut to what an index's name has room for."""
+    name = re.sub(r"://|[/:\\?]", "~", handle)
+    mark = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()[:8]
+    return name if len(os.fsencode(name)) <= 150 else f"{mark}~{name[-60:].lstrip('~')}"
+
+
+def load_hub_module(handle: str, image_size: int, model_dir: Path, cache_dir: Path) -> BaseModel:
+    """Return a TF-Hub module as a base model; its graph is kept in `model_dir`, or in `cache_dir` if that is read-only.
+
+    image_size: of the input where the module leaves it free, else 0.
+    """
+    folder = find_hub_module(handle)
+    digest = hashlib.sha256(f"image_size {image_size}".encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    name, fingerprint = hub_name(handle), digest.hexdigest()
+    folders = keeping_folders(model_dir, cache_dir)
+    graph_path = keep_graph(name, fingerprint, folders, lambda: hub_graph(handle, folder, image_size))
+    return load_base_model(graph_path, cache_dir, name, fingerprint)
 
 
 # ======================================================================================================================
@@ -2285,7 +2673,7 @@ def parse_bottleneck(text: str, size: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def extract(store: BottleneckStore, lite: LiteModel, job: tuple) -> str | dict[str, np.ndarray]:
+def extract(store: BottleneckStore, network: Callable, job: tuple) -> str | dict[str, np.ndarray]:
     """Compute and keep what is missing for one image; return it by variant, or the reason why the image can't be used.
 
     job: the image, the settings of the distortion, and {variant: function from decoded to resized pixels}.
@@ -2300,7 +2688,7 @@ def extract(store: BottleneckStore, lite: LiteModel, job: tuple) -> str | dict[s
         return f"it can't be read ({error.strerror or error})"
     features = {}
     for variant, resized in variants.items():
-        features[variant] = lite(resized(pixels))
+        features[variant] = network(resized(pixels))
         if not np.isfinite(features[variant]).all():
             return "the base model gives no finite features for it"
         store.save(image, variant, record, features[variant])
@@ -2324,6 +2712,7 @@ def compute_bottlenecks(
     images: Sequence[Image],
     distortion: Distortion | None = None,
     count: int = 1,
+    engine: Engine = Engine(),
 ) -> tuple[np.ndarray, dict[Path, str]]:
     """Return the features float32 [images, count, n], cached or computed, and {path: reason} of the unusable images.
 
@@ -2346,8 +2735,7 @@ def compute_bottlenecks(
     if jobs:
         kinds = f" of {count} variants for each of {len(images)} pictures" if distortion else ""
         log.info("%s: %d cached, %d to compute%s.", doing, len(places) - wanted, wanted, kinds)
-        models = [LiteModel(base.lite_path) for _ in range(min(core_count(), len(jobs)))]
-        workers = [functools.partial(extract, store, model) for model in models]
+        workers = [functools.partial(extract, store, network) for network in networks(base, engine, len(jobs))]
         with progress_bar(doing, wanted, " images") as bar:
             for (image, _, missing), result in on_all_cores(workers, jobs):
                 bar.update(len(missing))
@@ -2688,7 +3076,7 @@ def write_graph(graph, path: Path) -> None:
 
 
 def write_outputs(
-    files: OutputFiles, graph, lite: bytes, labels: Sequence[str], labels_path: Path, facts: dict
+    files: OutputFiles, graph, lite: bytes | None, labels: Sequence[str], labels_path: Path, facts: dict
 ) -> None:
     """Write the graph, its .tflite, its labels, and last the facts that tie them together by their SHA-256.
 
@@ -2697,14 +3085,14 @@ def write_outputs(
     frozen = graph.SerializeToString(deterministic=True)
     facts = {
         "graph_sha256": hashlib.sha256(frozen).hexdigest(),
-        "lite_sha256": hashlib.sha256(lite).hexdigest(),
+        "lite_sha256": lite and hashlib.sha256(lite).hexdigest(),
         "labels": list(labels),
         **facts,
     }
     contents = {
         files.facts: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
         files.graph: frozen,
-        files.lite: lite,
+        **({files.lite: lite} if lite else {}),
         labels_path: "".join(f"{label}\n" for label in labels).encode(),
     }
     # All are written before the first gets its name, so that none replaces its older one if another can't be written.
@@ -2712,6 +3100,8 @@ def write_outputs(
     with contextlib.ExitStack() as whole_files:
         for path, content in contents.items():
             whole_files.enter_context(whole_file(path)).write_bytes(content)
+    if not lite:
+        files.lite.unlink(missing_ok=True)  # an earlier run's
 
 
 def check_saved_model_dir(folder: Path) -> None:
@@ -2849,7 +3239,8 @@ def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head
     """
     files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
     saved_model_dir = Path(flags.saved_model_dir or "none").absolute()
-    for folder in {path.absolute().parent for path in (files.graph, labels_path, base.lite_path, saved_model_dir)}:
+    paths = (files.graph, labels_path, base.lite_path or base.graph_path, saved_model_dir)
+    for folder in {path.absolute().parent for path in paths}:
         remove_leftovers(folder)
     graph = graph_with_head(base_graph, head, flags.final_tensor_name)
     facts = {
@@ -2862,21 +3253,22 @@ def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head
         "test_accuracy": test and test.accuracy,
         "test_images": len(test.batch) if test else 0,
     }
-    write_outputs(files, graph, lite_with_head(base.lite_path.read_bytes(), head), labels, labels_path, facts)
+    lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
+    write_outputs(files, graph, lite, labels, labels_path, facts)
     if flags.summaries_dir:
         write_summaries(history, Path(flags.summaries_dir))
     if flags.checkpoint_path:
         write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
         write_saved_model(graph, flags.final_tensor_name, saved_model_dir)
-    written = [files.graph, files.lite, files.facts, labels_path, flags.checkpoint_path, flags.saved_model_dir]
+    written = [files.graph, lite and files.lite, files.facts, labels_path, flags.checkpoint_path, flags.saved_model_dir]
     log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
     flagged = (("--graph", files.graph, "output_graph.pb"), ("--labels", labels_path, "output_labels.txt"))
     others = "".join(f" {flag} {path}" for flag, path, default in flagged if str(path) != default)
     log.info("Name pictures with: python3 predict.py%s --image FILE", others)
 
 
-def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, images, features, labels) -> None:
+def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, engine, images, features, labels) -> None:
     """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it."""
     check_classes(flags.image_dir, images, labels)
     images = assign_splits(images, flags.testing_percentage, flags.validation_percentage)
@@ -2891,7 +3283,7 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, im
     distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
     if distortion != Distortion():
         trained_on = [images[row] for row in training.rows]
-        variants, gone = compute_bottlenecks(store, trained_on, distortion, flags.distortions_per_image)
+        variants, gone = compute_bottlenecks(store, trained_on, distortion, flags.distortions_per_image, engine)
         if gone:
             raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
         training = with_distortions(training, variants)
@@ -2944,6 +3336,17 @@ def collect(flags: argparse.Namespace) -> None:
         log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
 
 
+def open_base_model(flags: argparse.Namespace) -> tuple[BaseModel, str]:
+    """Return the base model that the flags ask for, and a warning if it is not the one hoped for, or ''."""
+    model_dir, cache_dir = Path(flags.model_dir), Path(flags.bottleneck_dir)
+    if flags.tfhub_module:
+        return load_hub_module(flags.tfhub_module, flags.image_size, model_dir, cache_dir), ""
+    if flags.architecture == "vgg16":
+        return load_vgg16(flags.bottleneck_layer or ARCHITECTURES["vgg16"][0], model_dir, cache_dir), ""
+    name, graph_path, warning = choose_graph(flags.architecture, model_dir, flags.model_url)
+    return load_base_model(graph_path, cache_dir, name), warning
+
+
 def run(flags: argparse.Namespace) -> None:
     """Go through the rooms: images, base model, bottlenecks, and with what is usable head, evaluation and export."""
     if not flags.crawl_only:
@@ -2954,16 +3357,17 @@ def run(flags: argparse.Namespace) -> None:
         return
     images = list_images(flags.image_dir)
     labels = list(dict.fromkeys(image.label for image in images))
-    name, graph_path, warning = choose_graph(flags.architecture, Path(flags.model_dir), flags.model_url)
+    base, warning = open_base_model(flags)
     if warning:
         log.warning(warning)
-    base = load_base_model(graph_path, Path(flags.bottleneck_dir), name)
+    engine = choose_engine(flags.engine, flags.cpu_threads)
     reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
     store = BottleneckStore(flags.bottleneck_dir, base, reading)
-    features, skipped = compute_bottlenecks(store, images)
+    features, skipped = compute_bottlenecks(store, images, engine=engine)
     store.write_skipped(skipped)
     try:
-        learn(flags, base, store, [image for image in images if image.path not in skipped], features[:, 0], labels)
+        usable = [image for image in images if image.path not in skipped]
+        learn(flags, base, store, engine, usable, features[:, 0], labels)
     finally:
         log_skipped(skipped, store.skipped_path)
     if warning:

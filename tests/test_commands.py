@@ -179,7 +179,10 @@ def test_classic_flags_are_all_there_with_their_defaults():
         (["--train_batch_size", "-2"], "argument --train_batch_size: -2 is out of range (1 or more, or -1)"),
         (["--testing_percentage", "60", "--validation_percentage", "40"], "together leave nothing to train on"),
         (["--architecture", "mobilenet_1.0_224"], "'mobilenet_1.0_224' is not known"),
-        (["--tfhub_module", "https://example.com/1"], "TF-Hub modules can't be used yet"),
+        (
+            ["--tfhub_module", "https://example.com/1", "--architecture", "vgg16"],
+            "both name a base model; leave one of them out",
+        ),
         (["--flip_left_right", "perhaps"], "'perhaps' is neither true nor false"),
         (["--final_tensor_name", "a b"], "'a b' can't name a node"),
     ],

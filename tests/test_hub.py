@@ -1,0 +1,222 @@
+"""--tfhub_module: modules of both formats, made here, from photographs to predictions; and handles that are none."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_export import FEATURES, FINAL, bytes_of, predicted, session_run
+
+import retrain
+
+SIDE, SIZE = 20, 7
+
+
+@pytest.fixture(scope="module")
+def tf():
+    return retrain.import_tensorflow()
+
+
+def filters(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Return random weights, float32."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def network(tf, pixels, weights, offset):
+    """Return the features [n, SIZE] of pixels in [0, 1]: a convolution, batch normalisation, a mean."""
+    maps = tf.nn.conv2d(pixels, weights, strides=2, padding="SAME")
+    maps = tf.compat.v1.nn.fused_batch_norm(
+        maps, tf.ones([SIZE]), offset, tf.zeros([SIZE]), tf.ones([SIZE]), is_training=False
+    )[0]
+    return tf.reduce_mean(tf.nn.relu(maps), [1, 2])
+
+
+def make_tf2(tf, folder: Path, side: int | None = SIDE) -> Path:
+    """Write a module of the TF2 format, called with pictures and whether it trains."""
+    module = tf.Module()
+    module.weights, module.offset = tf.Variable(filters((3, 3, 3, SIZE))), tf.Variable(filters((SIZE,), 1))
+
+    def call(images, training=False):
+        features = network(tf, images, module.weights, module.offset)
+        return features + 100 if training else features
+
+    module.__call__ = tf.function(call)
+    spec = tf.TensorSpec([None, side, side, 3], tf.float32)
+    for training in (True, False):
+        module.__call__.get_concrete_function(spec, training=training)
+    tf.saved_model.save(module, str(folder))
+    return folder
+
+
+def make_tf1(tf, folder: Path, signature: str = "default") -> Path:
+    """Write a module of the TF1 Hub format: variables, one graph to train and one without a tag, and its mark."""
+    builder = tf.compat.v1.saved_model.Builder(str(folder))
+    for tags in ([], ["train"]):
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            images = tf.compat.v1.placeholder(tf.float32, [None, SIDE, SIDE, 3])
+            weights = tf.compat.v1.get_variable("weights", initializer=filters((3, 3, 3, SIZE)), use_resource=False)
+            offset = tf.compat.v1.get_variable("offset", initializer=filters((SIZE,), 1), use_resource=False)
+            features = network(tf, images, weights, offset)
+            session.run(tf.compat.v1.global_variables_initializer())
+            signatures = {
+                signature: tf.compat.v1.saved_model.predict_signature_def(
+                    {"images": images}, {"default": features + 100 if tags else features, "other": features * 2}
+                )
+            }
+            if tags:
+                builder.add_meta_graph(tags, signatures)
+            else:
+                builder.add_meta_graph_and_variables(session, tags, signatures)
+    builder.save()
+    (folder / "tfhub_module.pb").write_bytes(b"\x08\x03")  # FORMAT_SAVEDMODEL_V2
+    return folder
+
+
+MAKERS = {
+    "TF2": make_tf2,
+    "TF2, any size": lambda tf, folder: make_tf2(tf, folder, None),
+    "TF1": make_tf1,
+    "TF1, image_feature_vector": lambda tf, folder: make_tf1(tf, folder, "image_feature_vector"),
+}
+
+
+@pytest.mark.parametrize("engine", ["litert", "tensorflow"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_from_photographs_to_predictions(tf, train, image_dir, tmp_path, kind, engine):
+    MAKERS[kind](tf, tmp_path / "modules/some_net")
+    size = ["--image_size", SIDE] if "any" in kind else []
+    flags = ["--model_dir", tmp_path / "kept", "--saved_model_dir", "saved", "--learning_rate", 1, "--engine", engine]
+    assert train("--tfhub_module", "modules/some_net", *size, *flags) == 0
+    paths = sorted(image_dir.glob("*/*_0[0-3].jpg"))
+    pixels = [retrain.read_image(path, retrain.Reading(), (SIDE, SIDE)) for path in paths]
+    resized = np.stack([retrain.resize_bilinear(each, (SIDE, SIDE)) for each in pixels]) / 255
+    expected = network(tf, resized, filters((3, 3, 3, SIZE)), filters((SIZE,), 1)).numpy()
+    kept = [Path("bottleneck", path.parent.name, f"{path.name}_modules~some_net.txt") for path in paths]
+    features = [[float(value) for value in path.read_text().split(",")] for path in kept]
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(session_run(Path("output_graph.pb"), FEATURES, bytes_of(paths)), expected, atol=1e-3)
+    scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(paths))
+    np.testing.assert_allclose(predicted(tmp_path, paths), scores, atol=1e-3)
+    served = tf.saved_model.load("saved").signatures["serving_default"]
+    given = tf.constant([path.read_bytes() for path in paths])
+    np.testing.assert_allclose(served(image_bytes=given)["scores"], scores, atol=1e-3)
+
+
+def test_second_run_computes_nothing_and_a_changed_module_all(tf, train, tmp_path, capsys):
+    make_tf2(tf, tmp_path / "net")
+    assert train("--tfhub_module", tmp_path / "net") == 0
+    assert "0 cached, 60 to compute" in capsys.readouterr().out
+    assert train("--tfhub_module", tmp_path / "net") == 0
+    assert "to compute" not in capsys.readouterr().out
+    (tmp_path / "net/notes.txt").write_text("another version")
+    assert train("--tfhub_module", tmp_path / "net") == 0
+    assert "0 cached, 60 to compute" in capsys.readouterr().out
+
+
+def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir, tmp_path, capsys):
+    """The module takes a sum over the pixels of each of three hash buckets, in strings, which are TensorFlow's only."""
+    module = tf.Module()
+
+    def call(images):
+        words = tf.strings.as_string(tf.cast(tf.reduce_mean(images, [1, 2]) * 4, tf.int32))
+        return (
+            tf.one_hot(tf.strings.to_hash_bucket_fast(words[:, 0], 5), 5) + tf.reduce_mean(images, [1, 2, 3])[:, None]
+        )
+
+    module.__call__ = tf.function(call, input_signature=[tf.TensorSpec([None, 8, 8, 3], tf.float32)])
+    tf.saved_model.save(module, str(tmp_path / "net"))
+    Path("output_graph.tflite").write_bytes(b"an earlier run's")
+    Path("output_graph.json").write_text('{"graph_sha256": ""}')
+    assert train("--tfhub_module", "net", "--model_dir", "kept", "--engine", "litert") == 0
+    said = capsys.readouterr()
+    assert said.err.count("WARNING: LiteRT can't run net (") == 1
+    assert "output_graph.tflite" not in said.out and not Path("output_graph.tflite").exists()
+    paths = sorted(image_dir.glob("*/*_00.jpg"))
+    scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(paths))
+    np.testing.assert_allclose(predicted(tmp_path, paths), scores, atol=1e-3)
+
+
+def save_call(tf, folder: Path, call, *specs) -> None:
+    """Write a TF2 module of one function."""
+    module = tf.Module()
+    module.__call__ = tf.function(call, input_signature=specs)
+    tf.saved_model.save(module, str(folder))
+
+
+def bad_module(tf, kind: str, folder: Path) -> None:
+    """Write, to `folder`, something that is no image feature module."""
+    image = tf.TensorSpec([None, 8, 8, 3], tf.float32)
+    if kind == "empty":
+        folder.mkdir()
+    elif kind == "damaged":
+        make_tf2(tf, folder)
+        (folder / "saved_model.pb").write_bytes(b"\xff" * 1000)
+    elif kind == "text":
+        save_call(tf, folder, tf.strings.length, tf.TensorSpec([None], tf.string))
+    elif kind == "maps":
+        save_call(tf, folder, lambda x: x * 2, image)
+    elif kind == "two inputs":
+        save_call(tf, folder, lambda x, y: tf.reduce_mean(x + y, [1, 2]), image, image)
+    elif kind == "silent":
+        tf.saved_model.save(tf.Module(), str(folder))
+    else:
+        make_tf2(tf, folder, None if kind == "any size" else SIDE)
+
+
+@pytest.mark.parametrize(
+    "kind, flags, said",
+    [
+        ("empty", (), "is no SavedModel that can be loaded (SavedModel file does not exist"),
+        ("damaged", (), "is no SavedModel that can be loaded ("),
+        ("text", (), "it is no image feature model (its call takes string"),
+        ("maps", (), "it is no image feature model (its call gives"),
+        ("two inputs", (), "where one batch of pictures is expected"),
+        ("silent", (), "it can't be called, and has none of the signatures default, image_feature_vector"),
+        ("any size", (), "it takes pictures of any size; choose one with --image_size"),
+        ("fixed size", ("--image_size", 33), "--image_size 33: the module takes pictures of 20 x 20 only"),
+    ],
+)
+def test_a_folder_that_is_no_image_feature_model_gets_one_sentence(tf, train, tmp_path, capsys, kind, flags, said):
+    bad_module(tf, kind, tmp_path / "net")
+    assert train("--tfhub_module", "net", "--logging_verbosity", "ERROR", "--model_dir", tmp_path, *flags) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("retrain.py: error: --") and said in sentence
+    assert not list(tmp_path.glob("*.tflite"))
+
+
+@pytest.mark.parametrize(
+    "handle, said",
+    [("nowhere/at/all", "there is no such folder"), ("https://127.0.0.1:9/google/net/1", "it could not be had (")],
+)
+def test_a_handle_that_leads_nowhere_gets_one_sentence(train, capsys, handle, said):
+    if "://" in handle:
+        pytest.importorskip("tensorflow_hub")
+    assert train("--tfhub_module", handle, "--logging_verbosity", "ERROR") == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert handle in sentence and said in sentence
+
+
+def test_an_address_without_tensorflow_hub_names_the_package(train, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_hub", None)
+    assert train("--tfhub_module", "https://tfhub.dev/google/net/1", "--logging_verbosity", "ERROR") == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "pip install tensorflow-hub 'setuptools<82'" in sentence
+
+
+def test_an_address_is_resolved_by_tensorflow_hub(tf, train, tmp_path, monkeypatch):
+    class Hub:
+        resolve = staticmethod(lambda handle: str(make_tf2(tf, tmp_path / "fetched")))
+
+    monkeypatch.setitem(sys.modules, "tensorflow_hub", Hub)
+    assert train("--tfhub_module", "https://tfhub.dev/google/net/feature_vector/5", "--model_dir", tmp_path) == 0
+    names = {path.name.partition(".jpg_")[2] for path in Path("bottleneck").glob("*/*.txt")}
+    assert names == {"https~tfhub.dev~google~net~feature_vector~5.txt"}  # as the classic script named them
+
+
+def test_an_over_long_handle_gives_names_that_fit():
+    name = retrain.hub_name("/" + "deep/" * 60 + "net")
+    assert len(name) < 80 and name.endswith("~deep~net")
+    assert name != retrain.hub_name("/" + "deep/" * 61 + "net")

@@ -1,0 +1,163 @@
+"""--architecture vgg16, with random weights: features as Keras' own, and from photographs to predictions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_export import FEATURES, FINAL, bytes_of, predicted, session_run
+
+import retrain
+
+NOTOP, FULL = retrain.VGG16_FILES
+ENDS = {"avg_pool": 512, "block5_pool": 25088}
+
+
+def vgg16(include_top: bool):
+    """Return Keras' VGG16 with random weights, of the size at which a signal neither fades nor grows."""
+    keras = retrain.import_tensorflow().keras
+    keras.utils.set_random_seed(0)
+    model = keras.applications.VGG16(include_top=include_top, weights=None, input_shape=(224, 224, 3))
+    for layer in model.layers:
+        if layer.name.startswith("block"):
+            layer.set_weights([values * np.float32(np.sqrt(2)) for values in layer.get_weights()])
+    return model
+
+
+@pytest.fixture(scope="module")
+def notop():
+    return vgg16(include_top=False)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, notop) -> Path:
+    """A --model_dir with weights in the format of the file that Keras offers."""
+    folder = tmp_path_factory.mktemp("vgg16")
+    notop.save(folder / NOTOP)
+    return folder
+
+
+def keras_features(model, layer: str, paths: list[Path]) -> np.ndarray:
+    """Return what Keras itself makes of pictures, float32 [paths, n]."""
+    keras = retrain.import_tensorflow().keras
+    pixels = [retrain.read_image(path, retrain.Reading(), (224, 224)) for path in paths]
+    resized = np.stack([retrain.resize_bilinear(each, (224, 224)) for each in pixels])
+    kept = keras.Model(model.inputs, model.get_layer("fc2" if layer == "fc2" else "block5_pool").output)
+    made = kept.predict(keras.applications.vgg16.preprocess_input(resized), verbose=0)
+    return made.mean((1, 2)) if layer == "avg_pool" else made.reshape(len(paths), -1)
+
+
+@pytest.fixture
+def few(image_dir) -> list[Path]:
+    """Leave three pictures of each of two classes in the folder."""
+    for path in image_dir.glob("*/*"):
+        if path.parent.name == "blue" or not path.stem.endswith(("_00", "_01", "_02")):
+            path.unlink()
+    (image_dir / "blue").rmdir()
+    return sorted(image_dir.glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    "flags, layer",
+    [
+        ((), "avg_pool"),
+        (("--bottleneck_layer", "block5_pool"), "block5_pool"),
+        (("--engine", "tensorflow"), "avg_pool"),
+    ],
+    ids=["usual layer", "block5_pool", "TensorFlow"],
+)
+def test_from_photographs_to_predictions(train, few, weights, notop, tmp_path, flags, layer):
+    usual = ("--architecture", "vgg16", "--model_dir", weights, "--learning_rate", 0.0001, "--saved_model_dir", "saved")
+    assert train(*usual, *flags) == 0
+    expected = keras_features(notop, layer, few)
+    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_{layer}.txt") for path in few]
+    features = np.array([[float(value) for value in path.read_text().split(",")] for path in kept])
+    assert features.shape == (6, ENDS[layer])
+    np.testing.assert_allclose(features, expected, atol=1e-3)
+    assert expected.std() > 1
+    np.testing.assert_allclose(session_run(Path("output_graph.pb"), FEATURES, bytes_of(few)), expected, atol=1e-3)
+    scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(few))
+    np.testing.assert_allclose(predicted(tmp_path, few), scores, atol=1e-3)
+    tf = retrain.import_tensorflow()
+    served = tf.saved_model.load("saved").signatures["serving_default"]
+    given = tf.constant([path.read_bytes() for path in few])
+    np.testing.assert_allclose(served(image_bytes=given)["scores"], scores, atol=1e-3)
+
+
+def test_fc2_from_the_full_weights(train, few, tmp_path, monkeypatch):
+    """With 64 units in its fully-connected layers: with 4,096 the test would take two minutes and three gigabytes.
+
+    The weights are in Keras 3's own format, which has no other name when it is put under the usual one.
+    """
+    from keras.src.applications import vgg16 as application
+
+    dense = application.layers.Dense
+    monkeypatch.setattr(application.layers, "Dense", lambda units, **more: dense(min(units, 64), **more))
+    model = vgg16(include_top=True)
+    model.save_weights(tmp_path / "all.weights.h5")
+    (tmp_path / "all.weights.h5").rename(tmp_path / FULL)
+    assert train("--architecture", "vgg16", "--bottleneck_layer", "fc2", "--model_dir", tmp_path) == 0
+    expected = keras_features(model, "fc2", few)
+    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_fc2.txt") for path in few]
+    features = [[float(value) for value in path.read_text().split(",")] for path in kept]
+    np.testing.assert_allclose(features, expected, atol=1e-3)
+    assert expected.std() > 0.1
+    scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(few))
+    np.testing.assert_allclose(predicted(tmp_path, few), scores, atol=1e-3)
+
+
+def test_fc2_is_not_in_the_weights_without_the_top(weights, monkeypatch):
+    monkeypatch.setattr(retrain, "VGG16_URL", "http://127.0.0.1:9/")
+    with pytest.raises(retrain.UserError, match=f"{FULL} is not in .* put it into {weights.resolve()}"):
+        retrain.find_vgg16("fc2", weights)
+    assert retrain.find_vgg16("avg_pool", weights).name == NOTOP
+
+
+def test_weights_that_are_none_get_one_sentence(train, few, tmp_path, capsys):
+    (tmp_path / NOTOP).write_bytes(b"<html>not found</html>")
+    assert train("--architecture", "vgg16", "--model_dir", tmp_path, "--logging_verbosity", "ERROR") == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{NOTOP} holds no weights of Keras' VGG16, or not all; put the right file there." in said
+
+
+DOWNLOADING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import retrain
+from pathlib import Path
+retrain.VGG16_URL, retrain.VGG16_FILES[next(iter(retrain.VGG16_FILES))] = sys.argv[2:4]
+retrain.log.disabled = True
+sys.exit(retrain.exit_code("retrain.py", lambda: print("found", retrain.find_vgg16("avg_pool", Path("nothing")))))
+"""
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["right sum", "wrong sum"])
+def test_keras_downloads_and_checks_the_weights(tmp_path, checked):
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / NOTOP).write_bytes(b"weights")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        md5 = hashlib.md5(b"weights" if checked else b"others").hexdigest()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        done = subprocess.run(
+            [sys.executable, "-c", DOWNLOADING, ROOT, url, md5], capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "KERAS_HOME": str(tmp_path / "keras"), "no_proxy": "127.0.0.1"},
+        )  # fmt: skip
+        server.shutdown()
+    if checked:
+        assert f"found {tmp_path / 'keras/models' / NOTOP}" in done.stdout
+    else:
+        assert done.returncode == 1
+        assert f"{NOTOP} is not in nothing, and could not be had from {url}{NOTOP} (" in done.stderr
+        assert "Traceback" not in done.stderr
