@@ -306,6 +306,7 @@ def label_of(folder: str) -> str:
 # ======================================================================================================================
 
 
+OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 # The base models by their names, and the layers that each can keep as its bottleneck, the usual one first.
 ARCHITECTURES = {"auto": (), "inception_v3": (), "starter": (), "vgg16": ("avg_pool", "block5_pool", "fc2")}
 
@@ -353,6 +354,11 @@ def verbosity(text: str) -> str:
     if text.upper() not in ("DEBUG", "INFO", "WARN", "ERROR", "FATAL"):
         raise argparse.ArgumentTypeError(f"{text!r} is none of DEBUG, INFO, WARN, ERROR and FATAL")
     return text.upper()
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Read the numbers of a flag such as --hidden_units 512,256; '' for none."""
+    return tuple(number(int, 1)(part) for part in text.split(",")) if text.strip() else ()
 
 
 def name_of_file(text: str) -> str:
@@ -437,7 +443,12 @@ def build_parser() -> Parser:
     flag("--distortions_per_image", 8, number(int, 1, 1000), "N", "such variants of each, computed once and cached")
     flag = room("head")
     flag("--how_many_training_steps", 4000, number(int, 1), "N", "training steps")
-    flag("--learning_rate", 0.01, number(float, 0), "X", "of the gradient descent")
+    flag("--learning_rate", None, number(float, 0), "X", "of the training (0.01; 0.001 with adam and rmsprop)")
+    flag("--hidden_units", None, whole_numbers, "N,N", "fully-connected layers before the softmax, first to last")
+    flag("--dropout", None, number(float, 0, 0.99), "X", "share of a hidden layer that is dropped while training")
+    flag("--batch_norm", False, switch, "BOOL", "batch normalisation in the hidden layers")
+    flag("--optimizer", "sgd", str, "NAME", f"how it is trained: {', '.join(OPTIMIZERS)}")
+    flag("--class_weights", "none", str, "NAME", "balanced: classes count alike even with --train_batch_size -1")
     flag("--train_batch_size", 100, batch, "N", "pictures drawn for each step, -1 for all")
     flag("--validation_batch_size", 100, batch, "N", "pictures drawn for each validation, -1 for all")
     flag("--eval_step_interval", 10, number(int, 1), "N", "steps between two validations")
@@ -481,6 +492,20 @@ def check_base_model_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error(f"--bottleneck_layer: {flags.bottleneck_layer!r} is no layer of {whose}; {choice}")
 
 
+def complete_head_flags(parser: Parser, flags: argparse.Namespace) -> None:
+    """Set the flags of the head whose defaults depend on others; end with a sentence for those that contradict them."""
+    if flags.optimizer not in OPTIMIZERS:
+        parser.error(f"--optimizer: {flags.optimizer!r} is not known; choose {', '.join(OPTIMIZERS)}")
+    if flags.class_weights not in ("none", "balanced"):
+        parser.error(f"--class_weights: {flags.class_weights!r} is not known; choose none or balanced")
+    flags.hidden_units = flags.hidden_units or ()
+    if not flags.hidden_units and (flags.dropout or flags.batch_norm):
+        parser.error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
+    flags.dropout = flags.dropout or 0.0
+    if flags.learning_rate is None:
+        flags.learning_rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
+
+
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
@@ -492,6 +517,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
     check_base_model_flags(parser, flags)
+    complete_head_flags(parser, flags)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
     return flags
@@ -2771,13 +2797,31 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The softmax layer: weights float32 [n, classes] and biases float32 [classes]."""
+    """The softmax layer: weights float32 [n, classes], biases float32 [classes]; and hidden layers before it, if any.
+
+    hidden: the weights float32 [n, units] and biases float32 [units] of each fully-connected layer with a ReLU.
+    """
 
     weights: np.ndarray
     biases: np.ndarray
+    hidden: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+
+    @property
+    def feature_count(self) -> int:
+        """How many features it takes."""
+        return len(self.hidden[0][0] if self.hidden else self.weights)
+
+    def variables(self) -> dict[str, np.ndarray]:
+        """Return all its numbers under the classic script's names, and others for the hidden layers."""
+        named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
+        for i, (weights, biases) in enumerate(self.hidden):
+            named |= {f"hidden_{i}/weights": weights, f"hidden_{i}/biases": biases}
+        return named
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
+        for weights, biases in self.hidden:
+            features = np.maximum(features @ weights + biases, 0)
         logits = features @ self.weights + self.biases
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -2785,14 +2829,31 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """How the head is trained; the flags of the room, by their names."""
+    """What the head is, and how it is trained; the flags of the room, by their names."""
 
     how_many_training_steps: int = 4000
     learning_rate: float = 0.01
     train_batch_size: int = 100
     validation_batch_size: int = 100
     eval_step_interval: int = 10
+    intermediate_store_frequency: int = 0
     random_seed: int | None = None
+    hidden_units: tuple[int, ...] = ()
+    dropout: float = 0
+    batch_norm: bool = False
+    optimizer: str = "sgd"
+    class_weights: str = "none"
+
+    @property
+    def is_classic(self) -> bool:
+        """Whether the head is the classic script's: one softmax layer, trained by plain gradient descent."""
+        return not self.hidden_units and self.optimizer == "sgd"
+
+    def is_evaluated(self, step: int) -> bool:
+        return step % self.eval_step_interval == 0 or step == self.how_many_training_steps - 1
+
+    def is_stored(self, step: int) -> bool:
+        return step > 0 and self.intermediate_store_frequency > 0 and step % self.intermediate_store_frequency == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2826,17 +2887,19 @@ def batch_drawer(classes: np.ndarray, size: int, random: np.random.Generator) ->
 def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
     """Return the scores of the head on a batch, int [batch], of the rows. Raises UserError if they are not finite."""
     probabilities = head.probabilities(rows.features(batch))
-    if not (np.isfinite(head.weights).all() and np.isfinite(probabilities).all()):
+    if not all(np.isfinite(values).all() for values in (probabilities, *head.variables().values())):
         raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
     classes = rows.classes[batch]
     right = probabilities[np.arange(len(batch)), classes]
-    numbers = {"weights": head.weights, "biases": head.biases, "activations": probabilities}
+    numbers = {name.split("/final_")[0]: values for name, values in head.variables().items()}
+    numbers["activations"] = probabilities
     return Scores(
         step,
         split,
         accuracy=float((probabilities.argmax(axis=1) == classes).mean()),
         cross_entropy=float(-np.log(np.maximum(right, 1e-30)).mean()),
-        histograms={name: np.histogram(values, bins=30) for name, values in numbers.items()},
+        # In float64, since thirty float32 bins don't fit between numbers that are nearly equal.
+        histograms={name: np.histogram(values.astype(np.float64), bins=30) for name, values in numbers.items()},
     )
 
 
@@ -2850,6 +2913,36 @@ def log_scores(scores: Scores, batch_size: int) -> None:
         log.info("%s Validation accuracy = %.1f%% (N=%d)", line, scores.accuracy * 100, batch_size)
 
 
+def evaluator(training: Rows, validation: Rows, settings: TrainingSettings) -> Callable:
+    """Return a function of a step, its head and its batch that prints and returns the scores, if they are due then."""
+    # Its own random numbers, so that evaluating more often doesn't change what is learnt.
+    draw = batch_drawer(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
+
+    def evaluate_step(step: int, head: Head, batch: np.ndarray) -> list[Scores]:
+        tried = [(training, batch, "train")]
+        if len(validation.classes):
+            tried.append((validation, draw(), "validation"))
+        history = []
+        for rows, drawn, split in tried:
+            history.append(score(head, rows, drawn, step, split))
+            log_scores(history[-1], len(drawn))
+        return history
+
+    return evaluate_step
+
+
+def class_weights(classes: np.ndarray, class_count: int, settings: TrainingSettings) -> np.ndarray:
+    """Return how much a picture of each class counts in the loss, float32 [classes].
+
+    Balanced, a class counts as much as any other. Drawn batches see to that themselves, by drawing a class first, so it
+    makes a difference for --train_batch_size -1, where each picture comes once.
+    """
+    if settings.class_weights != "balanced" or settings.train_batch_size != -1:
+        return np.ones(class_count, np.float32)
+    counts = np.bincount(classes, minlength=class_count)
+    return (len(classes) / (class_count * np.maximum(counts, 1))).astype(np.float32)
+
+
 @np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
 def train_head(
     training: Rows,
@@ -2858,7 +2951,9 @@ def train_head(
     settings: TrainingSettings,
     after_step: Callable[[int, Head], None] = lambda step, head: None,
 ) -> tuple[Head, list[Scores]]:
-    """Train the softmax layer, and return it with the scores of each evaluation; `after_step` sees every step's head.
+    """Train the softmax layer, and return it with the scores of each evaluation.
+
+    after_step: is called with the head of each step that is to be stored.
 
     Weights begin as a truncated normal of standard deviation 0.001, biases as zero; plain gradient descent on the mean
     cross entropy of each batch.
@@ -2870,24 +2965,116 @@ def train_head(
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
     rate, history = np.float32(settings.learning_rate), []
     draw = batch_drawer(training.classes, settings.train_batch_size, random)
-    # Its own random numbers, so that evaluating more often doesn't change what is learnt.
-    draw_validation = batch_drawer(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
+    counts = class_weights(training.classes, class_count, settings)
+    evaluate_step = evaluator(training, validation, settings)
     for step in range(settings.how_many_training_steps):
         batch = draw()
         features = training.features(batch)  # [batch, n]
         error = head.probabilities(features)  # [batch, classes]
         error[np.arange(len(batch)), training.classes[batch]] -= 1
-        error *= rate / np.float32(len(batch))
+        error *= counts[training.classes[batch], None] * (rate / np.float32(len(batch)))
         head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
-        if step % settings.eval_step_interval == 0 or step == settings.how_many_training_steps - 1:
-            history.append(score(head, training, batch, step, "train"))
-            log_scores(history[-1], len(batch))
-            if len(validation.classes):
-                batch = draw_validation()
-                history.append(score(head, validation, batch, step, "validation"))
-                log_scores(history[-1], len(batch))
-        after_step(step, head)
+        if settings.is_evaluated(step):
+            history += evaluate_step(step, head, batch)
+        if settings.is_stored(step):
+            after_step(step, head)
     return head, history
+
+
+# The mean squared length of the features that hidden layers are given. Inception-v3's and the starter's have 120 to 670;
+# networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent go astray.
+FEATURE_POWER = 256
+
+
+def build_layers(features: np.ndarray, class_count: int, settings: TrainingSettings):
+    """Return an untrained Keras model over hidden layers to logits [n, classes], for such features as [rows, n].
+
+    The features are brought to one scale, so that one learning rate suits all base models.
+    """
+    keras = import_tensorflow().keras
+    seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
+
+    def dense(units: int):
+        return keras.layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
+
+    power = float(np.einsum("ij,ij->", features, features)) / len(features)
+    scale = math.sqrt(FEATURE_POWER / power) if power else 1.0
+    layers = [keras.Input([features.shape[1]]), keras.layers.Rescaling(scale)]
+    for units in settings.hidden_units:
+        normalisation = [keras.layers.BatchNormalization()] if settings.batch_norm else []
+        dropout = [keras.layers.Dropout(settings.dropout, seed=next(seeds))] if settings.dropout else []
+        layers += [dense(units), *normalisation, keras.layers.ReLU(), *dropout]
+    return keras.Sequential([*layers, dense(class_count)])
+
+
+def head_of(model) -> Head:
+    """Return what a Keras model of `build_layers` has learnt, scale and normalisation folded into the dense layers."""
+    layers = import_tensorflow().keras.layers
+    dense, scale = [], np.float32(model.layers[0].scale)
+    for layer in model.layers:
+        if isinstance(layer, layers.Dense):
+            dense.append(tuple(layer.get_weights()))
+        elif isinstance(layer, layers.BatchNormalization):
+            gamma, beta, mean, variance = layer.get_weights()
+            gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
+            weights, biases = dense.pop()
+            dense.append((weights * gain, (biases - mean) * gain + beta))
+    dense[0] = (dense[0][0] * scale, dense[0][1])
+    *hidden, (weights, biases) = dense
+    return Head(weights, biases, tuple(hidden))
+
+
+def keras_step(model, settings: TrainingSettings) -> Callable:
+    """Return a function that trains a Keras model by one batch: features [n, size], classes [n], their weights [n]."""
+    tf = import_tensorflow()
+    rate, optimizers = settings.learning_rate, tf.keras.optimizers
+    optimizer = {
+        "sgd": lambda: optimizers.SGD(rate),
+        "momentum": lambda: optimizers.SGD(rate, momentum=0.9),
+        "rmsprop": lambda: optimizers.RMSprop(rate),
+        "adam": lambda: optimizers.Adam(rate),
+    }[settings.optimizer]()
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def train(features, classes, weights):
+        with tf.GradientTape() as tape:
+            logits = model(features, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(classes, logits)
+            loss = tf.reduce_mean(losses * weights)
+        variables = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+
+    return train
+
+
+@np.errstate(over="ignore", invalid="ignore")  # as above
+def train_layers(
+    training: Rows,
+    validation: Rows,
+    class_count: int,
+    settings: TrainingSettings,
+    after_step: Callable[[int, Head], None] = lambda step, head: None,
+    model=None,
+) -> tuple[Head, list[Scores]]:
+    """Train hidden layers and a softmax layer by Keras; takes and returns what `train_head` does.
+
+    model: what to train, of `build_layers`; else a new one.
+    """
+    model = model or build_layers(training.features(np.arange(len(training.rows))), class_count, settings)
+    train = keras_step(model, settings)
+    draw = batch_drawer(training.classes, settings.train_batch_size, np.random.default_rng(settings.random_seed))
+    counts = class_weights(training.classes, class_count, settings)
+    evaluate_step, history = evaluator(training, validation, settings), []
+    for step in range(settings.how_many_training_steps):
+        batch = draw()
+        classes = training.classes[batch]
+        train(training.features(batch), classes, counts[classes])
+        if settings.is_evaluated(step):
+            history += evaluate_step(step, head_of(model), batch)
+        if settings.is_stored(step):
+            after_step(step, head_of(model))
+    return head_of(model), history
 
 
 def summary_of(scores: Scores):
@@ -2922,13 +3109,13 @@ def write_summaries(history: Sequence[Scores], folder: Path) -> None:
 def write_checkpoint(head: Head, path: Path) -> None:
     """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
     tf = import_tensorflow()
-    scope = "final_training_ops"
+    variables = dict(sorted(head.variables().items()))
     with writing_by_tensorflow(path):
         tf.raw_ops.SaveV2(
             prefix=str(path),
-            tensor_names=[f"{scope}/biases/final_biases", f"{scope}/weights/final_weights"],
-            shape_and_slices=["", ""],
-            tensors=[head.biases, head.weights],
+            tensor_names=[f"final_training_ops/{name}" for name in variables],
+            shape_and_slices=[""] * len(variables),
+            tensors=list(variables.values()),
         )
         tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
@@ -3010,19 +3197,26 @@ def graph_with_head(base_graph, head: Head, final_tensor_name: str):
 
     features = add("PlaceholderWithDefault", "input/BottleneckInputPlaceholder", BOTTLENECK_NODE, typed="dtype")
     features.attr["shape"].shape.dim.add(size=-1)
-    features.attr["shape"].shape.dim.add(size=head.weights.shape[0])
-    for name, values in (("weights", head.weights), ("biases", head.biases)):
-        constant = add("Const", f"{scope}/{name}/final_{name}", typed="dtype")
+    features.attr["shape"].shape.dim.add(size=head.feature_count)
+    for name, values in head.variables().items():
+        constant = add("Const", f"{scope}/{name}", typed="dtype")
         constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values))
-    product, total = f"{scope}/Wx_plus_b/MatMul", f"{scope}/Wx_plus_b/add"
-    add("MatMul", product, features.name, f"{scope}/weights/final_weights")
-    add("BiasAdd", total, product, f"{scope}/biases/final_biases")
-    add("Softmax", final_tensor_name, total)
+
+    def layer(inside: str, inputs: str, weights: str, biases: str) -> str:
+        product = add("MatMul", f"{inside}/Wx_plus_b/MatMul", inputs, f"{inside}/{weights}").name
+        return add("BiasAdd", f"{inside}/Wx_plus_b/add", product, f"{inside}/{biases}").name
+
+    inputs = features.name
+    for i in range(len(head.hidden)):
+        inside = f"{scope}/hidden_{i}"
+        inputs = add("Relu", f"{inside}/Relu", layer(inside, inputs, "weights", "biases")).name
+    logits = layer(scope, inputs, "weights/final_weights", "biases/final_biases")
+    add("Softmax", final_tensor_name, logits)
     return graph
 
 
 def lite_with_head(lite: bytes, head: Head) -> bytes:
-    """Return a .tflite from resized pixels to scores: the base model's, with the head's two operators appended.
+    """Return a .tflite from resized pixels to scores: the base model's, with the head's operators appended.
 
     Editing the flatbuffer takes a second where converting the whole graph again would take ten.
     """
@@ -3031,7 +3225,6 @@ def lite_with_head(lite: bytes, head: Head) -> bytes:
 
     model = schema.ModelT.InitFromPackedBuf(lite, 0)
     network = model.subgraphs[0]
-    class_count = len(head.biases)
 
     def tensor(name: str, shape: Sequence[int], values: np.ndarray | None = None) -> int:
         buffer = schema.BufferT()
@@ -3056,15 +3249,25 @@ def lite_with_head(lite: bytes, head: Head) -> bytes:
         added.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
         network.operators.append(added)
 
-    weights = tensor("final_weights", head.weights.T.shape, head.weights.T)
-    biases = tensor("final_biases", [class_count], head.biases)
-    logits, scores = tensor("logits", [1, class_count]), tensor("scores", [1, class_count])
-    operator("FULLY_CONNECTED", schema.FullyConnectedOptionsT(), [network.outputs[0], weights, biases], logits)
-    softmax = schema.SoftmaxOptionsT()
+    def layer(inputs: int, name: str, weights: np.ndarray, biases: np.ndarray, activation: int) -> int:
+        options, output = schema.FullyConnectedOptionsT(), tensor(name, [1, len(biases)])
+        options.fusedActivationFunction = activation
+        numbers = [
+            tensor(f"{name}_weights", weights.T.shape, weights.T),
+            tensor(f"{name}_biases", biases.shape, biases),
+        ]
+        operator("FULLY_CONNECTED", options, [inputs, *numbers], output)
+        return output
+
+    last, activations = network.outputs[0], schema.ActivationFunctionType
+    for i, (weights, biases) in enumerate(head.hidden):
+        last = layer(last, f"hidden_{i}", weights, biases, activations.RELU)
+    last = layer(last, "logits", head.weights, head.biases, activations.NONE)
+    softmax, scores = schema.SoftmaxOptionsT(), tensor("scores", [1, len(head.biases)])
     softmax.beta = 1.0
-    operator("SOFTMAX", softmax, [logits], scores)
+    operator("SOFTMAX", softmax, [last], scores)
     network.outputs = np.array([scores], np.int32)
-    builder = flatbuffers.Builder(len(lite) + head.weights.nbytes + (1 << 16))
+    builder = flatbuffers.Builder(len(lite) + sum(values.nbytes for values in head.variables().values()) + (1 << 16))
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 
@@ -3291,13 +3494,13 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
     base_graph = load_graph(base.graph_path)
 
     def after_step(step: int, head: Head) -> None:
-        if step and flags.intermediate_store_frequency and step % flags.intermediate_store_frequency == 0:
-            path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
-            write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
+        path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
+        write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
     names = [field.name for field in dataclasses.fields(TrainingSettings)]
     settings = TrainingSettings(**{name: getattr(flags, name) for name in names})
-    head, history = train_head(training, validation, len(labels), settings, after_step)
+    train = train_head if settings.is_classic else train_layers
+    head, history = train(training, validation, len(labels), settings, after_step)
 
     test = None
     if len(testing.rows):
