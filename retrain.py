@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime
 import difflib
@@ -368,7 +369,7 @@ def name_of_file(text: str) -> str:
     return text
 
 
-def networks(text: str) -> tuple:
+def ip_networks(text: str) -> tuple:
     """Read the value of --crawl_allow_private: addresses or networks, joined by commas, or `all`."""
     try:
         return tuple(map(ipaddress.ip_network, (text if text != "all" else "0.0.0.0/0,::/0").split(",")))
@@ -379,8 +380,8 @@ def networks(text: str) -> tuple:
 def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: str, **options) -> None:
     """Add a flag to a group of the parser; its default is told with its purpose, unless that is 'nothing'."""
     told = "" if default in (None, "", ()) or kind in (switch, source_named) else f" ({default})"
-    if kind in (switch, networks):
-        options = {"nargs": "?", "const": True if kind is switch else networks("all")}
+    if kind in (switch, ip_networks):
+        options = {"nargs": "?", "const": True if kind is switch else ip_networks("all")}
     group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose + told, **options)
 
 
@@ -412,11 +413,28 @@ def build_parser() -> Parser:
     flag("--crawl_host_parallel", None, number(int, 1, 64), "N", "of them from one host (2; all with a delay of 0)")
     flag("--crawl_host_delay", 1.0, number(float, 0, 3600), "S", "seconds between two requests to one host")
     flag("--crawl_timeout", 15.0, number(float, 0.1, 3600), "S", "seconds without an answer until one is given up")
-    flag("--crawl_allow_private", (), networks, "NET", "allow pictures at private addresses: all, or in these networks")
+    flag(
+        "--crawl_allow_private",
+        (),
+        ip_networks,
+        "NET",
+        "allow pictures at private addresses: all, or in these networks",
+    )
     flag = room("images")
     flag("--image_dir", "data", name_of_file, "DIR", "folder that holds one folder of pictures per class")
     flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
     flag("--validation_percentage", 10, share, "N", "percentage kept for validation")
+    flag("--validation_dir", "", str, "DIR", "validate on these pictures, with the same class folders as --image_dir")
+    flag("--test_dir", "", str, "DIR", "test on these, likewise")
+    flag("--split_file", "", str, "FILE", "table of which picture does what: path, label, training|validation|testing")
+    flag("--write_split_file", "", str, "FILE", "write such a table of this run")
+    flag(
+        "--coarse_image_dir",
+        "",
+        str,
+        "DIR",
+        "two stages: train on these many, coarse pictures first, then on --image_dir",
+    )
     flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
     flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
     flag = room("base model")
@@ -453,11 +471,23 @@ def build_parser() -> Parser:
     flag("--validation_batch_size", 100, batch, "N", "pictures drawn for each validation, -1 for all")
     flag("--eval_step_interval", 10, number(int, 1), "N", "steps between two validations")
     flag("--random_seed", None, number(int, 0), "N", "makes a run repeatable")
+    steps = number(int, 1)
+    flag("--coarse_training_steps", 300, steps, "N", "training steps of stage one, on --coarse_image_dir")
+    flag("--coarse_learning_rate", None, number(float, 0), "X", "of stage one (as --learning_rate)")
+    flag("--refine_training_steps", 300, steps, "N", "training steps of stage two, on --image_dir")
+    flag(
+        "--refine_learning_rate",
+        None,
+        number(float, 0),
+        "X",
+        "of stage two (a tenth of stage one's; the same where the classes differ)",
+    )
     flag("--summaries_dir", "retrain_logs", str, "DIR", "logs for TensorBoard; '' for none")
     flag("--checkpoint_path", "", str, "FILE", "also write the head as a TensorFlow checkpoint")
     flag = room("evaluation")
     flag("--test_batch_size", -1, batch, "N", "pictures drawn for the final test, -1 for all")
     flag("--print_misclassified_test_images", False, switch, "BOOL", "list the test pictures taken for another class")
+    flag("--two_stage_picture", "output_two_stage.png", name_of_file, "FILE", "curves of training in two stages")
     flag("--logging_verbosity", "INFO", verbosity, "LEVEL", "DEBUG, INFO, WARN, ERROR or FATAL")
     flag = room("export")
     flag("--output_graph", "output_graph.pb", name_of_file, "FILE", "the trained graph")
@@ -498,12 +528,19 @@ def complete_head_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error(f"--optimizer: {flags.optimizer!r} is not known; choose {', '.join(OPTIMIZERS)}")
     if flags.class_weights not in ("none", "balanced"):
         parser.error(f"--class_weights: {flags.class_weights!r} is not known; choose none or balanced")
+    if flags.coarse_image_dir:  # as published for VGG16's fc2
+        flags.hidden_units = (256,) if flags.hidden_units is None else flags.hidden_units
+        flags.dropout = 0.4 if flags.dropout is None else flags.dropout
+        if not flags.hidden_units:
+            parser.error("--coarse_image_dir: training in two stages needs a hidden layer; leave --hidden_units out")
     flags.hidden_units = flags.hidden_units or ()
     if not flags.hidden_units and (flags.dropout or flags.batch_norm):
         parser.error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
     flags.dropout = flags.dropout or 0.0
-    if flags.learning_rate is None:
-        flags.learning_rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
+    usual_rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
+    for name in ("learning_rate", "coarse_learning_rate"):
+        if getattr(flags, name) is None:
+            setattr(flags, name, usual_rate)
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -516,6 +553,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--crawl_count: say how many pictures of each class are wanted")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
+    if flags.split_file and (flags.validation_dir or flags.test_dir):
+        parser.error("--split_file says what every picture does; leave out --validation_dir and --test_dir")
     check_base_model_flags(parser, flags)
     complete_head_flags(parser, flags)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
@@ -1534,7 +1573,8 @@ class Image:
 
     path: Path
     label: str
-    split: str = "training"  # or "validation", or "testing"
+    split: str = "training"  # or "validation", "testing", or "coarse": stage one of two
+    place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
 
     @property
     def key(self) -> str:
@@ -1550,27 +1590,26 @@ class Reading:
     exact_decode: bool = False
 
 
-def list_images(image_dir: str) -> list[Image]:
+def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
     """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
 
     Hidden files and folders, and folders within class folders, are not read. Whether a file is a picture is told by its
-    content, when it is decoded. Raises UserError for a folder from which no classifier could be trained.
+    content, when it is decoded. Raises UserError for a folder from which no classifier could be trained, with less than
+    two classes or `least` files of one, by the name of its flag.
     """
     root = Path(image_dir)
     if not root.is_dir():
-        raise UserError(f"--image_dir {image_dir}: there is no such folder (looked for {root.resolve()}).")
+        raise UserError(f"{flag} {image_dir}: there is no such folder (looked for {root.resolve()}).")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
-        raise UserError(
-            f"--image_dir {image_dir}: it holds no folders; put the pictures of each class into one of its own."
-        )
+        raise UserError(f"{flag} {image_dir}: it holds no folders; put the pictures of each class into one of its own.")
     unread = [entry for entry in root.iterdir() if entry.is_file() and not is_hidden(entry)]
     images, folder_of = [], {}
     for folder in folders:
         label = label_of(folder.name)
         if label in folder_of:
             raise UserError(
-                f"--image_dir {image_dir}: the folders {folder_of[label].name!r} and {folder.name!r} both give the "
+                f"{flag} {image_dir}: the folders {folder_of[label].name!r} and {folder.name!r} both give the "
                 f"label {label!r}; rename or merge one of them."
             )
         folder_of[label] = folder
@@ -1580,7 +1619,7 @@ def list_images(image_dir: str) -> list[Image]:
     if unread:
         told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
         log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
-    check_classes(image_dir, images, list(folder_of), "file")
+    check_classes(f"{flag} {image_dir}", images, list(folder_of), "file", least)
     return images
 
 
@@ -1589,19 +1628,114 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in NOT_PICTURES
 
 
-def check_classes(image_dir: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable picture") -> None:
-    """Raise UserError unless there are two classes or more, of two pictures or more each."""
+def check_classes(
+    given: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable picture", least: int = 2
+) -> None:
+    """Raise UserError unless there are two classes or more, of `least` pictures or more each.
+
+    given: the flag and its folder.
+    """
     if len(labels) == 1:
-        raise UserError(
-            f"--image_dir {image_dir}: it holds one class only, {labels[0]!r}; a classifier needs two or more."
-        )
+        raise UserError(f"{given}: it holds one class only, {labels[0]!r}; a classifier needs two or more.")
     counts = Counter(image.label for image in images)
-    small = [f"{label!r} ({counts[label]} {unit}{'s' * (counts[label] != 1)})" for label in labels if counts[label] < 2]
+    small = [
+        f"{label!r} ({counts[label]} {unit}{'s' * (counts[label] != 1)})" for label in labels if counts[label] < least
+    ]
     if small:
+        needed = "two usable pictures or more" if least == 2 else "a picture"
         raise UserError(
-            f"--image_dir {image_dir}: each class needs two usable pictures or more, which these don't have: "
-            f"{', '.join(small)}; add pictures or remove the folder."
+            f"{given}: each class needs {needed}, which these don't have: {', '.join(small)}; add pictures or remove "
+            "the folder."
         )
+
+
+def place_of(folder: Path) -> str:
+    """Return the folder below bottleneck_dir for the pictures of another folder than image_dir.
+
+    Its name tells them apart from image_dir's, and from others', of the same class and file name.
+    """
+    where = os.path.realpath(folder)
+    digest = hashlib.sha1(os.fsencode(where), usedforsecurity=False).hexdigest()[:8]
+    return f"{os.path.basename(where)}-{digest}/"
+
+
+def list_others(folder: str, flag: str, split: str, image_dir: str, least: int = 1) -> list[Image]:
+    """Return the images of another folder than `image_dir`, all of one split. Raises UserError if it is the same."""
+    images = list_images(folder, flag, least)
+    if os.path.samefile(folder, image_dir):
+        raise UserError(f"{flag} {folder}: it is the same folder as --image_dir; name another.")
+    return [dataclasses.replace(image, split=split, place=place_of(Path(folder))) for image in images]
+
+
+def check_same_classes(given: str, images: Sequence[Image], labels: Sequence[str]) -> None:
+    """Raise UserError, naming each that is missing or too many, unless the images are of just these classes."""
+    theirs = dict.fromkeys(image.label for image in images)
+    missing, extra = [x for x in labels if x not in theirs], [x for x in theirs if x not in labels]
+    if missing or extra:
+        told = [
+            f"{name}: {', '.join(map(repr, which))}"
+            for name, which in (("missing", missing), ("extra", extra))
+            if which
+        ]
+        raise UserError(f"{given}: its class folders must be those of --image_dir ({'; '.join(told)}).")
+
+
+def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
+    """Return the images that a split file names, with their splits, those of `images` (all of image_dir) first.
+
+    It is a table of tabs: path (from image_dir, or absolute), label, and training, validation or testing. Raises
+    UserError for a path that is no picture's, one named twice, another label or split, and classes with none to train.
+    """
+    known = {os.path.normpath(image.path): image for image in images}
+    labels, found, left_out = dict.fromkeys(image.label for image in images), {}, dict(known)
+    try:
+        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8", "surrogateescape")), delimiter="\t"))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"--split_file {path}: it can't be read ({error}).") from error
+    for number_of_line, row in enumerate(rows, 1):
+        given = f"--split_file {path}: line {number_of_line}"
+        if row in ([], ["path", "label", "split"]):
+            continue
+        if len(row) != 3 or row[2] not in ("training", "validation", "testing"):
+            raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
+        where = os.path.normpath(os.path.join(image_dir, row[0]))
+        if where in found:
+            raise UserError(f"{given}: {printable(row[0])} is named twice; remove one of the lines.")
+        image = known.get(where) or Image(Path(where), label_of(row[1]), place=place_of(Path(where).parent.parent))
+        if not image.path.is_file():
+            raise UserError(
+                f"{given}: there is no picture {printable(row[0])} in {image_dir}; remove or mend the line."
+            )
+        if label_of(row[1]) != image.label or image.label not in labels:
+            raise UserError(f"{given}: {printable(row[0])} is not of the class {row[1]!r}; mend the line.")
+        found[where] = dataclasses.replace(image, split=row[2])
+        left_out.pop(where, None)
+    if left_out:
+        log.warning("%d pictures of %s are not in %s, and are left out.", len(left_out), image_dir, path)
+    listed = [found[where] for where in (*(where for where in known if where in found), *(found.keys() - known.keys()))]
+    check_trained(path, listed, list(labels))
+    return listed
+
+
+def check_trained(split_file: str, images: Sequence[Image], labels: Sequence[str]) -> None:
+    """Raise UserError unless there are training images of each class."""
+    trained = {image.label for image in images if image.split == "training"}
+    if missing := [label for label in labels if label not in trained]:
+        raise UserError(
+            f"--split_file {split_file}: it leaves nothing to train on to {', '.join(map(repr, missing))}; add some."
+        )
+
+
+def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
+    """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(["path", "label", "split"])
+        for image in images:
+            table.writerow([Path(os.path.relpath(image.path, image_dir)).as_posix(), image.label, image.split])
 
 
 def percentage_hash(key: str) -> float:
@@ -2611,6 +2745,8 @@ class Distortion:
 class BottleneckStore:
     """The bottleneck files of a base model, `<dir>/<class folder>/<image file name>_<architecture>.txt`.
 
+    Pictures from elsewhere than image_dir have a folder of their own between the first two.
+
     Like `make`, it takes a file to be good as long as the picture and the base model are those that it was made from.
     An index beside the files records, in a line of JSON for each: its name, the picture's size and time of change, and
     the recipe. Files without a record are the classic script's: they are good if younger than their picture.
@@ -2623,8 +2759,9 @@ class BottleneckStore:
         self.skipped_path = self.folder / f"skipped_{base.name}.tsv"
         self.records, self.lock = {}, threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder, *(entry for entry in self.folder.iterdir() if entry.is_dir())):
-            remove_leftovers(folder)
+        for folder in [self.folder, *self.folder.glob("*"), *self.folder.glob("*-????????/*")]:
+            if folder.is_dir():
+                remove_leftovers(folder)
         if self.index_path.exists():
             lines = self.index_path.read_bytes()
             if not lines.endswith(b"\n"):  # half a line of a killed run, to which nothing must be appended
@@ -2637,10 +2774,10 @@ class BottleneckStore:
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
-        stem, ending = image.key, f"_{self.base.name}{variant}.txt"
+        stem, ending = image.place + image.key, f"_{self.base.name}{variant}.txt"
         if len(os.fsencode(image.path.name + ending)) > 255:  # longer than file systems allow
             digest = hashlib.sha1(os.fsencode(image.path.name), usedforsecurity=False).hexdigest()
-            stem = f"{image.path.parent.name}/{digest}"
+            stem = f"{image.place}{image.path.parent.name}/{digest}"
         return stem + ending
 
     def record(self, image: Image, settings: str) -> list:
@@ -2981,8 +3118,8 @@ def train_head(
     return head, history
 
 
-# The mean squared length of the features that hidden layers are given. Inception-v3's and the starter's have 120 to 670;
-# networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent go astray.
+# The mean squared length of the features that hidden layers are given. Inception-v3's and the starter's have 120 to
+# 670; networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent go astray.
 FEATURE_POWER = 256
 
 
@@ -3027,7 +3164,7 @@ def head_of(model) -> Head:
 def keras_step(model, settings: TrainingSettings) -> Callable:
     """Return a function that trains a Keras model by one batch: features [n, size], classes [n], their weights [n]."""
     tf = import_tensorflow()
-    rate, optimizers = settings.learning_rate, tf.keras.optimizers
+    rate, optimizers = float(settings.learning_rate), tf.keras.optimizers
     optimizer = {
         "sgd": lambda: optimizers.SGD(rate),
         "momentum": lambda: optimizers.SGD(rate, momentum=0.9),
@@ -3075,6 +3212,60 @@ def train_layers(
         if settings.is_stored(step):
             after_step(step, head_of(model))
     return head_of(model), history
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoStages:
+    """What training in two stages gives: heads and the scores of their training, by name.
+
+    `refined` is the result, `alone` the same layers trained on the few good pictures only, and `base` stage one alone,
+    of which there is no head here if its classes are others.
+    """
+
+    heads: dict[str, Head]
+    histories: dict[str, list[Scores]]
+
+
+def with_new_output(model, features: np.ndarray, class_count: int, settings: TrainingSettings):
+    """Return a Keras model with the hidden layers of `model`, and an output layer that begins anew.
+
+    features: those that `model` was built for, which its scale comes from.
+    """
+    fresh = build_layers(features, class_count, settings)
+    for ours, theirs in zip(fresh.layers[:-1], model.layers[:-1], strict=True):
+        if ours.weights and not isinstance(ours, import_tensorflow().keras.layers.Dropout):
+            ours.set_weights(theirs.get_weights())
+    return fresh
+
+
+def train_two_stages(
+    coarse: Rows,
+    training: Rows,
+    validation: Rows,
+    class_counts: Sequence[int],
+    same_classes: bool,
+    settings: dict[str, TrainingSettings],
+    after_step: Callable[[int, Head], None] = lambda step, head: None,
+) -> TwoStages:
+    """Train on coarse rows, then go on from there on the training rows; for comparison, on these alone as well.
+
+    class_counts: of the coarse rows, and of the others. If they are not of the same classes, only the hidden layers are
+    carried over. settings: for `base`, `alone` and `refined`.
+    """
+    features = coarse.features(np.arange(len(coarse.rows)))
+    model = build_layers(features, class_counts[0], settings["base"])
+    none = Rows(validation.matrix, validation.rows[:0], validation.classes[:0])
+    log.info("Stage one, on %d coarse pictures:", len(coarse.rows))
+    base = train_layers(coarse, validation if same_classes else none, class_counts[0], settings["base"], model=model)
+    log.info("For comparison, the same layers on the %d other pictures alone:", len(training.rows))
+    alone = train_layers(training, validation, class_counts[1], settings["alone"])
+    if not same_classes:
+        model = with_new_output(model, features, class_counts[1], settings["refined"])
+    log.info("Stage two, from the weights of stage one on those %d pictures:", len(training.rows))
+    refined = train_layers(training, validation, class_counts[1], settings["refined"], after_step, model)
+    trained = {"base": base, "alone": alone, "refined": refined}
+    heads = {name: head for name, (head, _) in trained.items() if same_classes or name != "base"}
+    return TwoStages(heads, {name: history for name, (_, history) in trained.items()})
 
 
 def summary_of(scores: Scores):
@@ -3147,6 +3338,48 @@ def log_misclassified(test: Evaluation, tested: Sequence[Image], labels: Sequenc
     for row, guess in zip(test.batch, test.predicted, strict=True):
         if tested[row].label != labels[guess]:
             log.info("%70s  %s", printable(tested[row].path), labels[guess])
+
+
+STAGE_NAMES = {
+    "base": "base model, stage one alone",
+    "alone": "trained on --image_dir alone",
+    "refined": "refined, both stages",
+}
+
+
+def log_two_stages(stages: TwoStages, held_out: Rows) -> None:
+    """Print how the heads of training in two stages do on the same held-out rows."""
+    log.info("On the same %d pictures, that none of them was trained on:", len(held_out.rows))
+    for name, told in STAGE_NAMES.items():
+        if name in stages.heads:
+            log.info("  %s: %.1f%%", told, 100 * evaluate(stages.heads[name], held_out, -1, None).accuracy)
+        else:
+            log.info("  %s: other classes, so it can't tell", told)
+
+
+def import_matplotlib():
+    """Import matplotlib's figures, which only the pictures of training need."""
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise UserError(f"matplotlib can't be loaded ({error}); install it with: pip install matplotlib") from error
+    return matplotlib.figure
+
+
+def draw_two_stages(stages: TwoStages, path: Path) -> None:
+    """Draw the three training curves, accuracy against steps, into a PNG: of validation, else of training."""
+    figure = import_matplotlib().Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="training steps", ylabel="accuracy (%)", ylim=(0, 101))
+    for name, told in STAGE_NAMES.items():
+        splits = {scores.split for scores in stages.histories[name]}
+        split = "validation" if "validation" in splits else "train"
+        curve = [scores for scores in stages.histories[name] if scores.split == split]
+        steps, accuracies = [scores.step for scores in curve], [100 * scores.accuracy for scores in curve]
+        axes.plot(steps, accuracies, label=f"{told} ({'validation' if split == 'validation' else 'its own training'})")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 # ======================================================================================================================
@@ -3400,7 +3633,8 @@ def with_distortions(training: Rows, variants: np.ndarray) -> Rows:
 def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't be written."""
     folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "intermediate_output_graphs_dir"]
-    for name in ["output_graph", "output_labels", "checkpoint_path", *folders]:
+    tables = ["write_split_file", "two_stage_picture"]
+    for name in ["output_graph", "output_labels", "checkpoint_path", *tables, *folders]:
         if not getattr(flags, name):
             continue
         path = Path(getattr(flags, name)).absolute()
@@ -3471,25 +3705,111 @@ def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head
     log.info("Name pictures with: python3 predict.py%s --image FILE", others)
 
 
+def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
+    """Return the images of all folders that the flags name, those of image_dir first, and the labels of image_dir."""
+    images = list_images(flags.image_dir)
+    labels = list(dict.fromkeys(image.label for image in images))
+    if flags.split_file:
+        images = read_split_file(flags.split_file, flags.image_dir, images)
+    for name, split in (("validation_dir", "validation"), ("test_dir", "testing")):
+        if folder := getattr(flags, name):
+            others = list_others(folder, f"--{name}", split, flags.image_dir)
+            check_same_classes(f"--{name} {folder}", others, labels)
+            images += others
+    if flags.coarse_image_dir:
+        images += list_others(flags.coarse_image_dir, "--coarse_image_dir", "coarse", flags.image_dir, least=2)
+    return images, labels
+
+
+def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
+    """Return the usable images in their order, each with its split, and say how many there are of what."""
+    listed = [image for image in images if image.split != "coarse"]
+    if flags.split_file:
+        check_trained(flags.split_file, listed, labels)
+    else:
+        inside = [image for image in listed if not image.place]
+        check_classes(f"--image_dir {flags.image_dir}", inside, labels)
+        testing = 0 if flags.test_dir else flags.testing_percentage
+        validation = 0 if flags.validation_dir else flags.validation_percentage
+        listed = assign_splits(inside, testing, validation) + listed[len(inside) :]
+    if flags.write_split_file:
+        write_split_file(Path(flags.write_split_file), flags.image_dir, listed)
+    counts = Counter(image.label for image in listed)
+    log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
+    splits = Counter(image.split for image in listed)
+    used = splits["training"], splits["validation"], splits["testing"]
+    log.info("Pictures: %d to train, %d to validate, %d to test.", *used)
+    return listed + list(images[len(listed) :])
+
+
+def settings_of(flags: argparse.Namespace) -> TrainingSettings:
+    """Return the flags of the room 'head'."""
+    names = [field.name for field in dataclasses.fields(TrainingSettings)]
+    return TrainingSettings(**{name: getattr(flags, name) for name in names})
+
+
+def stages_of(
+    flags: argparse.Namespace,
+    rows: dict[str, Rows],
+    coarse: Rows,
+    same_classes: bool,
+    class_counts: Sequence[int],
+    after_step: Callable[[int, Head], None] = lambda step, head: None,
+) -> TwoStages:
+    """Train in two stages as the flags say; rows: by split, class_counts: of the coarse rows, and of the others."""
+    rates = {"base": flags.coarse_learning_rate, "refined": flags.refine_learning_rate}
+    if rates["refined"] is None:  # gently, to keep what stage one knows; a new output layer has all to learn
+        rates["refined"] = rates["base"] * (0.1 if same_classes else 1)
+    steps = {"base": flags.coarse_training_steps, "refined": flags.refine_training_steps}
+    alone = settings_of(flags)
+    settings = {"alone": alone} | {
+        name: dataclasses.replace(alone, learning_rate=rates[name], how_many_training_steps=steps[name])
+        for name in rates
+    }
+    training, validation = rows["training"], rows["validation"]
+    return train_two_stages(coarse, training, validation, class_counts, same_classes, settings, after_step)
+
+
+def train_as_asked(
+    flags: argparse.Namespace, rows: dict[str, Rows], coarse: Rows | None, coarse_labels, labels, after_step
+) -> tuple[Head, list[Scores]]:
+    """Train the head that the flags ask for: the classic one, one with hidden layers, or one in two stages.
+
+    rows: by split; coarse: those of stage one, with their classes as places in `coarse_labels`, or None.
+    """
+    if coarse is None:
+        settings = settings_of(flags)
+        train = train_head if settings.is_classic else train_layers
+        return train(rows["training"], rows["validation"], len(labels), settings, after_step)
+    counts = len(coarse_labels), len(labels)
+    stages = stages_of(flags, rows, coarse, coarse_labels == labels, counts, after_step)
+    held_out = rows["testing"] if len(rows["testing"].rows) else rows["validation"]
+    if len(held_out.rows):
+        log_two_stages(stages, held_out)
+    draw_two_stages(stages, Path(flags.two_stage_picture))
+    log.info("Wrote %s.", flags.two_stage_picture)
+    return stages.heads["refined"], stages.histories["refined"]
+
+
+def coarse_rows(images, features, labels: Sequence[str]) -> tuple[Rows | None, list[str]]:
+    """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same."""
+    found = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
+    ordered = list(labels) if set(found) == set(labels) else found
+    return (rows_of("coarse", images, features, ordered), ordered) if found else (None, [])
+
+
 def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, engine, images, features, labels) -> None:
     """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it."""
-    check_classes(flags.image_dir, images, labels)
-    images = assign_splits(images, flags.testing_percentage, flags.validation_percentage)
-    training, validation, testing = (
-        rows_of(split, images, features, labels) for split in ("training", "validation", "testing")
-    )
-    counts = Counter(image.label for image in images)
-    log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
-    split = len(training.rows), len(validation.rows), len(testing.rows)
-    log.info("Pictures: %d to train, %d to validate, %d to test.", *split)
-
+    images = split_images(flags, images, labels)
+    rows = {split: rows_of(split, images, features, labels) for split in ("training", "validation", "testing")}
+    testing = rows["testing"]
     distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
     if distortion != Distortion():
-        trained_on = [images[row] for row in training.rows]
+        trained_on = [images[row] for row in rows["training"].rows]
         variants, gone = compute_bottlenecks(store, trained_on, distortion, flags.distortions_per_image, engine)
         if gone:
             raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-        training = with_distortions(training, variants)
+        rows["training"] = with_distortions(rows["training"], variants)
 
     base_graph = load_graph(base.graph_path)
 
@@ -3497,10 +3817,8 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
         path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
         write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
-    names = [field.name for field in dataclasses.fields(TrainingSettings)]
-    settings = TrainingSettings(**{name: getattr(flags, name) for name in names})
-    train = train_head if settings.is_classic else train_layers
-    head, history = train(training, validation, len(labels), settings, after_step)
+    coarse, coarse_labels = coarse_rows(images, features, labels)
+    head, history = train_as_asked(flags, rows, coarse, coarse_labels, labels, after_step)
 
     test = None
     if len(testing.rows):
@@ -3558,8 +3876,9 @@ def run(flags: argparse.Namespace) -> None:
         collect(flags)
     if flags.crawl_only:
         return
-    images = list_images(flags.image_dir)
-    labels = list(dict.fromkeys(image.label for image in images))
+    if flags.coarse_image_dir:
+        import_matplotlib()  # now rather than after the long work, if it is missing
+    images, labels = list_all(flags)
     base, warning = open_base_model(flags)
     if warning:
         log.warning(warning)
