@@ -65,8 +65,8 @@ class Prediction:
     error: str = ""
 
 
-def load_classifier(graph: str, labels: str, pictures: int) -> Classifier:
-    """Return the classifier of a graph (or .tflite) file and a labels file, for so many pictures.
+def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0) -> Classifier:
+    """Return the classifier of a graph (or .tflite) file and a labels file, for so many pictures; 0 is all cores.
 
     Raises UserError for files that are missing or don't fit together.
     """
@@ -76,7 +76,8 @@ def load_classifier(graph: str, labels: str, pictures: int) -> Classifier:
     if not facts and not files.graph.is_file():
         raise UserError(f"--graph {files.lite}: the .json that belongs to it is not beside it, or is another graph's.")
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
-    workers = lite_workers(files.lite, reading, pictures) if facts else [graph_worker(files.graph, reading)]
+    cores = min(core_count(), cpu_threads or core_count())
+    workers = lite_workers(files.lite, reading, pictures, cores) if facts else [graph_worker(files.graph, reading)]
     if facts and len(facts["labels"]) != len(names):
         raise UserError(
             f"--labels {labels}: it has {len(names)} lines for the {len(facts['labels'])} classes of the graph."
@@ -108,9 +109,8 @@ def read_facts(files: OutputFiles) -> dict:
         return {}
 
 
-def lite_workers(path: Path, reading: Reading, pictures: int) -> list[Scorer]:
+def lite_workers(path: Path, reading: Reading, pictures: int, cores: int) -> list[Scorer]:
     """Return functions from a picture to its scores by LiteRT: one of all cores for one picture, else one per core."""
-    cores = core_count()
     models = [LiteModel(path, cores)] if pictures == 1 else [LiteModel(path) for _ in range(min(cores, pictures))]
     for model in models:  # now, since it silences stderr, where pictures that can't be read will be told
         model.prepare()
@@ -248,6 +248,7 @@ def parse_flags(arguments: Sequence[str] | None):
     add_flag(parser, "--graph", "output_graph.pb", str, "FILE", "the trained graph, .pb or .tflite")
     add_flag(parser, "--labels", "output_labels.txt", str, "FILE", "its classes")
     add_flag(parser, "--top_k", 5, number(int, 1), "N", "how many classes to print for each picture")
+    add_flag(parser, "--cpu_threads", 0, number(int, 1, also=[0]), "N", "how many cores to use; 0 for all")
     add_flag(parser, "--csv", "", str, "FILE", "also write a table, a row per picture")
     add_flag(parser, "--json", "", str, "FILE", "also write a list, an object per picture")
     return parser.parse_args(arguments)
@@ -256,7 +257,7 @@ def parse_flags(arguments: Sequence[str] | None):
 def run(flags) -> int:
     """Name the pictures; return 1 if one of them could not be read, else 0."""
     paths = find_images(flags.pictures + flags.image or ["test_images"])
-    classifier = load_classifier(flags.graph, flags.labels, len(paths))
+    classifier = load_classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads)
     predictions = []
     for prediction in predict(classifier, paths):
         print_prediction(prediction, flags.top_k, headed=len(paths) > 1)

@@ -385,14 +385,8 @@ def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: s
     group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose + told, **options)
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line, with a group of flags for each room."""
-    parser = Parser(prog="retrain.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-
-    def room(name: str) -> Callable:
-        return functools.partial(add_flag, parser.add_argument_group(name))
-
-    percentage, share, batch = number(int, 0, 100), number(int, 0, 99), number(int, 1, also=[-1])
+def add_crawl_flags(room: Callable) -> None:
+    """Add the flags of the room crawl; `room` gives the function that adds to a room's group."""
     flag = room("crawl")
     flag("--crawl", "", str, "FILE", "first collect pictures of the classes named in FILE, a line each")
     flag("--crawl_count", None, number(int, 1), "N", "pictures wanted for each class")
@@ -420,6 +414,11 @@ def build_parser() -> Parser:
         "NET",
         "allow pictures at private addresses: all, or in these networks",
     )
+
+
+def add_picture_flags(room: Callable) -> None:
+    """Add the flags of the rooms from images to bottlenecks."""
+    percentage, share = number(int, 0, 100), number(int, 0, 99)
     flag = room("images")
     flag("--image_dir", "data", name_of_file, "DIR", "folder that holds one folder of pictures per class")
     flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
@@ -428,23 +427,11 @@ def build_parser() -> Parser:
     flag("--test_dir", "", str, "DIR", "test on these, likewise")
     flag("--split_file", "", str, "FILE", "table of which picture does what: path, label, training|validation|testing")
     flag("--write_split_file", "", str, "FILE", "write such a table of this run")
-    flag(
-        "--coarse_image_dir",
-        "",
-        str,
-        "DIR",
-        "two stages: train on these many, coarse pictures first, then on --image_dir",
-    )
+    flag("--coarse_image_dir", "", str, "DIR", "train on these coarse pictures first, then on those of --image_dir")
     flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
     flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
     flag = room("base model")
-    flag(
-        "--architecture",
-        "auto",
-        str,
-        "NAME",
-        "inception_v3, starter, vgg16, or auto: inception_v3 if to be had, else starter",
-    )
+    flag("--architecture", "auto", str, "NAME", "inception_v3, starter, vgg16; auto is the first of them to be had")
     flag("--bottleneck_layer", "", str, "NAME", "of vgg16: avg_pool (the usual one), block5_pool or fc2")
     flag("--model_dir", "inception_model", name_of_file, "DIR", "where the base model lies, or is downloaded to")
     flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
@@ -459,6 +446,11 @@ def build_parser() -> Parser:
     flag("--random_scale", 0, number(int, 0, 1000), "N", "also train on pictures enlarged at random by up to N %%")
     flag("--random_brightness", 0, percentage, "N", "also train on pictures brighter or darker by up to N %%")
     flag("--distortions_per_image", 8, number(int, 1, 1000), "N", "such variants of each, computed once and cached")
+
+
+def add_head_flags(room: Callable) -> None:
+    """Add the flags of the rooms from head to export."""
+    batch, steps = number(int, 1, also=[-1]), number(int, 1)
     flag = room("head")
     flag("--how_many_training_steps", 4000, number(int, 1), "N", "training steps")
     flag("--learning_rate", None, number(float, 0), "X", "of the training (0.01; 0.001 with adam and rmsprop)")
@@ -471,17 +463,10 @@ def build_parser() -> Parser:
     flag("--validation_batch_size", 100, batch, "N", "pictures drawn for each validation, -1 for all")
     flag("--eval_step_interval", 10, number(int, 1), "N", "steps between two validations")
     flag("--random_seed", None, number(int, 0), "N", "makes a run repeatable")
-    steps = number(int, 1)
     flag("--coarse_training_steps", 300, steps, "N", "training steps of stage one, on --coarse_image_dir")
     flag("--coarse_learning_rate", None, number(float, 0), "X", "of stage one (as --learning_rate)")
     flag("--refine_training_steps", 300, steps, "N", "training steps of stage two, on --image_dir")
-    flag(
-        "--refine_learning_rate",
-        None,
-        number(float, 0),
-        "X",
-        "of stage two (a tenth of stage one's; the same where the classes differ)",
-    )
+    flag("--refine_learning_rate", None, number(float, 0), "X", "of stage two (a tenth; with other classes, the same)")
     flag("--summaries_dir", "retrain_logs", str, "DIR", "logs for TensorBoard; '' for none")
     flag("--checkpoint_path", "", str, "FILE", "also write the head as a TensorFlow checkpoint")
     flag = room("evaluation")
@@ -502,6 +487,18 @@ def build_parser() -> Parser:
         "for graphs written while training",
     )
     flag("--intermediate_store_frequency", 0, number(int, 0), "N", "steps between two of them; 0 for none")
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line, with a group of flags for each room."""
+    parser = Parser(prog="retrain.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+
+    def room(name: str) -> Callable:
+        return functools.partial(add_flag, parser.add_argument_group(name))
+
+    add_crawl_flags(room)
+    add_picture_flags(room)
+    add_head_flags(room)
     return parser
 
 
@@ -3214,6 +3211,15 @@ def train_layers(
     return head_of(model), history
 
 
+def without_copies(rows: Rows, held_out: Iterable[Rows]) -> Rows:
+    """Return the rows but for those with the very features of a held-out one: copies of pictures that are to judge."""
+    judges = {features.tobytes() for others in held_out for features in others.features(np.arange(len(others.rows)))}
+    kept = np.array([rows.matrix[row].tobytes() not in judges for row in rows.rows], bool)
+    if not kept.all():
+        log.warning("%d coarse pictures are left out: they are copies of held-out ones.", (~kept).sum())
+    return Rows(rows.matrix, rows.rows[kept], rows.classes[kept])
+
+
 @dataclasses.dataclass(frozen=True)
 class TwoStages:
     """What training in two stages gives: heads and the scores of their training, by name.
@@ -3782,6 +3788,9 @@ def train_as_asked(
         train = train_head if settings.is_classic else train_layers
         return train(rows["training"], rows["validation"], len(labels), settings, after_step)
     counts = len(coarse_labels), len(labels)
+    coarse = without_copies(coarse, (rows["validation"], rows["testing"]))
+    if not len(coarse.rows):
+        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: it holds nothing but pictures of --image_dir.")
     stages = stages_of(flags, rows, coarse, coarse_labels == labels, counts, after_step)
     held_out = rows["testing"] if len(rows["testing"].rows) else rows["validation"]
     if len(held_out.rows):

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 import retrain  # noqa: E402
 
 GFLOP_PER_IMAGE = 11.43
+VGG16_GFLOP_PER_IMAGE = 30.9
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -44,11 +45,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def sgemm_limit() -> float:
+def sgemm_limit(gflop_per_image: float = GFLOP_PER_IMAGE) -> float:
     """Return the images per second that one-thread SGEMM times the cores allows."""
     a, b = (np.random.default_rng(i).random((2048, 2048), np.float32) for i in (1, 2))
     a @ b
-    return 5 * 2 * 2048**3 / 1e9 / seconds(lambda: [a @ b for _ in range(5)]) * retrain.core_count() / GFLOP_PER_IMAGE
+    return 5 * 2 * 2048**3 / 1e9 / seconds(lambda: [a @ b for _ in range(5)]) * retrain.core_count() / gflop_per_image
 
 
 def our_extraction(base: retrain.BaseModel, images: list[retrain.Image], reading: retrain.Reading) -> float:
@@ -63,6 +64,26 @@ def our_extraction(base: retrain.BaseModel, images: list[retrain.Image], reading
         store = retrain.BottleneckStore(folder, base, reading)
         took = seconds(lambda: retrain.compute_bottlenecks(store, images))
     return len(images) / took
+
+
+def random_vgg16(model_dir: Path) -> retrain.BaseModel:
+    """Return VGG16 up to its last maps, with random weights, which cost what the trained ones cost."""
+    keras = retrain.import_tensorflow().keras
+    model = keras.applications.VGG16(include_top=False, weights=None, input_shape=(224, 224, 3))
+    model.save(model_dir / next(iter(retrain.VGG16_FILES)))
+    return retrain.load_vgg16("avg_pool", model_dir, model_dir)
+
+
+def print_vgg16(folder: Path, images: list[retrain.Image], count: int) -> None:
+    """Print how fast VGG16's features are computed, beside the limit that matrix products set."""
+    base = random_vgg16(folder)
+    ways = {
+        "limit, VGG16": lambda: sgemm_limit(VGG16_GFLOP_PER_IMAGE),
+        "retrain.py --architecture vgg16": lambda: our_extraction(base, images, retrain.Reading()),
+    }
+    limits, rates = rounds(ways, count).values()
+    share = statistics.median(rate / limit for rate, limit in zip(rates, limits, strict=True))
+    print(f"\nVGG16: {statistics.median(rates):.1f} images per second, {share:.2f} of the limit")
 
 
 def tensorflow_batches(graph, images: list[retrain.Image], batch: int = 8) -> float:
@@ -212,12 +233,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--image_dir", type=Path, required=True, help="class folders with 200 photographs or more")
     parser.add_argument("--graph", type=Path, required=True, help="the Inception-v3 graph")
+    parser.add_argument("--vgg16_only", action="store_true", help="measure VGG16 and nothing else")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=240, help="photographs measured in every round")
     flags = parser.parse_args()
     images = retrain.list_images(str(flags.image_dir))[: flags.images]
     few = images[:: max(1, len(images) // 64)]
     with tempfile.TemporaryDirectory() as folder:
+        print_vgg16(Path(folder), few, flags.rounds)
+        if flags.vgg16_only:
+            return
         model_dir = Path(folder, "model")
         model_dir.mkdir()
         (model_dir / retrain.GRAPH_FILE).symlink_to(flags.graph.resolve())
