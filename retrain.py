@@ -431,7 +431,7 @@ def add_picture_flags(room: Callable) -> None:
     flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
     flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
     flag = room("base model")
-    flag("--architecture", "auto", str, "NAME", "inception_v3, starter, vgg16; auto is the first of them to be had")
+    flag("--architecture", "auto", str, "NAME", "inception_v3, starter, vgg16, or auto: inception_v3, else starter")
     flag("--bottleneck_layer", "", str, "NAME", "of vgg16: avg_pool (the usual one), block5_pool or fc2")
     flag("--model_dir", "inception_model", name_of_file, "DIR", "where the base model lies, or is downloaded to")
     flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
@@ -466,7 +466,8 @@ def add_head_flags(room: Callable) -> None:
     flag("--coarse_training_steps", 300, steps, "N", "training steps of stage one, on --coarse_image_dir")
     flag("--coarse_learning_rate", None, number(float, 0), "X", "of stage one (as --learning_rate)")
     flag("--refine_training_steps", 300, steps, "N", "training steps of stage two, on --image_dir")
-    flag("--refine_learning_rate", None, number(float, 0), "X", "of stage two (a tenth; with other classes, the same)")
+    flag("--refine_learning_rate", None, number(float, 0), "X", "of stage two (0.3 of it; with other classes, all)")
+    flag("--rehearsal", 0.5, number(float, 0, 0.99), "X", "share of stage two in which it goes on with the coarse ones")
     flag("--summaries_dir", "retrain_logs", str, "DIR", "logs for TensorBoard; '' for none")
     flag("--checkpoint_path", "", str, "FILE", "also write the head as a TensorFlow checkpoint")
     flag = room("evaluation")
@@ -2977,6 +2978,7 @@ class TrainingSettings:
     batch_norm: bool = False
     optimizer: str = "sgd"
     class_weights: str = "none"
+    rehearsal: float = 0
 
     @property
     def is_classic(self) -> bool:
@@ -3182,6 +3184,28 @@ def keras_step(model, settings: TrainingSettings) -> Callable:
     return train
 
 
+def batch_mixer(sources: Sequence[tuple[Rows, float]], class_count: int, settings: TrainingSettings) -> Callable:
+    """Return a function that draws a batch of each source, which counts in the loss by its share, whatever its size.
+
+    The function returns the batch of the first source, int [batch], and of all of them together the features float32
+    [rows, n], classes int [rows] and weights float32 [rows].
+    """
+    random = np.random.default_rng(settings.random_seed)
+    drawers = [batch_drawer(rows.classes, settings.train_batch_size, random) for rows, _ in sources]
+    counts = [class_weights(rows.classes, class_count, settings) for rows, _ in sources]
+
+    def draw() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        batches = [drawer() for drawer in drawers]
+        total, parts = sum(map(len, batches)), []
+        for (rows, share), batch, count in zip(sources, batches, counts, strict=True):
+            classes = rows.classes[batch]
+            parts.append((rows.features(batch), classes, count[classes] * np.float32(share * total / len(batch))))
+        features, classes, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return batches[0], features, classes, weights
+
+    return draw
+
+
 @np.errstate(over="ignore", invalid="ignore")  # as above
 def train_layers(
     training: Rows,
@@ -3190,20 +3214,21 @@ def train_layers(
     settings: TrainingSettings,
     after_step: Callable[[int, Head], None] = lambda step, head: None,
     model=None,
+    rehearsed: Rows | None = None,
 ) -> tuple[Head, list[Scores]]:
     """Train hidden layers and a softmax layer by Keras; takes and returns what `train_head` does.
 
-    model: what to train, of `build_layers`; else a new one.
+    model: what to train, of `build_layers`; else a new one. rehearsed: rows that make up the share settings.rehearsal
+    of what is learnt from.
     """
     model = model or build_layers(training.features(np.arange(len(training.rows))), class_count, settings)
     train = keras_step(model, settings)
-    draw = batch_drawer(training.classes, settings.train_batch_size, np.random.default_rng(settings.random_seed))
-    counts = class_weights(training.classes, class_count, settings)
+    sources = [(training, 1 - settings.rehearsal), (rehearsed, settings.rehearsal)] if rehearsed else [(training, 1)]
+    draw = batch_mixer(sources, class_count, settings)
     evaluate_step, history = evaluator(training, validation, settings), []
     for step in range(settings.how_many_training_steps):
-        batch = draw()
-        classes = training.classes[batch]
-        train(training.features(batch), classes, counts[classes])
+        batch, features, classes, weights = draw()
+        train(features, classes, weights)
         if settings.is_evaluated(step):
             history += evaluate_step(step, head_of(model), batch)
         if settings.is_stored(step):
@@ -3255,8 +3280,9 @@ def train_two_stages(
 ) -> TwoStages:
     """Train on coarse rows, then go on from there on the training rows; for comparison, on these alone as well.
 
-    class_counts: of the coarse rows, and of the others. If they are not of the same classes, only the hidden layers are
-    carried over. settings: for `base`, `alone` and `refined`.
+    Stage two goes on with the coarse rows, too, by the share settings.rehearsal, so that it learns from the few without
+    forgetting the many. class_counts: of the coarse rows, and of the others; if they are not of the same classes, only
+    the hidden layers are carried over, and nothing is rehearsed. settings: for `base`, `alone` and `refined`.
     """
     features = coarse.features(np.arange(len(coarse.rows)))
     model = build_layers(features, class_counts[0], settings["base"])
@@ -3268,7 +3294,9 @@ def train_two_stages(
     if not same_classes:
         model = with_new_output(model, features, class_counts[1], settings["refined"])
     log.info("Stage two, from the weights of stage one on those %d pictures:", len(training.rows))
-    refined = train_layers(training, validation, class_counts[1], settings["refined"], after_step, model)
+    refined = train_layers(
+        training, validation, class_counts[1], settings["refined"], after_step, model, coarse if same_classes else None
+    )
     trained = {"base": base, "alone": alone, "refined": refined}
     heads = {name: head for name, (head, _) in trained.items() if same_classes or name != "base"}
     return TwoStages(heads, {name: history for name, (_, history) in trained.items()})
@@ -3765,7 +3793,7 @@ def stages_of(
     """Train in two stages as the flags say; rows: by split, class_counts: of the coarse rows, and of the others."""
     rates = {"base": flags.coarse_learning_rate, "refined": flags.refine_learning_rate}
     if rates["refined"] is None:  # gently, to keep what stage one knows; a new output layer has all to learn
-        rates["refined"] = rates["base"] * (0.1 if same_classes else 1)
+        rates["refined"] = rates["base"] * (0.3 if same_classes else 1)
     steps = {"base": flags.coarse_training_steps, "refined": flags.refine_training_steps}
     alone = settings_of(flags)
     settings = {"alone": alone} | {

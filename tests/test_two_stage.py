@@ -121,6 +121,30 @@ def test_without_pictures_to_test_with_those_to_validate_with_are_held_out(train
     assert re.search(r"On the same (9|1\d) pictures", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("size", [-1, 100])
+def test_rehearsed_rows_count_by_their_share(size):
+    few, many = separable(2), separable(40)
+    settings = TrainingSettings(train_batch_size=size, rehearsal=0.25)
+    batch, features, classes, weights = retrain.batch_mixer([(few, 0.75), (many, 0.25)], 3, settings)()
+    assert len(features) == len(classes) == len(weights) == (126 if size == -1 else 200)
+    np.testing.assert_array_equal(features[: len(batch)], few.matrix[batch])
+    assert weights.mean() == pytest.approx(1) and weights[: len(batch)].sum() / weights.sum() == pytest.approx(0.75)
+
+
+def test_stage_two_rehearses_what_stage_one_knows():
+    """A class of which stage two has no pictures is still known after it, if it is rehearsed."""
+    rows = separable(20)
+    few = Rows(rows.matrix, rows.rows[:40:5], rows.classes[:40:5])  # of the first two classes
+    known = {}
+    for rehearsal in (0, 0.5):
+        base = TrainingSettings(200, 0.05, hidden_units=(8,), random_seed=1)
+        refined = TrainingSettings(400, 0.5, hidden_units=(8,), random_seed=1, rehearsal=rehearsal)
+        settings = {"base": base, "alone": base, "refined": refined}
+        head = retrain.train_two_stages(rows, few, few, (3, 3), True, settings).heads["refined"]
+        known[rehearsal] = head.probabilities(rows.matrix[40:])[:, 2].mean()
+    assert known[0] < known[0.5] > 0.9
+
+
 def test_copies_of_held_out_pictures_are_left_out(train, coarse, image_dir, capsys):
     for i in range(20):
         shutil.copy(image_dir / f"green/green_{i:02}.jpg", coarse / f"green/copy_{i:02}.jpg")
