@@ -3,19 +3,20 @@
 
     python tests/two_stage.py --photos ../shared/photos --graph ../shared/inception_model/classify_image_graph_def.pb
 
-The situation, drawn anew for each seed: of a set of photographs, 60 of each class are held out; 5, 10 or 20 clean ones
-are precious; the others, at most 120 of each class, are coarse: strongly distorted (flipped, cropped, enlarged and
-brightened by up to 50 to 60 %), and the labels of 30 % of them shuffled among themselves. The three heads of a run with
---coarse_image_dir are tried on the held-out photographs, with the settings that such a run has by itself.
+The situation, drawn anew for each seed: of a set of photographs, 60 of each class are held out; 5, 10 or 20 clean
+ones are precious; the others, at most 120 of each class, are coarse: strongly distorted (flipped, cropped, enlarged
+and brightened by up to 50 to 60 %), and the labels of 30 % of them shuffled among themselves. The three heads of a
+run with --coarse_image_dir are tried on the held-out photographs, with the settings that such a run has by itself.
 
 What was found on the way (six to thirty seeds, other than the table's): as published, with one learning rate in both
-stages and nothing but the precious photographs in stage two, refining loses to stage one alone where there are 5 of each
-class and the features are good (Inception-v3, flowers: 55.9 % against 57.8 %). A tenth of the learning rate mends that
-(59.7 %), but adds no more than 0.7 ± 0.4 % on cats and dogs. What helps is rehearsal: in stage two, half of what counts
-are coarse photographs, so that the few are learnt without forgetting the many (1.6 ± 0.3 %), at 0.3 of the learning
-rate. Pulling the weights toward those of stage one (L2) adds nothing to a small learning rate, freezing the hidden layer
-gives less; Adam, in place of gradient descent, makes stage one learn the wrong labels (89.9 % against 94.7 %, cats and
-dogs). So gradient descent at 0.01, then 0.003, 300 steps each, with half rehearsal, are what the flags say.
+stages and nothing but the precious photographs in stage two, refining loses to stage one alone where there are 5 of
+each class and the features are good (Inception-v3, flowers: 55.9 % against 57.8 %). A tenth of the learning rate
+mends that (59.7 %), but adds no more than 0.7 ± 0.4 % on cats and dogs. What helps is rehearsal: in stage two, half
+of what counts are coarse photographs, so that the few are learnt without forgetting the many (1.6 ± 0.3 %), at 0.3 of
+the learning rate. Pulling the weights toward those of stage one (L2) adds nothing to a small learning rate, freezing
+the hidden layer gives less; Adam, in place of gradient descent, makes stage one learn the wrong labels (89.9 %
+against 94.7 %, cats and dogs). So gradient descent at 0.01, then 0.003, 300 steps each, with half rehearsal, are what
+the flags say.
 """
 
 from __future__ import annotations
