@@ -25,6 +25,7 @@ import email.utils
 import functools
 import gzip
 import hashlib
+import http.client
 import http.cookiejar
 import importlib.util
 import io
@@ -394,12 +395,13 @@ def add_crawl_flags(room: Callable) -> None:
     flag("--crawl_only", False, switch, "BOOL", "don't train afterwards")
     flag(
         "--crawl_source",
-        [("openverse", "")],
+        None,
         source_named,
         "SOURCE",
         "where they are looked up, the preferred source first: openverse, bing, baidu, page:URL, list:FILE "
-        "({} in URL or FILE is for the search words) (openverse)",
+        "({} in URL or FILE is for the search words; openverse gives more with a key in OPENVERSE_TOKEN) (openverse)",
         nargs="+",
+        action="extend",
     )
     flag("--crawl_min_side", 100, number(int, 1), "N", "pixels that the shorter side must have")
     flag("--crawl_max_bytes", 20_000_000, number(int, 1), "N", "largest file that is fetched")
@@ -551,6 +553,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--crawl_count: say how many pictures of each class are wanted")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
+    if flags.crawl and not flags.crawl_only and flags.crawl_dir not in ("", flags.image_dir, flags.coarse_image_dir):
+        parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every picture does; leave out --validation_dir and --test_dir")
     check_base_model_flags(parser, flags)
@@ -570,22 +574,28 @@ USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects pictures to train 
 # Pauses before each new try of one address in seconds (half as much again or less at random), the longest Retry-After
 # that is waited for, and how many redirects are followed.
 CRAWL_PAUSES, LONGEST_WAIT, MOST_REDIRECTS = (1, 4), 60, 5
-# A whole answer may take this many time-outs; a page of results may be this long.
-PATIENCE, MOST_PAGE_BYTES = 8, 10_000_000
-# So many results at most wait for their host's turn.
-LOOKAHEAD = 64
+# A whole answer may take this many time-outs; a page of results may be this long, and what is around a body.
+PATIENCE, MOST_PAGE_BYTES, MOST_HEADER_BYTES = 8, 10_000_000, 200_000
+# So many seconds are lost to a host without a good answer in between before it is left alone for the rest of a run.
+MOST_TROUBLE = 5 * LONGEST_WAIT
+# A source is asked for so many pages; none has more, and some never end.
+MOST_PAGES = 200
+# So many results at most are under way at once, and so many of one host, so that a slow one doesn't hold up the others.
+LOOKAHEAD, LOOKAHEAD_HOST = 64, 16
 # No crawled picture needs more pixels: a whole camera's worth.
-MOST_PIXELS = 60_000_000
+MOST_PIXELS = 50_000_000
 ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
 # Two pictures are the same one if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798
 # photographs: copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most (median 2), and no
 # two different photographs in fewer than 82.
 SAME_PICTURE = 40
 MANIFEST = "crawl.jsonl"
-# IPv6 addresses that a gateway turns into the IPv4 address of their last 32 bits.
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# IPv6 networks whose addresses stand for the IPv4 address of their last 32 bits.
+EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
+# What an address was refused for that other settings would let pass, and the setting that decides.
+LIMITS = {"too small": "min_side", "too many bytes": "max_bytes", "private address": "allow_private"}
 # Names that Windows gives to devices, with any ending.
-RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -603,14 +613,16 @@ class CrawlSettings:
 
 
 class Refusal(Exception):
-    """An address that gave no picture: why, in a few words; `passing` when another time it might.
+    """An address that gave no picture, and why, in a few words.
 
-    status: the HTTP status, if that is why; wait: seconds to let pass, infinite when another run should try.
+    passing: whether another run may try again; wait: the seconds that the host asks for; again: whether this run may
+    try again; status: the HTTP status, if that is why; facts: what is known of the file that came, for the record.
     """
 
-    def __init__(self, reason: str, passing: bool = False, status: int = 0, wait: float = 0):
+    def __init__(self, reason: str, passing: bool = False, again: bool | None = None, **more):
         super().__init__(reason)
-        self.passing, self.status, self.wait = passing, status, wait
+        self.passing, self.again = passing, passing if again is None else again
+        self.status, self.wait, self.facts = more.get("status", 0), more.get("wait", 0), more.get("facts", {})
 
 
 class SourceError(Exception):
@@ -643,13 +655,18 @@ class Picture:
     size: tuple[int, int]  # width, height
     looks: str  # its perceptual hash of 256 bits, in hexadecimal
 
+    @property
+    def facts(self) -> dict:
+        """What the record says of its file, kept or refused."""
+        return {"sha256": self.sha256, "width": self.size[0], "height": self.size[1]}
+
 
 class HostGate:
     """Lets so many requests through at a time, of which so many to one host, and a new one there in so many seconds."""
 
     def __init__(self, parallel: int, host_parallel: int, delay: float):
         self.parallel, self.host_parallel, self.delay = parallel, host_parallel, delay
-        self.delays, self.next_start, self.busy = {}, Counter(), Counter()
+        self.delays, self.next_start, self.busy, self.trouble = {}, Counter(), Counter(), Counter()
         self.changed = threading.Condition()
 
     def delay_of(self, host: str) -> float:
@@ -665,6 +682,10 @@ class HostGate:
         with self.changed:
             self.next_start[host] = max(self.next_start[host], time.monotonic() + seconds)
 
+    def note(self, host: str, lost: float) -> None:
+        """Remember how many seconds a host has cost since its last good answer, which costs 0."""
+        self.trouble[host] = lost and self.trouble[host] + lost
+
     @contextlib.contextmanager
     def turn(self, host: str) -> Iterator[None]:
         """Wait for the turn of a request to `host`, and hold it while the block runs."""
@@ -672,11 +693,13 @@ class HostGate:
             while True:
                 wait = self.next_start[host] - time.monotonic()
                 if wait > max(LONGEST_WAIT, self.delay_of(host)):
-                    raise Refusal("the host wants a long pause", passing=True, wait=wait)
+                    raise Refusal("the host wants a long pause", passing=True, again=False)
+                if self.trouble[host] > MOST_TROUBLE:
+                    raise Refusal("the host gives no answers", passing=True, again=False)
                 free = self.busy[host] < self.host_parallel and self.busy.total() < self.parallel
                 if free and wait <= 0:
                     break
-                self.changed.wait(wait if free else None)
+                self.changed.wait(wait if free else 1)  # Ctrl-C doesn't end a wait without end on every system
             self.busy[host] += 1
             self.next_start[host] = time.monotonic() + self.delay_of(host)
         try:
@@ -690,31 +713,64 @@ class HostGate:
 def check_public(address: str, allowed: Sequence) -> None:
     """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:  # it may stand for an IPv4 address in four ways
-        translated = ipaddress.ip_address(int(ip) % 2**32) if ip in NAT64 else None
-        ip = ip.ipv4_mapped or ip.sixtofour or translated or (ip.teredo or (None, None))[1] or ip
-    if (not ip.is_global or ip.is_multicast) and not any(ip in network for network in allowed):
+    if ip.version == 6:
+        embedded = ipaddress.IPv4Address(int(ip) % 2**32) if any(ip in network for network in EMBEDDED_IPV4) else None
+        own = ip.is_site_local or ip.is_loopback
+        ip = ip if own else ip.ipv4_mapped or ip.sixtofour or embedded or (ip.teredo or (None, None))[1] or ip
+    public = ip.is_global and not ip.is_multicast and not getattr(ip, "is_site_local", False)
+    if not public and not any(ip in network for network in allowed):
         raise Refusal("private address")
 
 
+class LimitedReader(io.RawIOBase):
+    """The bytes of one answer, headers and all: so many at most, and until a time. Raises Refusal beyond."""
+
+    def __init__(self, raw: io.RawIOBase, most_bytes: int, until: float):
+        self.raw, self.left, self.until = raw, most_bytes + MOST_HEADER_BYTES, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        count = self.raw.readinto(buffer)
+        self.left -= count or 0
+        if self.left < 0:
+            raise Refusal("too many bytes")
+        if time.monotonic() > self.until:  # a server that sends a byte now and then never runs into a time-out
+            raise Refusal("too slow", passing=True, again=False)
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
 def guarded_adapter(allowed: Sequence, thread: threading.local):
-    """Return an adapter for requests whose connections check whom they reached, and are listed in `thread.sockets`.
+    """Return an adapter for requests whose connections check whom they reached, and keep to `thread.limits`.
 
     The name was resolved and checked before, but a hostile name server can answer the second time with another address:
-    only the connection knows which it came to.
+    only the connection knows which it came to. limits: the arguments of LimitedReader but for the first.
     """
     import requests.adapters
     import urllib3
 
-    class Guard:
-        def connect(self):
-            super().connect()
-            if not self.proxy:  # which stands where it likes; the address behind it was checked by name
-                check_public(self.sock.getpeername()[0], allowed)
+    class Answer(http.client.HTTPResponse):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.fp = io.BufferedReader(LimitedReader(self.fp.detach(), *thread.limits))
 
-        def getresponse(self):
-            thread.sockets.append(self.sock)  # the connection forgets it as soon as it reads to the end
-            return super().getresponse()
+    class Guard:
+        response_class = Answer
+
+        def _new_conn(self):  # where urllib3 has a plain socket, before any TLS is spoken
+            connected = super()._new_conn()
+            try:
+                if not self.proxy:  # which stands where it likes; the address behind it was checked by name
+                    check_public(connected.getpeername()[0], allowed)
+            except Refusal:
+                connected.close()
+                raise
+            return connected
 
     class HTTPPool(urllib3.HTTPConnectionPool):
         ConnectionCls = type("HTTP", (Guard, urllib3.connection.HTTPConnection), {})
@@ -738,7 +794,8 @@ def guarded_adapter(allowed: Sequence, thread: threading.local):
 class Web:
     """Fetches addresses with a polite visitor's patience and no more: see CrawlSettings.
 
-    Only http and https, only public addresses, no cookies and no passwords; robots.txt is obeyed.
+    Only http and https, only public addresses (behind a proxy, as far as names are known here), no cookies and no
+    passwords; robots.txt is obeyed.
     """
 
     def __init__(self, settings: CrawlSettings):
@@ -764,34 +821,37 @@ class Web:
             try:
                 return self.follow(url, most_bytes, robots, headers or {})
             except Refusal as refusal:
-                if not refusal.passing or pause is None or refusal.wait > LONGEST_WAIT:
+                if not refusal.again or pause is None or refusal.wait > LONGEST_WAIT:
                     raise
                 if not refusal.wait:  # a host that names its own pause has got it already
                     time.sleep(pause * random.uniform(0.5, 1.5))
 
     def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> tuple[str, bytes]:
         """Return (address, body) as get does, in one try."""
-        for _ in range(MOST_REDIRECTS + 1):
-            host = self.check(url)
-            if robots and not self.may_fetch(url):
-                raise Refusal("forbidden by robots.txt")
-            with self.gate.turn(host):
-                target, body = self.request(url, host, most_bytes, headers)
-            if body is not None:
-                return url, body
-            url, headers = target, {}  # a key is for the host that it was given for
+        try:
+            for _ in range(MOST_REDIRECTS + 1):
+                host = self.check(url)
+                if robots and not self.may_fetch(url):
+                    raise Refusal("forbidden by robots.txt")
+                with self.gate.turn(host):
+                    target, body = self.request(url, host, most_bytes, headers)
+                if body is not None:
+                    return url, body
+                url, headers = target, {}  # a key is for the host that it was given for
+        except ValueError:  # the parts of addresses and headers are whatever a server likes
+            raise Refusal("no http or https address") from None
         raise Refusal("too many redirects")
 
     def check(self, url: str) -> str:
-        """Return the host of an address, with its port. Raises Refusal for one that must not be fetched."""
+        """Return the host of an address. Raises Refusal, or ValueError, for one that must not be fetched."""
         import requests
 
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            if not parts.hostname or re.search(r"[\s\\]", parts.netloc):
+            if not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
                 raise ValueError
-        except (ValueError, KeyError):
+        except KeyError:
             raise Refusal("no http or https address") from None
         try:
             places = {place[4][0] for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
@@ -801,7 +861,7 @@ class Web:
             places = set()
         for place in places:
             check_public(place, self.settings.allow_private)
-        return f"{parts.hostname}:{port}"
+        return parts.hostname if port in (80, 443) else f"{parts.hostname}:{port}"
 
     def may_fetch(self, url: str) -> bool:
         """Tell whether the robots.txt of the address' host lets us fetch it. Raises Refusal if that can't be read."""
@@ -816,53 +876,43 @@ class Web:
         return rules[0].can_fetch(ROBOT, url)
 
     def read_robots(self, site: str) -> urllib.robotparser.RobotFileParser | Refusal:
-        """Return the rules of a site, or why they can't be had; a site without any allows all, and odd ones nothing."""
+        """Return the rules of a site, or why they can't be had; a site without any allows all, a locked one nothing."""
         rules = urllib.robotparser.RobotFileParser()
         try:
             _, body = self.get(f"{site}/robots.txt", 512_000, robots=False)
             rules.parse(body.decode("utf-8", "replace").lstrip("\ufeff").splitlines())
-            if delay := rules.crawl_delay(ROBOT):
-                self.gate.slow_down(self.check(site), min(float(delay), LONGEST_WAIT))
+            delay = float(rules.crawl_delay(ROBOT) or 0)
         except Refusal as refusal:
-            if refusal.passing:
-                return Refusal(str(refusal), passing=True, wait=math.inf)
-            rules.allow_all = 400 <= refusal.status < 500 and refusal.status not in (401, 403)
-            rules.disallow_all = not rules.allow_all
+            if not 400 <= refusal.status < 500 or refusal.passing:
+                return Refusal(str(refusal), refusal.passing, again=False)
+            rules.disallow_all = refusal.status in (401, 403)
+            rules.allow_all = not rules.disallow_all
+            return rules
+        except (ValueError, OverflowError):
+            return Refusal("robots.txt can't be read")
+        if delay > LONGEST_WAIT:
+            return Refusal("the host wants a long pause", passing=True, again=False)
+        self.gate.slow_down(self.check(site), delay)
         return rules
 
     def request(self, url: str, host: str, most_bytes: int, headers: dict) -> tuple[str, bytes | None]:
         """Return (where it redirects to, None) or (url, body) for one request. Raises Refusal."""
         import requests
 
-        late = threading.Event()
-        self.thread.sockets = sockets = []
-
-        def cut() -> None:
-            late.set()
-            for connected in sockets:
-                with contextlib.suppress(OSError):  # it may be closed by now
-                    connected.shutdown(socket.SHUT_RDWR)
-
-        # A server that sends a byte now and then never runs into a time-out, so the whole answer has a limit as well.
-        timeout = self.settings.timeout
-        deadline = threading.Timer(PATIENCE * timeout, cut)
-        deadline.daemon = True
-        deadline.start()
+        started, timeout = time.monotonic(), self.settings.timeout
+        self.thread.limits = most_bytes, started + PATIENCE * timeout
+        options = {"headers": headers, "stream": True, "timeout": timeout, "allow_redirects": False}
         try:
-            with self.session.get(
-                url, headers=headers, stream=True, timeout=timeout, allow_redirects=False
-            ) as response:
+            with self.session.get(url, **options) as response:
                 if target := self.session.get_redirect_target(response):
                     return urllib.parse.urljoin(url, target), None
                 self.check_status(response, host)
                 body = read_at_most(response, most_bytes)
+            self.gate.note(host, 0)
+            return url, body
         except requests.RequestException as error:
-            raise Refusal("too slow", passing=True, wait=math.inf) if late.is_set() else refusal_of(error) from None
-        finally:
-            deadline.cancel()
-        if late.is_set():  # an answer that tells no length just seems to end
-            raise Refusal("too slow", passing=True, wait=math.inf)
-        return url, body
+            self.gate.note(host, time.monotonic() - started)
+            raise refusal_of(error) from None
 
     def check_status(self, response, host: str) -> None:
         """Raise Refusal unless the answer is what was asked for; give the host the pause that it asks for."""
@@ -871,7 +921,8 @@ class Web:
             return
         wait = seconds_of(response.headers.get("Retry-After", ""))
         self.gate.pause(host, wait)
-        raise Refusal(f"HTTP {code}", code in (408, 425, 429, 500, 502, 503, 504), code, wait)
+        self.gate.note(host, wait)
+        raise Refusal(f"HTTP {code}", code in (408, 425, 429, 500, 502, 503, 504), status=code, wait=wait)
 
 
 def seconds_of(retry_after: str) -> float:
@@ -887,7 +938,7 @@ def seconds_of(retry_after: str) -> float:
 def read_at_most(response, most_bytes: int) -> bytes:
     """Return the body of an answer. Raises Refusal when it is longer, whatever it says of its length."""
     declared, body = response.headers.get("Content-Length", ""), bytearray()
-    if declared.isdecimal() and int(declared) > most_bytes:
+    if declared.isdecimal() and (len(declared) > 15 or int(declared) > most_bytes):
         raise Refusal("too many bytes")
     for block in response.iter_content(1 << 14):
         body += block
@@ -899,16 +950,16 @@ def read_at_most(response, most_bytes: int) -> bytes:
 def refusal_of(error: Exception) -> Refusal:
     """Return what an exception of requests comes to."""
     from requests import exceptions
+    from urllib3.exceptions import ReadTimeoutError
 
     if isinstance(error, exceptions.InvalidURL | exceptions.InvalidSchema | exceptions.InvalidHeader):
         return Refusal("no http or https address")
     if isinstance(error, exceptions.SSLError):
-        return Refusal("no valid certificate")
+        certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
+        return Refusal("no valid certificate" if certificate else "broke off", passing=True, again=not certificate)
     if isinstance(error, exceptions.ContentDecodingError):
         return Refusal("damaged")
-    if isinstance(error, exceptions.ConnectTimeout):
-        return Refusal("out of reach", passing=True)
-    if "timed out" in str(error).lower():
+    if isinstance(error, exceptions.ReadTimeout) or any(isinstance(cause, ReadTimeoutError) for cause in error.args):
         return Refusal("timed out", passing=True)
     if isinstance(error, exceptions.ChunkedEncodingError) or "aborted" in str(error):
         return Refusal("broke off", passing=True)
@@ -928,13 +979,13 @@ class Source:
         self.name, self.web, self.address = name, web, argument or self.address
         self.related = []  # words to search for instead, when it knows any
 
-    def ask(self, robots: bool = False, headers: dict | None = None, **query) -> tuple[str, bytes]:
-        """Return (address, body) of a page of results. Raises SourceError.
+    def ask(self, url: str = "", robots: bool = False, headers: dict | None = None, **query) -> tuple[str, bytes]:
+        """Return (address, body) of a page of results, by default at the source's address. Raises SourceError.
 
         robots: whether robots.txt is asked. Search engines forbid their results to all robots; whoever names one here
         asks it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
         """
-        url = self.address
+        url = url or self.address
         if query:
             url += ("&" if "?" in url else "?") + urllib.parse.urlencode(query)
         try:
@@ -971,7 +1022,7 @@ class Openverse(Source):
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.page_size = 50 if token else 20  # the most that are given
         if not argument and not token:
-            web.gate.slow_down("api.openverse.org:443", 1)
+            web.gate.slow_down("api.openverse.org", 1)
 
     def results(self, words: str) -> Iterator[list[Found]]:
         form = "'results' with 'url' and 'license'"
@@ -1053,22 +1104,17 @@ class Page(Source):
     searches = False
 
     def results(self, words: str) -> Iterator[list[Found]]:
-        given = self.address
-        self.address = given.replace("{}", urllib.parse.quote(words))
-        try:
-            url, body = self.ask(robots=True)
-        finally:
-            self.address = given
+        url, body = self.ask(self.address.replace("{}", urllib.parse.quote(words)), robots=True)
         page = parse_html(body)
         base = page.find("base", href=True)
         base = urllib.parse.urljoin(url, base["href"]) if base else url
         title = page.title.get_text(strip=True) if page.title else None
         found = []
-        for image in page.select("img, meta[property='og:image'], a[href]"):
-            address = largest_of(image)
-            if address and not address.startswith("data:"):
-                address = urllib.parse.urldefrag(urllib.parse.urljoin(base, address.strip())).url
-                found.append(Found(address, self.name, url, None, image.get("alt") or title))
+        for element in page.select("img, meta[property='og:image'], a[href]"):
+            address = (largest_of(element) or "").strip()
+            with contextlib.suppress(ValueError):  # it is no address
+                address = address and urllib.parse.urldefrag(urllib.parse.urljoin(base, address)).url
+                found += [Found(address, self.name, url, None, element.get("alt") or title)] * bool(address)
         if not found:
             raise self.changed(url, "picture")
         yield list(dict.fromkeys(found))
@@ -1084,23 +1130,33 @@ def largest_of(element) -> str | None:
     """
     if element.name == "meta":
         return element.get("content")
-    if element.name == "a" and element.find("img"):  # the picture in the link speaks for both
-        return None
-    link = element if element.name == "a" else element.find_parent("a", href=True)
-    if link is not None and PICTURE_NAME.match(link["href"].strip()):
-        return link["href"]
     if element.name == "a":
-        return None
-    around = element.find_parent("picture")
-    sized = []
-    for one in [element, *(around.select("source") if around else [])]:
-        for name in ("srcset", "data-srcset", "data-lazy-srcset"):
-            for address, size in re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]+)[wx])?\s*(?:,|$)", one.get(name, "")):
-                sized.append((float(size or 1), address))
-    if sized:
-        return max(sized, key=lambda pair: pair[0])[1]
-    names = ("data-original", "data-src", "data-lazy-src", "data-lazy", "data-url", "src")
-    return next((element[name] for name in names if element.get(name)), None)
+        return element["href"] if PICTURE_NAME.match(element["href"].strip()) else None
+    around = element.parent.find_all("source", recursive=False) if element.parent.name == "picture" else []
+    names = ("srcset", "data-srcset", "data-lazy-srcset")
+    sized = [pair for one in [element, *around] for name in names for pair in addresses_of(one.get(name, ""))]
+    sized += [(0, element.get(name, "")) for name in ("data-original", "data-src", "data-lazy-src", "data-lazy", "src")]
+    return max(
+        ((size, address) for size, address in sized if address and address[:5] != "data:"),
+        key=lambda pair: pair[0],
+        default=(0, None),
+    )[1]
+
+
+def addresses_of(srcset: str) -> Iterator[tuple[float, str]]:
+    """Yield (size, address) of a srcset: addresses and sizes such as 2x or 640w, with commas between, or within."""
+    address = ""
+    for word in srcset.split():
+        if not address:
+            address, size, rest = word.rstrip(","), "", "" if word.endswith(",") else None
+        else:
+            size, _, rest = word.partition(",")
+        if rest is not None:
+            known = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)[wx]", size)
+            yield float(known[1]) if known else 1, address
+            address = rest
+    if address:
+        yield 1, address
 
 
 class List(Source):
@@ -1114,7 +1170,7 @@ class List(Source):
             lines = path.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from None
-        yield [Found(line.strip(), self.name) for line in lines if line.strip() and not line.startswith("#")]
+        yield [Found(line.strip(), self.name) for line in lines if line.strip() and line.strip()[0] != "#"]
 
 
 SOURCES = {"openverse": Openverse, "bing": Bing, "baidu": Baidu, "page": Page, "list": List}
@@ -1146,22 +1202,24 @@ def source_named(text: str) -> tuple[str, str]:
     return name, argument
 
 
-def results_of(sources: Sequence[Source], words: str, problems: list[SourceError]) -> Iterator[Found]:
-    """Yield what the sources find, one source after the other, each address once; note what went wrong with them."""
-    seen = set()
+def pages_of(sources: Sequence[Source], words: str, problems: list[SourceError]) -> Iterator[list[Found]]:
+    """Yield what the sources find, page by page, one source after the other; note what went wrong with them."""
     for source in sources:
-        own = set()
+        seen = set()
         try:
-            for page in source.results(words):
+            for page in itertools.islice(source.results(words), MOST_PAGES):
                 told = {found.url: found for found in page if isinstance(found.url, str)}
-                if told.keys() <= own:  # some repeat their last page for ever
+                if told.keys() <= seen:  # some repeat their last page for ever
                     break
-                own |= told.keys()
-                yield from (found for url, found in told.items() if url not in seen)
                 seen |= told.keys()
+                yield list(told.values())
         except SourceError as error:
-            log.warning("--crawl_source %s: %s.", source.name, printable(str(error)))
-            problems.append(error)
+            problems.append(SourceError(f"--crawl_source {source.name}: {error}", error.passing))
+        except Exception as error:  # a page may hold anything, and parsers give up in many ways
+            problems.append(SourceError(f"--crawl_source {source.name}: its page could not be read ({error!r})"))
+        else:
+            continue
+        log.warning("%s.", printable(str(problems[-1])))
 
 
 # What is kept: whole pictures, each once, and a record of every address.
@@ -1175,50 +1233,55 @@ def look_at(path: Path, min_side: int, decode: Callable[[bytes], np.ndarray]) ->
     import imagehash
 
     data = path.read_bytes()
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
-        raise Refusal("a web page")
+    facts, reason, header = {"sha256": hashlib.sha256(data).hexdigest()}, "", None
     try:
         header = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        if math.prod(header.size) > MOST_PIXELS:
-            raise PIL.Image.DecompressionBombError
-        if min(header.size) < min_side:
-            raise Refusal("too small")
+        facts |= {"width": header.width, "height": header.height}
     except PIL.Image.DecompressionBombError:
-        raise Refusal("too many pixels") from None
-    except Refusal:
-        raise
+        reason = "too many pixels"
     except Exception:  # a header that nothing can be made of: decode says so in better words
         header = None
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
+        reason = "a web page"
+    elif header and math.prod(header.size) > MOST_PIXELS:
+        reason = "too many pixels"
+    elif header and min(header.size) < min_side:
+        reason = "too small"
     try:
-        looks = imagehash.phash(PIL.Image.fromarray(decode(data)), hash_size=16)
+        looks = "" if reason else str(imagehash.phash(PIL.Image.fromarray(decode(data)), hash_size=16))
     except ImageError as error:
-        raise Refusal(str(error).split(" (")[0]) from None
-    return Picture(path, hashlib.sha256(data).hexdigest(), ENDINGS[header.format], header.size, str(looks))
+        reason = str(error).split(" (")[0]
+    if reason:
+        raise Refusal(reason, facts=facts)
+    return Picture(path, facts["sha256"], ENDINGS[header.format], header.size, looks)
 
 
 class Manifest:
     """What became of every address tried for one class: crawl.jsonl in its folder, one JSON object a line.
 
     url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
-    well); then `reason`, or file, sha256, width, height and looks, the perceptual hash in hexadecimal.
+    well); `reason`, and the `limit` or `twin` that it is about; sha256, width and height of what came; of what is kept
+    its file, and looks: the perceptual hash in hexadecimal.
+
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, settings: CrawlSettings):
         self.folder, self.path, self.staging = folder, folder / MANIFEST, folder / ".crawl"
-        self.lock, self.entries = threading.Lock(), {}
+        self.settings, self.lock, self.entries, self.reasons = settings, threading.Lock(), {}, Counter()
         try:
             text = self.path.read_bytes() if self.path.exists() else b""
         except OSError as error:
             raise UserError(f"{self.path} could not be read ({error.strerror or error}).") from error
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a run that was killed
-                entry = json.loads(line)
-                self.entries[entry["url"]] = entry
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a run was killed writing it
+                self.remember(read_entry(line))
         self.torn = bool(text) and not text.endswith(b"\n")
         remove_leftovers(self.staging)
-        for url, entry in self.entries.items():  # a run was killed between the record and the file's name
+        for url, entry in self.entries.items():  # a run was killed between the record and what is to follow
             if entry["outcome"] == "kept" and self.staged(url).exists():
                 os.replace(self.staged(url), folder / entry["file"])
+            elif self.is_settled(url):
+                self.staged(url).unlink(missing_ok=True)
         self.kept = sum((folder / name).is_file() for name in self.kept_files())
 
     def staged(self, url: str) -> Path:
@@ -1230,8 +1293,19 @@ class Manifest:
         return {entry["file"]: entry for entry in self.entries.values() if entry["outcome"] == "kept"}
 
     def is_settled(self, url: str) -> bool:
-        """Tell whether an address was kept or refused for good; one that failed may be tried again."""
-        return self.entries.get(url, {"outcome": "failed"})["outcome"] != "failed"
+        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not."""
+        entry = self.entries.get(url)
+        if entry is None or entry["outcome"] == "failed":
+            return False
+        limit = LIMITS.get(entry.get("reason"))
+        return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
+
+    def remember(self, entry: dict) -> None:
+        """Take an entry for what is known of its address."""
+        earlier = self.entries.get(entry["url"])
+        self.reasons[earlier and earlier.get("reason")] -= 1
+        self.reasons[entry.get("reason")] += 1
+        self.entries[entry["url"]] = entry
 
     def record(self, found: Found, outcome: str, **facts) -> None:
         """Append a line, at once and whole."""
@@ -1245,27 +1319,44 @@ class Manifest:
             except OSError as error:
                 raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
             self.torn = False
-            self.entries[found.url] = entry
+            self.remember(entry)
 
     def keep(self, found: Found, picture: Picture) -> None:
         """Record a picture, and give its file its name."""
         name = picture.sha256 + picture.ending
-        width, height = picture.size
-        facts = {"file": name, "sha256": picture.sha256, "width": width, "height": height, "looks": picture.looks}
-        self.record(found, "kept", **facts)
+        self.record(found, "kept", file=name, looks=picture.looks, **picture.facts)
         os.replace(picture.path, self.folder / name)
         self.kept += 1
 
+    def refuse(self, found: Found, refusal: Refusal) -> None:
+        """Record why an address gave no picture."""
+        limit = LIMITS.get(str(refusal))
+        limited = {"limit": str(getattr(self.settings, limit))} if limit else {}
+        outcome = "failed" if refusal.passing else "refused"
+        self.record(found, outcome, reason=str(refusal), **limited, **refusal.facts)
+
     def refused(self) -> Counter:
         """Return how many addresses gave nothing, by reason."""
-        return Counter(entry["reason"] for entry in list(self.entries.values()) if entry["outcome"] != "kept")
+        return Counter({reason: count for reason, count in self.reasons.items() if reason and count > 0})
+
+
+def read_entry(line: bytes) -> dict:
+    """Return an entry of crawl.jsonl. Raises ValueError, TypeError or KeyError for what is none."""
+    entry = json.loads(line)
+    if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
+        if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
+            raise ValueError
+        entry["sha256"] + entry["url"]
+    else:
+        entry["outcome"] + entry["reason"] + entry["url"]
+    return entry
 
 
 class Gallery:
     """Every picture there is, of every class, to tell a new one from one that is there already."""
 
     def __init__(self):
-        self.place_of, self.places, self.bits = {}, [], np.zeros((64, 256), bool)
+        self.place_of, self.place_from, self.places, self.bits = {}, {}, [], np.zeros((64, 256), bool)
 
     def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
         """Add the picture at `place`, `<class folder>/<file name>`, and the address that it came from, if any."""
@@ -1273,19 +1364,19 @@ class Gallery:
             self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
         self.bits[len(self.places)] = self.bits_of(looks)
         self.places.append(place)
-        for key in filter(None, (sha256, url)):
-            self.place_of.setdefault(key, place)
+        self.place_of.setdefault(sha256, place)
+        self.place_from.setdefault(url, place)
 
     @staticmethod
     def bits_of(looks: str) -> np.ndarray:
         """Return the 256 bits of a perceptual hash."""
         return np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8)).astype(bool)
 
-    def twin(self, sha256: str, looks: str) -> tuple[str, str] | None:
+    def twin(self, picture: Picture) -> tuple[str, str] | None:
         """Return (what is the same, the place) of a picture that is there already, or None."""
-        if sha256 in self.place_of:
-            return "the same file", self.place_of[sha256]
-        differing = (self.bits[: len(self.places)] != self.bits_of(looks)).sum(axis=1)
+        if picture.sha256 in self.place_of:
+            return "the same file", self.place_of[picture.sha256]
+        differing = (self.bits[: len(self.places)] != self.bits_of(picture.looks)).sum(axis=1)
         if len(differing) and differing.min() <= SAME_PICTURE:
             return "the same picture", self.places[int(differing.argmin())]
         return None
@@ -1329,7 +1420,7 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
         raise UserError(f"--crawl {names_path} could not be read ({why}).") from error
-    there = {alike(path.name): path.name for path in crawl_dir.glob("*") if path.is_dir()}
+    there = {alike(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
     classes = {}
     for number_of_line, line in enumerate(lines, 1):
         line = re.split(r"(?:^|\s)#", line)[0]
@@ -1337,18 +1428,23 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
         if not folder and not colon:
             continue
         where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
-        if not folder or re.search(r'[\\/<>"|?*\x00-\x1f\x7f]', folder) or RESERVED.match(folder):
+        if not can_be_a_folder(folder):
             raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
-        if folder[0] == "." or folder[-1] == "." or len(os.fsencode(folder)) > 200 or not label_of(folder).strip():
-            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
-        if there.setdefault(alike(folder), folder) != folder:
-            raise UserError(f"{where} and {there[alike(folder)]!r} are one folder on some systems; rename one of them.")
-        if folder in classes:
+        lies = there.setdefault(alike(folder), folder)
+        if unicodedata.normalize("NFC", lies) != unicodedata.normalize("NFC", folder):
+            raise UserError(f"{where} and {lies!r} are one folder on some systems; rename one of them.")
+        if lies in classes:
             raise UserError(f"{where} is there twice.")
-        classes[folder] = words or folder
+        classes[lies] = words or folder
     if not classes:
         raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
     return classes
+
+
+def can_be_a_folder(name: str) -> bool:
+    """Tell whether any system takes the name for a folder, beside others, in which list_images finds a class."""
+    forbidden = re.search(r'^$|^\.|\.$|[\\/<>"|?*\x00-\x1f\x7f]', name) or RESERVED.match(name)
+    return not forbidden and len(os.fsencode(name)) <= 200 and bool(label_of(name).strip())
 
 
 def alike(folder: str) -> str:
@@ -1370,6 +1466,26 @@ def in_background(work: Callable, *arguments) -> concurrent.futures.Future:
     return future
 
 
+@dataclasses.dataclass
+class Job:
+    """A result on its way: fetched as soon as there is room, and kept or refused when all before it are."""
+
+    found: Found
+    future: concurrent.futures.Future | None = None  # of the Picture, or of None for a refused one
+
+    @property
+    def host(self) -> str:
+        return self.found.url.partition("://")[2].partition("/")[0]
+
+    @property
+    def is_done(self) -> bool:
+        return self.future is not None and self.future.done()
+
+    @property
+    def is_refused(self) -> bool:
+        return self.is_done and not self.future.exception() and self.future.result() is None
+
+
 def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Path], Picture]) -> Picture | None:
     """Return a good picture, fetched or still there from a run that was stopped; record why not and return None."""
     staged = manifest.staged(found.url)
@@ -1381,67 +1497,92 @@ def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Pa
             del data  # many wait here, and few look
         return look(staged)
     except Refusal as refusal:
-        manifest.record(found, "failed" if refusal.passing else "refused", reason=str(refusal))
-        staged.unlink(missing_ok=True)
-        return None
+        manifest.refuse(found, refusal)
+    except (UserError, OSError):  # the disk: nothing can go on
+        raise
+    except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
+        manifest.refuse(found, Refusal(f"unexpected {type(error).__name__}", passing=True))
+    staged.unlink(missing_ok=True)
+    return None
 
 
-def refuse_twin(found: Found, same: str, place: str, manifest: Manifest) -> None:
-    """Record that a picture is there already, at `place`."""
-    elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
-    manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place)
-
-
-def new_ones(results: Iterable[Found], manifest: Manifest, gallery: Gallery) -> Iterator[Found]:
-    """Yield the results of which nothing is known yet; an address that gave another class a picture is refused."""
-    for found in results:
-        if manifest.is_settled(found.url):
+def new_jobs(page: Iterable[Found], taken: set[str], manifest: Manifest, gallery: Gallery) -> Iterator[Job]:
+    """Yield jobs for the results of which nothing is known yet; an address that gave a picture before is refused."""
+    for found in page:
+        if found.url in taken or manifest.is_settled(found.url):
             continue
-        if place := gallery.place_of.get(found.url):
+        taken.add(found.url)
+        if place := gallery.place_from.get(found.url):
             refuse_twin(found, "the same file", place, manifest)
         else:
-            yield found
+            yield Job(found)
 
 
-def settle(found: Found, picture: Picture | None, manifest: Manifest, gallery: Gallery) -> None:
-    """Keep a picture, unless it is there already."""
-    if picture is None:
+def start_jobs(jobs: Iterable[Job], wanted: int, host_room: int, fetch: Callable[[Found], Picture | None]) -> int:
+    """Start fetching what may be wanted, in the order of the results; return how many more there is room for.
+
+    No more than `wanted` are under way or wait to be kept, so nothing is fetched in vain; and host_room of one host.
+    """
+    under_way = [job for job in jobs if job.future and not job.is_done]
+    good = sum(job.is_done and not job.is_refused for job in jobs)
+    room, of_host = min(LOOKAHEAD - len(under_way), wanted - len(under_way) - good), Counter(j.host for j in under_way)
+    for place, job in enumerate(jobs):
+        # The first must go on, or nothing would, where later ones of other hosts have taken all the room.
+        if job.future is None and ((room > 0 and of_host[job.host] < host_room) or (place == 0 and not under_way)):
+            job.future = in_background(fetch, job.found)
+            of_host[job.host] += 1
+            room -= 1
+    return room
+
+
+def refuse_twin(found: Found, same: str, place: str, manifest: Manifest, **facts) -> None:
+    """Record that a picture is there already, at `place`."""
+    elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
+    manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
+
+
+def settle(job: Job, manifest: Manifest, gallery: Gallery) -> None:
+    """Keep the picture of a job that is done, unless it is there already."""
+    if (picture := job.future.result()) is None:
         return
-    if twin := gallery.twin(picture.sha256, picture.looks):
-        refuse_twin(found, *twin, manifest)
+    if twin := gallery.twin(picture):
+        refuse_twin(job.found, *twin, manifest, **picture.facts)
         picture.path.unlink()
     else:
-        manifest.keep(found, picture)
+        manifest.keep(job.found, picture)
         place = f"{manifest.folder.name}/{picture.sha256}{picture.ending}"
-        gallery.add(place, picture.sha256, picture.looks, found.url)
+        gallery.add(place, picture.sha256, picture.looks, job.found.url)
 
 
-def crawl_class(results: Iterator[Found], manifest: Manifest, web: Web, gallery: Gallery, look: Callable) -> None:
+def crawl_class(pages: Iterator[list[Found]], manifest: Manifest, web: Web, gallery: Gallery, look: Callable) -> None:
     """Fetch results until as many pictures are kept as are wanted, or there are no more results.
 
     Many are fetched at once, but whether to keep them is decided in the order of the results: so a run that was stopped
-    and resumed keeps the same ones. No more are under way than are still wanted, so nothing is fetched in vain.
+    and resumed keeps the same ones.
     """
-    wanted, jobs = web.settings.count, deque()
+    wanted, jobs, taken, page, ended = web.settings.count, deque(), set(), None, False
     if manifest.kept >= wanted:
         return
-    results = new_ones(results, manifest, gallery)
-    with progress_bar(manifest.folder.name, wanted, "picture", initial=min(manifest.kept, wanted)) as bar:
+    host_room = max(LOOKAHEAD_HOST, 2 * web.gate.host_parallel)
+    fetch = functools.partial(fetch_picture, manifest=manifest, web=web, look=look)
+    with progress_bar(manifest.folder.name, wanted, "picture", initial=manifest.kept) as bar:
         while manifest.kept < wanted:
-            under_way = [future for _, future in jobs if not future.done()]
-            good = sum(future.done() and not future.exception() and future.result() is not None for _, future in jobs)
-            room = min(LOOKAHEAD, wanted - manifest.kept) - len(under_way) - good
-            found = next(results, None) if room > 0 else None
-            if found:
-                jobs.append((found, in_background(fetch_picture, found, manifest, web, look)))
-            elif not jobs:
+            room = start_jobs(jobs, wanted - manifest.kept, host_room, fetch)
+            waiting = sum(job.future is None for job in jobs)
+            if room > 0 and waiting < LOOKAHEAD and not page and not ended:
+                page = in_background(next, pages, None)
+            if not jobs and not page:
                 break
-            elif not jobs[0][1].done():  # Ctrl-C doesn't interrupt a wait without end on every system
-                concurrent.futures.wait(under_way, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-            while jobs and jobs[0][1].done():
-                found, future = jobs.popleft()
+            busy = [job.future for job in jobs if job.future and not job.is_done] + ([page] if page else [])
+            if busy and not (jobs and jobs[0].is_done):
+                concurrent.futures.wait(busy, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+            if page and page.done():
+                ended = page.result() is None
+                jobs.extend(new_jobs(page.result() or [], taken, manifest, gallery))
+                page = None
+            while jobs and jobs[0].is_done and manifest.kept < wanted:
                 kept = manifest.kept
-                settle(found, future.result(), manifest, gallery)
+                settle(jobs.popleft(), manifest, gallery)
                 bar.set_postfix_str(f"{manifest.refused().total()} refused", refresh=False)
                 bar.update(manifest.kept - kept)
     with contextlib.suppress(OSError):
@@ -1507,41 +1648,91 @@ def crawl(
             )
     if missing := [name for name in ("requests", "bs4", "imagehash") if importlib.util.find_spec(name) is None]:
         raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: pip install -r requirements.txt")
-    web, related, problems = Web(settings), {}, []
+    web, related, unasked = Web(settings), {}, []
     for folder in classes:
         try:
             (crawl_dir / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{crawl_dir / folder} could not be made ({error.strerror or error}).") from error
-    manifests = [Manifest(crawl_dir / folder) for folder in classes]
+    manifests = [Manifest(crawl_dir / folder, settings) for folder in classes]
     others = [path.parent for path in sorted(crawl_dir.glob(f"*/{MANIFEST}")) if path.parent.name not in classes]
-    gallery = gallery_of([*manifests, *map(Manifest, others)], functools.partial(look_at, min_side=1, decode=decode))
-    eyes, closed = threading.Semaphore(core_count()), threading.Event()  # a decoded picture may take much memory
+    gallery = gallery_of(
+        manifests + [Manifest(folder, settings) for folder in others],
+        functools.partial(look_at, min_side=1, decode=decode),
+    )
+    with open_eyes(functools.partial(look_at, min_side=settings.min_side, decode=decode)) as look:
+        try:
+            for manifest, words in zip(manifests, classes.values(), strict=True):
+                problems = []
+                asked = [SOURCES[name](":".join(filter(None, (name, told))), told, web) for name, told in sources]
+                crawl_class(pages_of(asked, words, problems), manifest, web, gallery, look)
+                related[manifest.folder.name] = [word for source in asked for word in source.related]
+                if manifest.kept < settings.count:
+                    unasked += [problem for problem in problems if problem.passing]
+        finally:
+            for line in crawl_report(manifests, settings.count, related):
+                log.info("%s", line)
+    if unasked:
+        raise UserError(f"{unasked[0]}; run the same command again to go on.")
+    if not any(manifest.kept for manifest in manifests):
+        raise UserError("--crawl found no picture that can be used; see the table above.")
 
-    def look(path: Path) -> Picture:
+
+@contextlib.contextmanager
+def open_eyes(look: Callable[[Path], Picture]) -> Iterator[Callable[[Path], Picture]]:
+    """Yield `look` for many threads, of which few look at a time: a decoded picture may take half a gigabyte.
+
+    Nobody looks any more when the block has ended: a thread that wakes up in native code while Python ends takes the
+    whole process down.
+    """
+    places = min(core_count(), 4)
+    eyes, closed = threading.Semaphore(places), threading.Event()
+
+    def look_in_turn(path: Path) -> Picture:
         with eyes:
             if closed.is_set():
                 raise Stopped  # nobody hears it, and the file waits for the next run
-            return look_at(path, settings.min_side, decode)
+            return look(path)
 
     try:
-        for manifest, words in zip(manifests, classes.values(), strict=True):
-            asked = [
-                SOURCES[name](f"{name}:{argument}" if argument else name, argument, web) for name, argument in sources
-            ]
-            crawl_class(results_of(asked, words, problems), manifest, web, gallery, look)
-            related[manifest.folder.name] = [word for source in asked for word in source.related]
+        yield look_in_turn
     finally:
         closed.set()
-        for _ in range(core_count()):  # a thread that wakes up in native code while Python ends takes the process down
-            eyes.acquire()
-        for line in crawl_report(manifests, settings.count, related):
-            log.info("%s", line)
-    short = [manifest for manifest in manifests if manifest.kept < settings.count]
-    if short and any(problem.passing for problem in problems):
-        raise UserError(f"--crawl_source: {problems[0]}; run the same command again to go on.")
-    if not any(manifest.kept for manifest in manifests):
-        raise UserError("--crawl found no picture that can be used; see the table above.")
+        for _ in range(places):
+            while not eyes.acquire(timeout=1):  # which Ctrl-C interrupts on every system
+                pass
+
+
+def lock_file(descriptor: int) -> None:
+    """Lock an open file until it is closed, or the process ends. Raises OSError if another process has."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other runs from crawling into the same folder while the block runs; raises UserError if one does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".crawl.lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
+    try:
+        with contextlib.suppress(OSError):  # some network drives know no locks
+            try:
+                lock_file(lock)
+            except (BlockingIOError, PermissionError):
+                told = f"Another run is crawling into {folder}; wait for it, or name another --crawl_dir."
+                raise UserError(told) from None
+        yield
+    finally:
+        os.close(lock)
 
 
 # ======================================================================================================================
@@ -3888,8 +4079,11 @@ def collect(flags: argparse.Namespace) -> None:
         settings = dataclasses.replace(settings, count=ask_for_count())
     classes = read_names(flags.crawl, crawl_dir)
     plain_reading = Reading(ignore_exif_orientation=True)
-    crawl(classes, crawl_dir, flags.crawl_source, settings, lambda data: decode_image(data, plain_reading, (299, 299)))
-    others = sorted(path.name for path in Path(flags.image_dir).glob("*") if path.is_dir() and path.name not in classes)
+    sources = flags.crawl_source or [("openverse", "")]
+    with only_run(crawl_dir):
+        crawl(classes, crawl_dir, sources, settings, lambda data: decode_image(data, plain_reading, (299, 299)))
+    folders = (path for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir())
+    others = sorted(path.name for path in folders if path.name not in classes)
     if others and not flags.crawl_only:
         log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
 

@@ -332,6 +332,7 @@ GALLERY_PATHS = [
     "/gallery/lz-2.jpg",
     "/gallery/original.jpg",
     "/gallery/full.JPG",
+    "/gallery/thumb.jpg",  # in case that the link leads to a page about the picture
     "/gallery/linked.jpg",
     "/gallery/alone.png",
     "/scheme.jpg",

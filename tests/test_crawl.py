@@ -27,7 +27,7 @@ from crawl_server import BAD, ENDINGS, GALLERY_PATHS, GOOD, PASSING, TWINS, Craw
 import retrain
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="it is about signals and terminals of POSIX systems")
-LOCAL = retrain.networks("127.0.0.1")
+LOCAL = retrain.ip_networks("127.0.0.1")
 # retrain.py, with shorter pauses between the tries of an address, and less patience with a slow answer.
 HASTY = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import retrain
 retrain.CRAWL_PAUSES, retrain.PATIENCE = (0.1, 0.3), 3
@@ -191,7 +191,7 @@ def results(argument: str, words: str, **settings) -> tuple[list[retrain.Found],
     name, argument = retrain.source_named(argument)
     problems = []
     source = retrain.SOURCES[name](name, argument, web(**settings))
-    return list(retrain.results_of([source], words, problems)), problems
+    return [found for page in retrain.pages_of([source], words, problems) for found in page], problems
 
 
 WORDS = "Straße & 日本 + café"
@@ -240,7 +240,7 @@ def test_baidu_pages_by_sixty_and_offers_related_searches(server):
     name, argument = retrain.source_named(server.source("baidu"))
     source = retrain.SOURCES[name](name, argument, web())
     problems = []
-    found = list(retrain.results_of([source], WORDS, problems))
+    found = [found for page in retrain.pages_of([source], WORDS, problems) for found in page]
     assert not problems
     assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
     assert found[1].title == server.results[WORDS][1].title
@@ -370,7 +370,7 @@ def test_defaults_are_the_promised_ones():
     assert (settings.max_bytes, settings.min_side, settings.allow_private) == (20_000_000, 100, ())
     assert retrain.Web(retrain.CrawlSettings(count=1, host_delay=0)).gate.host_parallel == 8
     flags = retrain.parse_flags(["--crawl", "x", "--crawl_count", "5"])
-    assert flags.crawl_source == [("openverse", "")]
+    assert flags.crawl_source is None  # which is openverse
     assert (flags.crawl_parallel, flags.crawl_host_delay, flags.crawl_max_bytes) == (8, 1, 20_000_000)
 
 
@@ -483,7 +483,7 @@ def test_a_key_is_not_taken_along_to_where_a_redirect_leads(server):
 @pytest.fixture
 def fetch_picture(tmp_path, hasty):
     """A function that fetches one picture; returns what came of it, a Picture or the reason, and the record."""
-    manifest = retrain.Manifest(tmp_path / "cat")
+    manifest = retrain.Manifest(tmp_path / "cat", retrain.CrawlSettings(count=1))
     manifest.folder.mkdir()
     decode = functools.partial(retrain.decode_image, reading=retrain.Reading(), input_size=(299, 299))
 
