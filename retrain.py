@@ -634,6 +634,26 @@ class SourceError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a server sent: from which address, after redirects, and in which encoding, if it says so."""
+
+    url: str
+    body: bytes
+    charset: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The body as text: in the encoding that the server or the page names, else UTF-8, else Western Windows."""
+        import bs4.dammit
+
+        named = bs4.dammit.EncodingDetector.find_declared_encoding(self.body, is_html=True)
+        for encoding in (self.charset, named, "utf-8"):
+            with contextlib.suppress(LookupError, UnicodeError, TypeError):
+                return self.body.decode(encoding)
+        return self.body.decode("windows-1252", "replace")
+
+
+@dataclasses.dataclass(frozen=True)
 class Found:
     """A picture that a source knows of, and what it says about it."""
 
@@ -812,8 +832,8 @@ class Web:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, guarded_adapter(settings.allow_private, self.thread))
 
-    def get(self, url: str, most_bytes: int, robots: bool = True, headers: dict | None = None) -> tuple[str, bytes]:
-        """Return (the address after redirects, the body); try again after a pause when that may help.
+    def get(self, url: str, most_bytes: int, robots: bool = True, headers: dict | None = None) -> Answer:
+        """Return the answer, after redirects; try again after a pause when that may help.
 
         robots: whether robots.txt has a say. Raises Refusal.
         """
@@ -826,18 +846,18 @@ class Web:
                 if not refusal.wait:  # a host that names its own pause has got it already
                     time.sleep(pause * random.uniform(0.5, 1.5))
 
-    def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> tuple[str, bytes]:
-        """Return (address, body) as get does, in one try."""
+    def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> Answer:
+        """Return the answer as get does, in one try."""
         try:
             for _ in range(MOST_REDIRECTS + 1):
                 host = self.check(url)
                 if robots and not self.may_fetch(url):
                     raise Refusal("forbidden by robots.txt")
                 with self.gate.turn(host):
-                    target, body = self.request(url, host, most_bytes, headers)
-                if body is not None:
-                    return url, body
-                url, headers = target, {}  # a key is for the host that it was given for
+                    answer = self.request(url, host, most_bytes, headers)
+                if isinstance(answer, Answer):
+                    return answer
+                url, headers = answer, {}  # a key is for the host that it was given for
         except ValueError:  # the parts of addresses and headers are whatever a server likes
             raise Refusal("no http or https address") from None
         raise Refusal("too many redirects")
@@ -879,12 +899,13 @@ class Web:
         """Return the rules of a site, or why they can't be had; a site without any allows all, a locked one nothing."""
         rules = urllib.robotparser.RobotFileParser()
         try:
-            _, body = self.get(f"{site}/robots.txt", 512_000, robots=False)
+            body = self.get(f"{site}/robots.txt", 512_000, robots=False).body
             rules.parse(body.decode("utf-8", "replace").lstrip("\ufeff").splitlines())
             delay = float(rules.crawl_delay(ROBOT) or 0)
         except Refusal as refusal:
             if not 400 <= refusal.status < 500 or refusal.passing:
-                return Refusal(str(refusal), refusal.passing, again=False)
+                other = refusal.passing or str(refusal) == "private address"  # than a file that is no robots.txt
+                return Refusal(str(refusal) if other else "robots.txt can't be read", refusal.passing, again=False)
             rules.disallow_all = refusal.status in (401, 403)
             rules.allow_all = not rules.disallow_all
             return rules
@@ -895,24 +916,25 @@ class Web:
         self.gate.slow_down(self.check(site), delay)
         return rules
 
-    def request(self, url: str, host: str, most_bytes: int, headers: dict) -> tuple[str, bytes | None]:
-        """Return (where it redirects to, None) or (url, body) for one request. Raises Refusal."""
-        import requests
-
+    def request(self, url: str, host: str, most_bytes: int, headers: dict) -> Answer | str:
+        """Return the answer to one request, or where it redirects to. Raises Refusal."""
         started, timeout = time.monotonic(), self.settings.timeout
         self.thread.limits = most_bytes, started + PATIENCE * timeout
         options = {"headers": headers, "stream": True, "timeout": timeout, "allow_redirects": False}
         try:
             with self.session.get(url, **options) as response:
                 if target := self.session.get_redirect_target(response):
-                    return urllib.parse.urljoin(url, target), None
+                    return urllib.parse.urljoin(url, target)
                 self.check_status(response, host)
                 body = read_at_most(response, most_bytes)
             self.gate.note(host, 0)
-            return url, body
-        except requests.RequestException as error:
-            self.gate.note(host, time.monotonic() - started)
-            raise refusal_of(error) from None
+            charset = re.search(r"charset=[\"']?([\w.:-]+)", response.headers.get("Content-Type", ""), re.IGNORECASE)
+            return Answer(url, body, charset and charset[1])
+        except (OSError, Refusal) as error:  # all of requests' are kinds of OSError
+            refusal = error if isinstance(error, Refusal) else refusal_of(error)
+            if refusal.passing and not refusal.status:  # whose time the host named itself
+                self.gate.note(host, time.monotonic() - started)
+            raise refusal from None
 
     def check_status(self, response, host: str) -> None:
         """Raise Refusal unless the answer is what was asked for; give the host the pause that it asks for."""
@@ -979,8 +1001,8 @@ class Source:
         self.name, self.web, self.address = name, web, argument or self.address
         self.related = []  # words to search for instead, when it knows any
 
-    def ask(self, url: str = "", robots: bool = False, headers: dict | None = None, **query) -> tuple[str, bytes]:
-        """Return (address, body) of a page of results, by default at the source's address. Raises SourceError.
+    def ask(self, url: str = "", robots: bool = False, headers: dict | None = None, **query) -> Answer:
+        """Return a page of results, by default at the source's address. Raises SourceError.
 
         robots: whether robots.txt is asked. Search engines forbid their results to all robots; whoever names one here
         asks it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
@@ -1000,7 +1022,7 @@ class Source:
         """
         readable = []
         for entry in entries:
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 readable.append(found(entry))
         if entries and not readable:
             raise self.changed(url, form)
@@ -1027,13 +1049,13 @@ class Openverse(Source):
     def results(self, words: str) -> Iterator[list[Found]]:
         form = "'results' with 'url' and 'license'"
         for page in itertools.count(1):
-            url, body = self.ask(headers=self.headers, q=words, page=page, page_size=self.page_size)
+            answer = self.ask(headers=self.headers, q=words, page=page, page_size=self.page_size)
             try:
-                answer = json.loads(body)
-                entries, last = list(answer["results"]), int(answer["page_count"])
+                told = json.loads(answer.body)
+                entries, last = list(told["results"]), int(told["page_count"])
             except (ValueError, TypeError, KeyError):
-                raise self.changed(url, form) from None
-            yield self.read(url, entries, self.found, form)
+                raise self.changed(answer.url, form) from None
+            yield self.read(answer.url, entries, self.found, form)
             if page >= last:
                 return
 
@@ -1052,13 +1074,13 @@ class Bing(Source):
 
     def results(self, words: str) -> Iterator[list[Found]]:
         for first in itertools.count(0, self.page_size):
-            url, body = self.ask(q=words, first=first, count=self.page_size, mmasync=1)
-            entries = parse_html(body).select("a.iusc[m]")
+            answer = self.ask(q=words, first=first, count=self.page_size, mmasync=1)
+            entries = parse_html(answer.text).select("a.iusc[m]")
             if not entries and first:
                 return
             if not entries:
-                raise self.changed(url, "a.iusc")
-            yield self.read(url, entries, self.found, "'murl' in the 'm' of its a.iusc")
+                raise self.changed(answer.url, "a.iusc")
+            yield self.read(answer.url, entries, self.found, "'murl' in the 'm' of its a.iusc")
 
     def found(self, entry) -> Found:
         """Return the result that a link of the page stands for."""
@@ -1074,8 +1096,8 @@ class Baidu(Source):
 
     def results(self, words: str) -> Iterator[list[Found]]:
         for first in itertools.count(0, self.page_size):
-            url, body = self.ask(word=words, pn=first)
-            text = body.decode("utf-8", "replace")
+            answer = self.ask(word=words, pn=first)
+            text = answer.text
             entries = [entry for entry in text.split('"objURL":')[1:] if not entry.startswith('""')]
             if "topRS" in text:
                 links = parse_html(text).select("#topRS a")
@@ -1083,8 +1105,8 @@ class Baidu(Source):
             if not entries and first:
                 return
             if not entries:
-                raise self.changed(url, '"objURL"')
-            yield self.read(url, entries, self.found, '"objURL" that can be read')
+                raise self.changed(answer.url, '"objURL"')
+            yield self.read(answer.url, entries, self.found, '"objURL" that can be read')
 
     def found(self, entry: str) -> Found:
         """Return the result whose address an entry of the page's script begins with."""
@@ -1104,10 +1126,11 @@ class Page(Source):
     searches = False
 
     def results(self, words: str) -> Iterator[list[Found]]:
-        url, body = self.ask(self.address.replace("{}", urllib.parse.quote(words)), robots=True)
-        page = parse_html(body)
-        base = page.find("base", href=True)
-        base = urllib.parse.urljoin(url, base["href"]) if base else url
+        answer = self.ask(self.address.replace("{}", urllib.parse.quote(words)), robots=True)
+        url, page = answer.url, parse_html(answer.text)
+        base, given = url, page.find("base", href=True)
+        with contextlib.suppress(ValueError):  # it is no address
+            base = urllib.parse.urljoin(url, given["href"]) if given else url
         title = page.title.get_text(strip=True) if page.title else None
         found = []
         for element in page.select("img, meta[property='og:image'], a[href]"):
@@ -1132,7 +1155,7 @@ def largest_of(element) -> str | None:
         return element.get("content")
     if element.name == "a":
         return element["href"] if PICTURE_NAME.match(element["href"].strip()) else None
-    around = element.parent.find_all("source", recursive=False) if element.parent.name == "picture" else []
+    around = element.parent.find_all("source", recursive=False, limit=50) if element.parent.name == "picture" else []
     names = ("srcset", "data-srcset", "data-lazy-srcset")
     sized = [pair for one in [element, *around] for name in names for pair in addresses_of(one.get(name, ""))]
     sized += [(0, element.get(name, "")) for name in ("data-original", "data-src", "data-lazy-src", "data-lazy", "src")]
@@ -1176,8 +1199,8 @@ class List(Source):
 SOURCES = {"openverse": Openverse, "bing": Bing, "baidu": Baidu, "page": Page, "list": List}
 
 
-def parse_html(page: bytes | str):
-    """Return a web page as BeautifulSoup, which finds out its encoding."""
+def parse_html(page: str):
+    """Return a web page as BeautifulSoup."""
     import bs4
 
     with warnings.catch_warnings():
@@ -1348,7 +1371,7 @@ def read_entry(line: bytes) -> dict:
             raise ValueError
         entry["sha256"] + entry["url"]
     else:
-        entry["outcome"] + entry["reason"] + entry["url"]
+        entry["outcome"] + entry["reason"] + entry["url"] + entry.get("twin", "")
     return entry
 
 
@@ -1491,10 +1514,10 @@ def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Pa
     staged = manifest.staged(found.url)
     try:
         if not staged.exists():
-            _, data = web.get(found.url, web.settings.max_bytes)
+            answer = web.get(found.url, web.settings.max_bytes)
             with whole_file(staged) as temporary:
-                temporary.write_bytes(data)
-            del data  # many wait here, and few look
+                temporary.write_bytes(answer.body)
+            del answer  # many wait here, and few look
         return look(staged)
     except Refusal as refusal:
         manifest.refuse(found, refusal)
@@ -1599,7 +1622,8 @@ def crawl_report(manifests: Sequence[Manifest], wanted: int, related: dict[str, 
         row = f"{manifest.folder.name:<{width}}  {manifest.kept:>6}  {wanted:>6}  {refused.total():>7}"
         lines.append(f"{row}  {reasons}".rstrip())
     for manifest in manifests:
-        across = [entry["twin"] for entry in manifest.entries.values() if "another class" in entry.get("reason", "")]
+        twins = [entry for entry in manifest.entries.values() if "another class" in entry.get("reason", "")]
+        across = [entry.get("twin", "") for entry in twins]
         if across:
             lines.append(
                 f"{manifest.folder.name}: {len(across)} of its pictures were kept for another class before it "

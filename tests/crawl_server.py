@@ -49,6 +49,11 @@ BAD = {
     "long": "too many bytes",
     "overlong": "the file is truncated",
     "gzip_bomb": "too many bytes",
+    "gzip_twice": "too many bytes",
+    "digits": "too many bytes",
+    "chunk_negative": "too many bytes",
+    "chunk_line": "broke off",
+    "trailers": "too many bytes",
     "loop": "too many redirects",
     "hops6": "too many redirects",
     "to_10": "private address",
@@ -58,6 +63,9 @@ BAD = {
     "to_decimal": "private address",
     "to_file": "no http or https address",
     "to_ftp": "no http or https address",
+    "to_latin1": "no http or https address",
+    "to_bracket": "no http or https address",
+    "to_nul": "no http or https address",
     "bomb": "too many pixels",
     "small": "too small",
     "forbidden": "forbidden by robots.txt",
@@ -66,10 +74,20 @@ BAD = {
     "larger": "the same picture is there already",
     "poorer": "the same picture is there already",
 }
-PASSING = {"500", "stall", "cut", "drip", "drip_headers"}  # another time they might go well
+PASSING = {"500", "stall", "cut", "drip", "drip_headers", "chunk_line"}  # another time they might go well
 TWINS = {"copy", "smaller", "larger", "poorer"}  # of the good picture of the same seed
 GOOD = ("good", "png", "gif", "bmp", "webp", "429", "500_once", "hops5", "gzip", "mislabelled", "chunked", "unlengthed")
 ENDINGS = {"png": ".png", "gif": ".gif", "bmp": ".bmp", "webp": ".webp", "mislabelled": ".png"}  # else .jpg
+DRAWN = {
+    *ENDINGS,
+    "big",
+    "red",
+    "blue",
+    "small",
+    "smaller",
+    "larger",
+    "poorer",
+}  # behind all others is the good picture
 ROBOTS = "# two groups\nUser-agent: *\nDisallow: /private/\nDisallow: /p/forbidden/\n\nUser-agent: other\nDisallow: /\n"
 REDIRECTS = {
     "to_10": "http://10.0.0.1/{seed}.jpg",
@@ -79,18 +97,30 @@ REDIRECTS = {
     "to_decimal": "http://2130706434:{port}/p/good/{seed}.jpg",  # 127.0.0.2 as one number
     "to_file": "file:///etc/passwd",
     "to_ftp": "ftp://127.0.0.1/{seed}.jpg",
+    "to_latin1": "/p/good/\xe9{seed}.jpg",
+    "to_bracket": "http://[::1/{seed}.jpg",
+    "to_nul": "http://127.0.0.1\0:{port}/p/good/{seed}.jpg",
     "loop": "/p/loop/{seed}.jpg",
 }
+# 50 MB and 1 GB of nothing, packed once and twice: members of a gzip file may follow each other.
+GZIP_BOMB = gzip.compress(bytes(1_000_000)) * 50
+GZIP_TWICE = gzip.compress(gzip.compress(bytes(10_000_000)) * 100)
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A picture that the sources tell of: how the server behaves, what it shows, and why it is to be refused."""
+    """A picture that the sources tell of: how the server behaves, what it shows, and why it is to be refused.
+
+    It is drawn at once, so that whoever asks for it later never waits for that.
+    """
 
     kind: str
     seed: int
     reason: str = ""  # for a picture to be kept
+
+    def __post_init__(self):
+        file_of(self.kind, self.seed)
 
     @property
     def path(self) -> str:
@@ -147,9 +177,14 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-@functools.lru_cache(maxsize=4096)
 def file_of(kind: str, seed: int) -> bytes:
-    """Return the file that lies at /p/<kind>/<seed>.jpg."""
+    """Return the file that lies at /p/<kind>/<seed>.jpg, or behind the misbehaviour there."""
+    return drawn(kind if kind in DRAWN else "good", seed)
+
+
+@functools.lru_cache(maxsize=4096)
+def drawn(kind: str, seed: int) -> bytes:
+    """Return the file of a kind of its own."""
     if kind == "big":  # about 50 KB
         return encoded(draw(seed, (640, 480)), quality=92)
     if kind in ("red", "blue"):
@@ -284,7 +319,7 @@ def ordinary_page(results: list[tuple[str, str]]) -> str:
         '<img src="/small{path}" srcset="/small{path} 320w, {url} 1280w, /middle{path} 640w" alt="{title}">',
         '<picture><source srcset="/small{path}, {url} 2x"><img src="/middle{path}" alt="{title}"></picture>',
         f'<img src="{BLANK}" data-src="{{url}}" alt="{{title}}"><noscript><img src="{{url}}" alt="x"></noscript>',
-        '<a href="{url}"><img src="/small{path}" alt="{title}"></a>',
+        '<a href="{url}"><img src="/thumb{path}" alt="{title}"></a>',
     )
     shown = []
     for number, (url, title) in enumerate(results):
@@ -384,23 +419,23 @@ class Traffic:
 
 
 class CrawlServer(http.server.ThreadingHTTPServer):
-    """The site. `results`: what each search finds; `broken`: paths whose pages no longer look as they did.
+    """The site. `results`: what each search finds; `bodies`: what lies at some paths instead of what should.
 
     A context manager: it answers, in threads of this process, while the block runs.
     """
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, port: int = 0, latency: float = 0, traffic: Traffic | None = None):
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, port: int = 0, latency: float = 0, traffic: Traffic | None = None, host: str = "127.0.0.1"):
+        super().__init__((host, port), Handler)
         self.latency, self.traffic, self.robots = latency, traffic or Traffic(), ROBOTS
         self.results: dict[str, list[Result]] = defaultdict(list)
-        self.broken, self.throttled = set(), 0  # throttled: so many requests of the API are answered with 429
+        self.bodies, self.throttled = {}, 0  # throttled: so many requests of the API are answered with 429
         self.ended = threading.Event()
 
     @property
     def site(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return "http://{}:{}".format(*self.server_address)
 
     def source(self, name: str) -> str:
         """Return the value of --crawl_source that points a source at this server."""
@@ -446,13 +481,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         before = self.server.traffic.note(self.server.site, parts.path, dict(self.headers))
         with self.server.traffic.passing(self.server.site):  # ends before the last byte leaves, so never too late
             self.server.ended.wait(self.server.latency)
+        if parts.path in self.server.bodies:
+            return self.answer(self.server.bodies[parts.path], "text/html")
+        if parts.path.startswith("/thumb/p/"):
+            return self.answer(file_of("smaller", int(parts.path.split("/")[4].split(".")[0])))
         if parts.path.startswith("/p/"):
             _, _, kind, name = parts.path.split("/")
             return self.picture(kind, int(name.split(".")[0]), before, query)
         if parts.path == "/robots.txt":
-            return self.robots(before)
-        if parts.path in self.server.broken:
-            return self.answer(b"<html><body>Something else altogether</body></html>", "text/html")
+            return self.robots()
         if parts.path == "/v1/images/":
             return self.openverse(query)
         return self.page(parts.path, query)
@@ -499,12 +536,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.dumps(openverse_page(results, page, size, self.server.site), ensure_ascii=False)
         self.answer(body.encode(), "application/json")
 
-    def robots(self, before: int) -> None:
-        """Answer with robots.txt, or with what `server.robots` is if it is no text: a status, or a function of self."""
+    def robots(self) -> None:
+        """Answer with robots.txt, or with what `server.robots` is if it is no text: a status."""
         rules = self.server.robots
-        if callable(rules):
-            rules(self, before)
-        elif isinstance(rules, int):
+        if isinstance(rules, int):
             self.answer(b"no", "text/plain", rules)
         else:
             self.answer(rules.encode(), "text/plain")
@@ -518,7 +553,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.redirect(f"{seed}.jpg?left={left - 1}") if left else self.answer(file_of("good", seed))
         if kind in ("404", "410", "500"):
             return self.answer(b"<html>no</html>", "text/html", int(kind))
-        if kind == "429" and not before:
+        if kind == "throttled" or (kind == "429" and not before):
             return self.answer(b"slowly", "text/plain", 429, Retry_After=1)
         if kind == "500_once" and not before:
             return self.answer(b"oops", "text/plain", 500)
@@ -534,7 +569,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer with another address."""
         self.answer(b"over there", "text/plain", 302, Location=target)
 
-    def begin(self, length: int | None = None, **headers) -> None:
+    def begin(self, length: int | str | None = None, **headers) -> None:
         """Send the head of an answer of a picture."""
         self.send_response(200)
         self.send_header("Content-Type", "image/jpeg")
@@ -595,7 +630,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data + bytes(1 << 20))
 
     def send_gzip_bomb(self, _: bytes) -> None:
-        self.answer(gzip.compress(bytes(50_000_000)), Content_Encoding="gzip")
+        self.answer(GZIP_BOMB, Content_Encoding="gzip")
+
+    def send_gzip_twice(self, _: bytes) -> None:
+        self.answer(GZIP_TWICE, Content_Encoding="gzip, gzip")
+
+    def send_digits(self, data: bytes) -> None:
+        """Tell of a length that Python makes no number of."""
+        self.begin("9" * 5000)
+        self.wfile.write(data)
+
+    def send_in_chunks(self, start: bytes, endless: bytes) -> None:
+        """Begin an answer in chunks, and never end it."""
+        self.begin(Transfer_Encoding="chunked")
+        self.wfile.write(start)
+        while not self.server.ended.is_set():
+            self.wfile.write(endless * (1 << 16 >> len(endless).bit_length()))
+
+    def send_chunk_negative(self, data: bytes) -> None:
+        self.send_in_chunks(b"-1\r\n" + data, bytes(1))
+
+    def send_chunk_line(self, _: bytes) -> None:
+        self.send_in_chunks(b"1", b"0")
+
+    def send_trailers(self, data: bytes) -> None:
+        self.send_in_chunks(b"%x\r\n%b\r\n0\r\n" % (len(data), data), b"X-More: and so on\r\n")
 
     def send_bomb(self, _: bytes) -> None:
         self.answer(bomb(), "image/png")
@@ -637,8 +696,6 @@ def main() -> None:
     with CrawlServer(flags.port, flags.latency) as server:
         every = [Result(flags.kind, seed) for seed in range(flags.count)] if flags.kind else plant(0, flags.count)
         server.results = Everything(lambda: every)
-        for result in every if flags.kind else ():
-            file_of(result.kind, result.seed)  # drawn before anybody waits for it
         print(server.site, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.thread.join()
