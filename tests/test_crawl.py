@@ -52,7 +52,7 @@ web.get(sys.argv[1], 20_000_000)
 for url in sys.argv[2:]:
     before = most()
     try:
-        print("came", web.get(url, 20_000_000).url)
+        print("came", len(web.get(url, 20_000_000).body), sep=",")
     except retrain.Refusal as refusal:
         print(refusal, int(most() - before), sep=",")"""
 FIELDS = {"url", "page", "source", "licence", "title", "creator", "time", "outcome"}
