@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from retrain import (
     JPEG_NODE,
     RESIZED_NODE,
+    Familiar,
     ImageError,
     LiteModel,
     OutputFiles,
@@ -44,25 +46,37 @@ from retrain import (
     whole_file,
 )
 
-# A function from a picture's path to its scores, one for each label. It raises ImageError.
-Scorer = Callable[[Path], Sequence[float]]
+# A function from a picture's path to its scores, float32 [labels], and its bottleneck, float32 [n], or None where that
+# can't be had. It raises ImageError.
+Scorer = Callable[[Path], tuple]
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier: its labels, and a function for each picture that can be done at a time."""
+    """A trained classifier: its labels, a function for each picture that can be done at a time, what is familiar to it.
+
+    familiar: None for a graph that has no measure of that.
+    """
 
     labels: list[str]
     workers: list[Scorer]
+    familiar: Familiar | None = None
+
+    def unsure(self, scores, bottleneck) -> bool:
+        """Tell whether a picture is not to be named, since it is unlike those of the training, or no score is high."""
+        if self.familiar is None or bottleneck is None:
+            return False
+        return bool(self.familiar.unsure(bottleneck[None], scores[None])[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What one picture was taken for: (label, score), best first, or why it could not be read."""
+    """What one picture was taken for: (label, score), best first, and with what doubt; or why it could not be read."""
 
     path: Path
     scores: list[tuple[str, float]]
     error: str = ""
+    unsure: bool = False
 
 
 def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0) -> Classifier:
@@ -84,7 +98,8 @@ def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0
         )
     if facts and facts["labels"] != names:
         print(f"predict.py: {labels} holds other names than the training wrote; they are used.", file=sys.stderr)
-    return Classifier(names, workers)
+    familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
+    return Classifier(names, workers, familiar)
 
 
 def read_labels(path: Path) -> list[str]:
@@ -115,11 +130,11 @@ def lite_workers(path: Path, reading: Reading, pictures: int, cores: int) -> lis
     for model in models:  # now, since it silences stderr, where pictures that can't be read will be told
         model.prepare()
 
-    def worker(model: LiteModel) -> Scorer:
-        size = model.input_size
-        return lambda path: model(resize_bilinear(read_image(path, reading, size), size))
+    def score(model: LiteModel, path: Path) -> tuple:
+        scores, *bottleneck = model.run(resize_bilinear(read_image(path, reading, model.input_size), model.input_size))
+        return scores, bottleneck[0] if bottleneck else None
 
-    return [worker(model) for model in models]
+    return [functools.partial(score, model) for model in models]
 
 
 def graph_worker(path: Path, reading: Reading) -> Scorer:
@@ -138,7 +153,7 @@ def graph_worker(path: Path, reading: Reading) -> Scorer:
     # Fed behind its decoder, the graph sees the pictures as training saw them: all formats, upright.
     run = tf.compat.v1.wrap_function(imported, [tf.TensorSpec([None, None, 3], tf.uint8)])
     size = graph_input_size(graph)
-    return lambda path: run(tf.constant(read_image(path, reading, size))).numpy()[0]
+    return lambda path: (run(tf.constant(read_image(path, reading, size))).numpy()[0], None)
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -174,13 +189,13 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         if not path.is_file():
             return Prediction(path, [], "there is no such picture, or none in that folder")
         try:
-            scores = worker(path)
+            scores, bottleneck = worker(path)
         except ImageError as error:
             return Prediction(path, [], str(error))
         if len(scores) != len(classifier.labels):
             raise UserError(f"The graph has {len(scores)} classes but --labels names {len(classifier.labels)}.")
         best_first = sorted(zip(classifier.labels, map(float, scores), strict=True), key=lambda pair: -pair[1])
-        return Prediction(path, best_first)
+        return Prediction(path, best_first, unsure=classifier.unsure(scores, bottleneck))
 
     workers = [lambda path, worker=worker: attempt(worker, path) for worker in classifier.workers]
     done: dict[Path, Prediction] = {}
@@ -200,6 +215,8 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
         return
     if headed:
         print(printable(prediction.path))
+    if prediction.unsure:
+        print("unsure: it is unlike the pictures of the training, or between the classes; the best guesses are")
     for label, score in prediction.scores[:top_k]:
         print(f"{printable(label)} (score = {score:.5f})")
     if headed:
@@ -212,23 +229,24 @@ def as_text(path: Path) -> str:
 
 
 def write_csv(path: Path, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
-    """Write a row per picture: its name, best label and score, error if any, and the score of every class."""
+    """Write a row per picture: its name, best label and score, error if any, every class's score, and any doubt."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "label", "score", "error", *labels])
+        writer.writerow(["image", "label", "score", "error", *labels, "unsure"])
         for prediction in predictions:
             scores = {label: f"{score:.6f}" for label, score in prediction.scores}
             best = next(iter(scores.items()), ("", ""))
             cells = [*best, prediction.error, *(scores.get(name, "") for name in labels)]
-            writer.writerow([as_text(prediction.path), *cells])
+            writer.writerow([as_text(prediction.path), *cells, "unsure" if prediction.unsure else ""])
 
 
 def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
-    """Write a list with an object per picture: image, predictions (label and score, best first), error or null."""
+    """Write a list with an object per picture: image, predictions (label and score, best first), unsure, error."""
     entries = [
         {
             "image": as_text(prediction.path),
             "predictions": [{"label": label, "score": score} for label, score in prediction.scores[:top_k]],
+            "unsure": prediction.unsure,
             "error": prediction.error or None,
         }
         for prediction in predictions

@@ -15,6 +15,7 @@ common ground, flags, crawl, images, base model, bottlenecks, head, evaluation, 
 from __future__ import annotations
 
 import argparse
+import base64
 import concurrent.futures
 import contextlib
 import csv
@@ -42,6 +43,7 @@ import shutil
 import signal
 import socket
 import stat
+import string
 import subprocess
 import sys
 import tarfile
@@ -370,6 +372,13 @@ def name_of_file(text: str) -> str:
     return text
 
 
+def report_name(text: str) -> str:
+    """Read the name of the report's picture."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return text
+
+
 def ip_networks(text: str) -> tuple:
     """Read the value of --crawl_allow_private: addresses or networks, joined by commas, or `all`."""
     try:
@@ -431,6 +440,7 @@ def add_picture_flags(room: Callable) -> None:
     flag("--write_split_file", "", str, "FILE", "write such a table of this run")
     flag("--coarse_image_dir", "", str, "DIR", "train on these coarse pictures first, then on those of --image_dir")
     flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
+    flag("--exclude", "", str, "FILE", "leave out the pictures in this list, such as output_report.tsv when edited")
     flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
     flag = room("base model")
     flag("--architecture", "auto", str, "NAME", "inception_v3, starter, vgg16, or auto: inception_v3, else starter")
@@ -454,6 +464,9 @@ def add_head_flags(room: Callable) -> None:
     """Add the flags of the rooms from head to export."""
     batch, steps = number(int, 1, also=[-1]), number(int, 1)
     flag = room("head")
+    flag(
+        "--head", "auto", str, "NAME", "softmax: the classic way; auto: another where cross-validation proves it better"
+    )
     flag("--how_many_training_steps", 4000, number(int, 1), "N", "training steps")
     flag("--learning_rate", None, number(float, 0), "X", "of the training (0.01; 0.001 with adam and rmsprop)")
     flag("--hidden_units", None, whole_numbers, "N,N", "fully-connected layers before the softmax, first to last")
@@ -473,6 +486,10 @@ def add_head_flags(room: Callable) -> None:
     flag("--summaries_dir", "retrain_logs", str, "DIR", "logs for TensorBoard; '' for none")
     flag("--checkpoint_path", "", str, "FILE", "also write the head as a TensorFlow checkpoint")
     flag = room("evaluation")
+    flag("--no_report", False, switch, "BOOL", "train and test only: no cross-validation, calibration and report")
+    flag("--output_report", "output_report.png", report_name, "FILE", "the report; beside it .json and .tsv")
+    flag("--coverage", 0.95, number(float, 0.5, 1), "X", "share of your classes' pictures that predict.py shall name")
+    flag("--quarantine", "", str, "DIR", "copy the pictures that may be in the wrong folder there, to look through")
     flag("--test_batch_size", -1, batch, "N", "pictures drawn for the final test, -1 for all")
     flag("--print_misclassified_test_images", False, switch, "BOOL", "list the test pictures taken for another class")
     flag("--two_stage_picture", "output_two_stage.png", name_of_file, "FILE", "curves of training in two stages")
@@ -524,6 +541,8 @@ def check_base_model_flags(parser: Parser, flags: argparse.Namespace) -> None:
 
 def complete_head_flags(parser: Parser, flags: argparse.Namespace) -> None:
     """Set the flags of the head whose defaults depend on others; end with a sentence for those that contradict them."""
+    if flags.head not in ("softmax", "auto"):
+        parser.error(f"--head: {flags.head!r} is not known; choose softmax or auto")
     if flags.optimizer not in OPTIMIZERS:
         parser.error(f"--optimizer: {flags.optimizer!r} is not known; choose {', '.join(OPTIMIZERS)}")
     if flags.class_weights not in ("none", "balanced"):
@@ -1841,6 +1860,30 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in NOT_PICTURES
 
 
+def leave_out(images: Sequence[Image], list_path: Path) -> list[Image]:
+    """Return the images that a list doesn't name: one a line, by class folder and file name, before the first tab.
+
+    More folders before those two are not looked at; lines that begin with # are comments. Raises UserError for a list
+    that can't be read or names none of the images.
+    """
+    try:
+        lines = list_path.read_text("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"--exclude {list_path}: {error.strerror}; name the list of pictures to leave out.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--exclude {list_path}: it is no text in UTF-8; name the right file.") from error
+    cells = [line.split("\t")[0].strip() for line in lines if not line.startswith("#")]
+    named = {"/".join(re.split(r"[/\\](?!x[0-9a-f]{2}|u[0-9a-f]{4})", cell)[-2:]) for cell in cells if cell}
+    kept = [image for image in images if printable(image.key) not in named]
+    gone = len(images) - len(kept)
+    if named and not gone:
+        raise UserError(f"--exclude {list_path}: it names none of the pictures; a line is `class folder/file name`.")
+    log.info("Left out %d pictures that %s names.", gone, list_path)
+    if gone < len(named):
+        log.warning("%d lines of %s name no picture.", len(named) - gone, list_path)
+    return kept
+
+
 def check_classes(
     given: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable picture", least: int = 2
 ) -> None:
@@ -2166,9 +2209,9 @@ class LiteModel:
             self.interpreter = Interpreter(str(path), num_threads=threads)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{path} is no model that LiteRT can run ({str(error).splitlines()[0]}).") from error
-        (self.input,), (self.output,) = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
         self.input_size = tuple(int(side) for side in self.input["shape"][1:3])
-        self.output_size = int(self.output["shape"][-1])
+        self.output_size = int(self.outputs[0]["shape"][-1])
         self.path, self.prepared = path, False
 
     def prepare(self) -> None:
@@ -2182,10 +2225,14 @@ class LiteModel:
             self.prepared = True
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        return self.run(pixels)[0]
+
+    def run(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Return all outputs, float32 [n] each: of a trained graph the scores and the bottleneck."""
         self.prepare()  # not before, so that the threads that still prepare theirs don't hold up those that have
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
-        return self.interpreter.get_tensor(self.output["index"])[0]
+        return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3172,9 +3219,18 @@ class Head:
         """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
         for weights, biases in self.hidden:
             features = np.maximum(features @ weights + biases, 0)
-        logits = features @ self.weights + self.biases
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return softmax(features @ self.weights + self.biases)
+
+    def cooled(self, temperature: float) -> Head:
+        """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
+        cooled = self.weights / np.float32(temperature), self.biases / np.float32(temperature)
+        return dataclasses.replace(self, weights=cooled[0], biases=cooled[1])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities [..., classes] from logits [..., classes]."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3188,6 +3244,7 @@ class TrainingSettings:
     eval_step_interval: int = 10
     intermediate_store_frequency: int = 0
     random_seed: int | None = None
+    normalise: bool = False  # train on centred features, and fold that into the weights: --head auto may
     hidden_units: tuple[int, ...] = ()
     dropout: float = 0
     batch_norm: bool = False
@@ -3201,6 +3258,8 @@ class TrainingSettings:
         return not self.hidden_units and self.optimizer == "sgd"
 
     def is_evaluated(self, step: int) -> bool:
+        if not self.eval_step_interval:  # not a flag's value: what is trained for the report alone
+            return False
         return step % self.eval_step_interval == 0 or step == self.how_many_training_steps - 1
 
     def is_stored(self, step: int) -> bool:
@@ -3294,6 +3353,53 @@ def class_weights(classes: np.ndarray, class_count: int, settings: TrainingSetti
     return (len(classes) / (class_count * np.maximum(counts, 1))).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Features brought to a mean of zero, float32 [n], and by one number back to the mean square that they had."""
+
+    mean: np.ndarray
+    scale: np.float32
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Normalisation:
+        """Return that of features float32 [rows, n], which must not all be the same."""
+        mean = features.mean(axis=0)
+        centred = ((features - mean) ** 2).sum()
+        return cls(mean, np.sqrt((features**2).sum() / centred) if centred else np.float32(1))
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return the rows with their features normalised."""
+        return Rows(
+            (rows.features(np.arange(len(rows.rows))) - self.mean) * self.scale, np.arange(len(rows.rows)), rows.classes
+        )
+
+    def folded(self, head: Head) -> Head:
+        """Return the head for features as they are which does what `head` does for normalised ones."""
+        weights = head.weights * self.scale
+        return Head(weights, head.biases - self.mean @ weights)
+
+
+def train_normalised(
+    training: Rows,
+    validation: Rows,
+    class_count: int,
+    settings: TrainingSettings,
+    after_step: Callable[[int, Head], None] = lambda step, head: None,
+) -> tuple[Head, list[Scores]]:
+    """Train the softmax layer as `train_head` does, but on normalised features, and return it folded.
+
+    It converges faster, since gradient descent doesn't first have to find the mean that all features share.
+    """
+    normalisation = Normalisation.of(training.features(np.arange(len(training.rows))))
+
+    def after_folding(step: int, head: Head) -> None:
+        after_step(step, normalisation.folded(head))
+
+    rows = normalisation.apply(training), normalisation.apply(validation)
+    head, history = train_head(*rows, class_count, dataclasses.replace(settings, normalise=False), after_folding)
+    return normalisation.folded(head), history
+
+
 @np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
 def train_head(
     training: Rows,
@@ -3309,6 +3415,8 @@ def train_head(
     Weights begin as a truncated normal of standard deviation 0.001, biases as zero; plain gradient descent on the mean
     cross entropy of each batch.
     """
+    if settings.normalise:
+        return train_normalised(training, validation, class_count, settings, after_step)
     random = np.random.default_rng(settings.random_seed)
     weights = random.standard_normal((training.matrix.shape[1], class_count), np.float32)
     while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
@@ -3534,16 +3642,21 @@ def summary_of(scores: Scores):
 
 def write_summaries(history: Sequence[Scores], folder: Path) -> None:
     """Write the history for TensorBoard, into `folder`/train and `folder`/validation, in place of an earlier run's."""
-    tf = import_tensorflow()
     for split in ("train", "validation"):
-        with writing_by_tensorflow(folder / split):
-            for old in (folder / split).glob("events.out.tfevents.*"):
-                old.unlink()
-            writer = tf.summary.create_file_writer(str(folder / split))
-            with writer.as_default():
-                for scores in (scores for scores in history if scores.split == split):
-                    tf.summary.experimental.write_raw_pb(summary_of(scores).SerializeToString(), step=scores.step)
-            writer.close()
+        write_events(folder / split, [(scores.step, summary_of(scores)) for scores in history if scores.split == split])
+
+
+def write_events(folder: Path, summaries: Iterable[tuple[int, object]]) -> None:
+    """Write (step, TensorBoard summary) into a folder, in place of an earlier run's."""
+    tf = import_tensorflow()
+    with writing_by_tensorflow(folder):
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        writer = tf.summary.create_file_writer(str(folder))
+        with writer.as_default():
+            for step, summary in summaries:
+                tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=step)
+        writer.close()
 
 
 def write_checkpoint(head: Head, path: Path) -> None:
@@ -3631,6 +3744,1338 @@ def draw_two_stages(stages: TwoStages, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# ... what the pictures that it knows say about those to come: the same head, trained many times on parts of them
+# ----------------------------------------------------------------------------------------------------------------------
+
+# How many principal components of the features are enough to train a head on: see `reduced`.
+ENOUGH_COMPONENTS = 256
+FOLDS, REPEATS, DRAWS = 5, 4, 5
+# No more steps than these are tried of one's own accord.
+MOST_STEPS = 4000
+# Pictures per class of which the learning curve is made.
+CURVE_SIZES = (5, 10, 20, 50, 100, 200, 500, 1000)
+# How many heads may be trained for the report: so many steps on a batch of 100, 256 components and 5 classes, of about
+# 27 microseconds each, together.
+EFFORT = 90_000
+# With fewer test pictures than this, the cross-validated accuracy is the one to believe.
+ENOUGH_TO_TEST = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A share of so many pictures, and between what shares of all pictures to come it lies with 95 % confidence."""
+
+    value: float
+    count: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval (Wilson 1927), which holds for few pictures and for shares of 0 and 1, too."""
+        z2 = 1.959964**2
+        middle = (self.value * self.count + z2 / 2) / (self.count + z2)
+        spread = math.sqrt(z2 * (self.count * self.value * (1 - self.value) + z2 / 4)) / (self.count + z2)
+        return max(0.0, middle - spread), min(1.0, middle + spread)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossValidation:
+    """What heads that never saw a picture make of it: logits float32 [repeats, rows, classes], classes int [rows].
+
+    folds: int [repeats, rows], the part of the rows in which each was held out.
+    """
+
+    logits: np.ndarray
+    classes: np.ndarray
+    folds: np.ndarray
+
+    def probabilities(self, temperature: float = 1.0) -> np.ndarray:
+        """Return the mean probability over the repeats, float32 [rows, classes]."""
+        return softmax(self.logits / np.float32(temperature)).mean(axis=0)
+
+    @property
+    def accuracy(self) -> Share:
+        """The mean accuracy of the repeats, of as many pictures as there are: repeating adds none."""
+        return Share(float((self.logits.argmax(axis=2) == self.classes).mean()), len(self.classes))
+
+    def confusion(self) -> np.ndarray:
+        """Return float [classes, classes]: how many pictures of the class of the row were taken for the column's."""
+        repeats, _, class_count = self.logits.shape
+        counts = np.zeros((class_count, class_count))
+        np.add.at(counts, (np.tile(self.classes, (repeats, 1)), self.logits.argmax(axis=2)), 1 / repeats)
+        return counts
+
+
+def reduced(features: np.ndarray) -> np.ndarray:
+    """Return features float32 [rows, n] in their principal directions, [rows, ENOUGH_COMPONENTS] at most.
+
+    Gradient descent from zero never leaves the span of the rows, and turning the axes changes nothing for it; what is
+    cut off where there are more rows than that is hardly anything (less than 2 % of the squares on photographs), and
+    each step is eight times as fast.
+    """
+    if features.shape[1] <= ENOUGH_COMPONENTS:
+        return features
+    if len(features) <= ENOUGH_COMPONENTS:  # by the products of all rows with each other: exact, and fast
+        values, vectors = np.linalg.eigh(features.astype(np.float64) @ features.T.astype(np.float64))
+        return (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
+    from sklearn.utils.extmath import randomized_svd
+
+    left, values, _ = randomized_svd(features, ENOUGH_COMPONENTS, n_iter=2, random_state=0)
+    return np.ascontiguousarray(left * values)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # as above
+def train_heads(
+    features: np.ndarray,
+    classes: np.ndarray,
+    members: Sequence[np.ndarray],
+    class_count: int,
+    settings: TrainingSettings,
+) -> np.ndarray:
+    """Train a softmax layer on each of several sets of rows; return the logits [heads, rows, classes] of all rows.
+
+    features: float32 [rows, k]; classes: int [rows]; members: the rows, int [.], on which each head is trained. As
+    train_head does it, batch by batch, but all at once (which is fast), from weights of zero, and without a word.
+    """
+    head_count, rate = len(members), np.float32(settings.learning_rate)
+    weights = np.zeros((head_count, features.shape[1], class_count), np.float32)
+    biases = np.zeros((head_count, 1, class_count), np.float32)
+    size, longest = settings.train_batch_size, max(map(len, members))
+    randoms = [np.random.default_rng([settings.random_seed or 0, i]) for i in range(head_count)]
+    normalisations = [Normalisation.of(features[rows]) for rows in members] if settings.normalise else []
+    means, scales = (
+        np.array([getattr(normalisation, name) for normalisation in normalisations], np.float32)
+        for name in ("mean", "scale")
+    )
+    means, scales = means[:, None], scales[:, None, None]
+    counts = np.stack([class_weights(classes[rows], class_count, settings) for rows in members])
+    at_once = 100  # steps for which batches are drawn together, since drawing is slow one by one
+    for start in range(0, settings.how_many_training_steps, at_once):
+        steps = min(at_once, settings.how_many_training_steps - start)
+        if size == -1:  # all rows: those of the shorter sets come round again until the longest is through
+            drawn = np.stack([np.resize(rows, longest) for rows in members])[None].repeat(steps, axis=0)
+        else:
+            draws = [
+                rows[batch_drawer(classes[rows], steps * size, random)()].reshape(steps, size)
+                for rows, random in zip(members, randoms, strict=True)
+            ]
+            drawn = np.stack(draws, axis=1)
+        for batch in drawn:  # [heads, batch]
+            rows = features[batch]  # [heads, batch, k]
+            if normalisations:
+                rows = (rows - means) * scales
+            error = softmax(rows @ weights + biases)
+            error[np.arange(head_count)[:, None], np.arange(batch.shape[1]), classes[batch]] -= 1
+            error *= counts[np.arange(head_count)[:, None], classes[batch]][:, :, None] * (
+                rate / np.float32(batch.shape[1])
+            )
+            weights -= rows.transpose(0, 2, 1) @ error
+            biases -= error.sum(axis=1, keepdims=True)
+    for i, normalisation in enumerate(normalisations):
+        folded = normalisation.folded(Head(weights[i], biases[i]))
+        weights[i], biases[i] = folded.weights, folded.biases
+    return features @ weights + biases
+
+
+def one_thread():
+    """Return a context in which numpy and scikit-learn use one thread: several halve the speed of small products."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)
+
+
+def train_members(
+    features: np.ndarray,
+    classes: np.ndarray,
+    members: Sequence[np.ndarray],
+    class_count: int,
+    settings: TrainingSettings,
+) -> np.ndarray:
+    """Train the head that `settings` describe on each of several sets of rows: see `train_heads`."""
+    if settings.is_classic:
+        return train_heads(features, classes, members, class_count, settings)
+    silent = dataclasses.replace(settings, eval_step_interval=0, intermediate_store_frequency=0)
+    nothing, logits = Rows(features, np.array([], np.intp), np.array([], np.intp)), []
+    for rows in members:
+        head, _ = train_layers(Rows(features, rows, classes[rows]), nothing, class_count, silent)
+        logits.append(np.log(np.maximum(head.probabilities(features), 1e-30)))
+    return np.stack(logits)
+
+
+def affordable_heads(settings: TrainingSettings, row_count: int, size: int, class_count: int) -> int:
+    """Return how many heads may be trained for the report, of so many features and classes, lest it take too long.
+
+    None that Keras trains, one by one: no more than a single cross-validation is made of those.
+    """
+    if not settings.is_classic:
+        return 0
+    batch = row_count if settings.train_batch_size == -1 else settings.train_batch_size
+    cost = settings.how_many_training_steps * batch / 100 * size / 256 * (class_count + 5) / 10
+    return int(EFFORT / cost)
+
+
+def groups_of(images: Sequence[Image], pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return a number for each image, int [images]: the same for near-duplicates and for those of one `_nohash_` stem.
+
+    pairs: the rows of near-duplicates.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    first_of, edges = {}, list(pairs)
+    for row, image in enumerate(images):
+        folder, _, name = image.key.partition("/")
+        edges.append((first_of.setdefault((folder, name.split("_nohash_")[0]), row), row))
+    ends = np.array(edges, np.intp).reshape(-1, 2).T
+    links = coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(len(images), len(images)))
+    return connected_components(links, directed=False)[1]
+
+
+def held_out_folds(classes: np.ndarray, groups: np.ndarray, repeats: int, seed: int) -> np.ndarray | None:
+    """Return the fold of each row, int [repeats, rows]: stratified, and groups undivided; None for too few pictures."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    count = min(FOLDS, np.bincount(classes).max(), len(np.unique(groups)))
+    if count < 2:
+        return None
+    folds = np.zeros((repeats, len(classes)), np.intp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes of fewer pictures than folds: each is held out once all the same
+        for repeat in range(repeats):
+            parts = StratifiedGroupKFold(int(count), shuffle=True, random_state=seed + repeat)
+            for fold, (_, held_out) in enumerate(parts.split(classes, classes, groups)):
+                folds[repeat, held_out] = fold
+    return folds
+
+
+def cross_validate(
+    features: np.ndarray,
+    classes: np.ndarray,
+    groups: np.ndarray,
+    class_count: int,
+    settings: TrainingSettings,
+    most_repeats: int = REPEATS,
+) -> CrossValidation | None:
+    """Train the head on all but a fifth of the rows, for each fifth and several times; None for too few pictures.
+
+    features: float32 [rows, k], reduced or not; classes and groups: int [rows].
+    """
+    heads = affordable_heads(settings, len(classes), features.shape[1], class_count)
+    repeats = max(1, min(most_repeats, heads // 2 // FOLDS))
+    folds = held_out_folds(classes, groups, repeats, settings.random_seed or 0)
+    if folds is None:
+        return None
+    parts = [(repeat, fold) for repeat in range(repeats) for fold in np.unique(folds[repeat])]
+    members = [np.flatnonzero(folds[repeat] != fold) for repeat, fold in parts]
+    logits = np.zeros((repeats, len(classes), class_count), np.float32)
+    together = max(1, 10_000_000 // (len(classes) * class_count))  # lest all rows' logits of all heads fill the memory
+    for start in range(0, len(parts), together):
+        some = slice(start, start + together)
+        made = train_members(features, classes, members[some], class_count, settings)
+        for (repeat, fold), of_all in zip(parts[some], made, strict=True):
+            held_out = folds[repeat] == fold
+            logits[repeat, held_out] = np.nan_to_num(of_all[held_out])  # of a head that went astray
+    return CrossValidation(logits, classes, folds)
+
+
+# Would more pictures help?
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningCurve:
+    """Accuracy against pictures per class.
+
+    sizes: float [points], the mean number per class, the last one that of the cross-validation; recalls: float
+    [points, classes], the share of each class that is named rightly; accuracies: one array of draws for each point.
+    """
+
+    sizes: np.ndarray
+    recalls: np.ndarray
+    accuracies: list[np.ndarray]
+
+
+def recall_of(logits: np.ndarray, classes: np.ndarray, class_count: int) -> np.ndarray:
+    """Return the share of each class that is named rightly, float [classes], NaN for a class without rows."""
+    right = np.bincount(classes, logits.argmax(axis=-1) == classes, minlength=class_count)
+    with np.errstate(invalid="ignore"):
+        return right / np.bincount(classes, minlength=class_count)
+
+
+def learning_curve(
+    features: np.ndarray, groups: np.ndarray, validated: CrossValidation, settings: TrainingSettings
+) -> LearningCurve:
+    """Train the head on ever more pictures per class, several draws of each number, and try it on the others.
+
+    features: float32 [rows, k]; groups: int [rows], none of which is on both sides of a draw. The last point is the
+    cross-validation itself.
+    """
+    classes, class_count = validated.classes, validated.logits.shape[2]
+    training_share = 1 - 1 / (validated.folds[0].max() + 1)
+    counts = np.bincount(classes, minlength=class_count)
+    sizes = [size for size in CURVE_SIZES if size < 0.6 * counts.max()]
+    affordable = affordable_heads(settings, len(classes), features.shape[1], class_count)
+    draws = min(DRAWS, (affordable - FOLDS * len(validated.logits)) // max(1, len(sizes)))
+    random = np.random.default_rng(settings.random_seed or 0)
+    points, recalls, accuracies = [], [], []
+    for size in sizes if draws >= 2 else []:
+        members = []
+        for _ in range(draws):
+            rows = [random.permutation(np.flatnonzero(classes == c))[:size] for c in range(class_count)]
+            members.append(np.concatenate(rows))
+        logits = train_members(features, classes, members, class_count, settings)
+        others = [~np.isin(groups, groups[rows]) for rows in members]
+        tried = [(made[rows], classes[rows]) for made, rows in zip(logits, others, strict=True) if rows.any()]
+        if not tried:
+            break
+        points.append(np.mean([len(rows) for rows in members]) / class_count)
+        recalls.append(nan_mean([recall_of(made, truth, class_count) for made, truth in tried]))
+        accuracies.append(np.array([(made.argmax(axis=1) == truth).mean() for made, truth in tried]))
+    points.append(training_share * len(classes) / class_count)
+    recalls.append(nan_mean([recall_of(made, classes, class_count) for made in validated.logits]))
+    accuracies.append((validated.logits.argmax(axis=2) == classes).mean(axis=1))
+    return LearningCurve(np.array(points), np.array(recalls), accuracies)
+
+
+def nan_mean(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of arrays where they are numbers, and NaN where none is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.nanmean(values, axis=0)
+
+
+def doubled(sizes: np.ndarray, shares: np.ndarray, count: int) -> float:
+    """Return the share that twice as many pictures are likely to get right.
+
+    sizes and shares: float [points]; count: pictures behind each share. Mistakes fall as a power of the number of
+    pictures (Hestness et al. 2017), so a line through the logarithms of the last four points is drawn on; a share of 1
+    counts as half a mistake.
+    """
+    mistakes = np.log(np.maximum(1 - shares, 0.5 / max(count, 1)))[-4:]
+    if len(mistakes) < 2 or not np.isfinite(mistakes).all():
+        return float(shares[-1])
+    slope = min(0.0, np.polyfit(np.log(sizes[-4:]), mistakes, 1)[0])
+    return float(1 - (1 - shares[-1]) * 2**slope)
+
+
+# How sure is it?
+
+
+def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
+    """Return by what to divide logits [repeats, rows, classes] so that probabilities are as often right as they say.
+
+    Guo et al. 2017, on pictures held out. No picture counts as certain (after Platt 1999), so that a few without a
+    mistake among them don't make the scores boast.
+    """
+    from scipy.optimize import minimize_scalar
+
+    doubt = 1 / (len(classes) + 2)
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits.astype(np.float64) / math.exp(log_temperature)
+        top = scaled.max(axis=2, keepdims=True)
+        likelihoods = scaled - top - np.log(np.exp(scaled - top).sum(axis=2, keepdims=True))
+        right = likelihoods[:, np.arange(len(classes)), classes]
+        return float(-((1 - doubt) * right + doubt * likelihoods.mean(axis=2)).mean())
+
+    return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+
+
+def calibration_error(probabilities: np.ndarray, classes: np.ndarray, bins: int = 10) -> float:
+    """Return the expected calibration error: how far scores are from how often they are right, in the mean.
+
+    probabilities: [rows, classes]; ten bins of equal width by the best score, weighted by their rows.
+    """
+    best, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == classes
+    place = np.minimum((best * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, best - right, minlength=bins)  # the sum over a bin is its rows times the gap of its means
+    return float(np.abs(gaps).sum() / len(classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Familiar:
+    """What tells a picture like those of the training from one of something else, for predict.py's `unsure`.
+
+    exemplars: float16 [k, n], unit vectors in the middle of clusters of the training's bottlenecks. A picture is named
+    if its bottleneck has a cosine of `least_similarity` with one of them, and its best score is `least_score`.
+    """
+
+    exemplars: np.ndarray
+    least_similarity: float
+    least_score: float
+    coverage: float
+
+    def similarity(self, features: np.ndarray) -> np.ndarray:
+        """Return the greatest cosine with an exemplar, float32 [rows], of bottlenecks [rows, n]."""
+        return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=1)
+
+    def unsure(self, features: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Tell of bottlenecks [rows, n] and scores [rows, classes] which are not to be named, bool [rows]."""
+        return (self.similarity(features) < self.least_similarity) | (scores.max(axis=1) < self.least_score)
+
+    def as_facts(self) -> dict:
+        """Return it as it is kept in output_graph.json."""
+        return {
+            "coverage": self.coverage,
+            "least_score": self.least_score,
+            "least_similarity": self.least_similarity,
+            "exemplars_shape": self.exemplars.shape,
+            "exemplars_float16": base64.b64encode(self.exemplars.tobytes()).decode("ascii"),
+        }
+
+    @classmethod
+    def from_facts(cls, facts: dict) -> Familiar:
+        """Return what `as_facts` has kept."""
+        values = np.frombuffer(base64.b64decode(facts["exemplars_float16"]), np.float16)
+        exemplars = values.reshape(facts["exemplars_shape"])
+        return cls(exemplars, facts["least_similarity"], facts["least_score"], facts["coverage"])
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Return vectors [rows, n] brought to length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+EXEMPLARS = 16  # of each class, as long as all classes together have no more than
+MOST_EXEMPLARS = 1024
+
+
+def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
+    from sklearn.cluster import KMeans
+
+    present = np.unique(classes)
+    count = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
+    middles = []
+    for c in present:
+        rows = directions[classes == c]
+        clusters = min(count, len(np.unique(rows, axis=0)))
+        middles.append(KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_)
+    return unit(np.concatenate(middles)).astype(np.float16)
+
+
+def become_familiar(
+    features: np.ndarray, validated: CrossValidation, probabilities: np.ndarray, coverage: float
+) -> Familiar:
+    """Return what is familiar to a head, with the thresholds that leave `coverage` of its classes' pictures named.
+
+    features: float32 [rows, n]; probabilities: float32 [rows, classes], held out. Unlikeness tells pictures of other
+    things far better than the score does, so four fifths of what may be left unnamed are left to it. Its threshold is
+    found on pictures held out, too.
+    """
+    directions, folds = unit(features), validated.folds[0]
+    similarities = np.zeros(len(features))
+    for fold in np.unique(folds):
+        out = folds == fold
+        exemplars = find_exemplars(directions[~out], validated.classes[~out])
+        similarities[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
+    exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
+    least_similarity = float(np.quantile(similarities, 0.8 * unnamed)) if unnamed else -1.0
+    least_score = float(np.quantile(probabilities.max(axis=1), 0.2 * unnamed)) if unnamed else 0.0
+    return Familiar(exemplars, least_similarity, least_score, coverage)
+
+
+# Which pictures are wrong?
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubt:
+    """A picture that may lie in the wrong folder: its row, the class that it looks like, and both their scores."""
+
+    row: int
+    looks_like: int
+    score: float
+    own_score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two pictures, by their rows, that show the same: to the byte, or but for size, crop, mirror and compression."""
+
+    first: int
+    second: int
+    similarity: float
+    exact: bool
+
+
+def doubtful_labels(probabilities: np.ndarray, classes: np.ndarray) -> list[Doubt]:
+    """Return the rows that confident learning (Northcutt et al. 2021, cleanlab) finds mislabelled, worst first.
+
+    probabilities: float32 [rows, classes] of heads that never saw the row.
+    """
+    # It loads pandas, which looks whether there is a package `bottleneck`, and would find our folder of that name.
+    sys.modules.setdefault("bottleneck", None)
+    from cleanlab.filter import find_label_issues
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = find_label_issues(
+            classes, probabilities, filter_by="both", return_indices_ranked_by="self_confidence", n_jobs=1
+        )
+    best = probabilities.argmax(axis=1)
+    found = [row for row in rows.tolist() if best[row] != classes[row]]
+    scores = [(float(probabilities[row, best[row]]), float(probabilities[row, classes[row]])) for row in found]
+    return [Doubt(row, int(best[row]), *both) for row, both in zip(found, scores, strict=True)]
+
+
+# Bottlenecks of two pictures whose cosine is less are not compared any further. Of 80 planted copies (compressed to
+# quality 50, scaled to 60 %, 5 % cropped off each side, mirrored), the least alike had 0.88 with Inception-v3 and 0.80
+# with the starter; but of 1,000 photographs of as many different things, dozens of pairs exceed that, too. So this
+# only chooses, generously, which pairs are looked at.
+ALIKE = 0.7
+# And this decides: the correlation of thumbnails, see `crops`. Of 200 copies cropped by 4 to 12 % on each axis 97 % had
+# more; of the pairs looked at among 1,000 photographs of different things, one (0.92) had more than 0.80.
+SAME_PICTURE = 0.93
+# How many of the most alike pairs are looked at.
+MOST_PAIRS = 1000
+
+
+def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
+    """Return (cosine, row, later row) of rows [rows, n] that are alike, most alike first, MOST_PAIRS at most.
+
+    Of the neighbours of each row only the nearest three: a class in which all are alike has no end of pairs.
+    """
+    directions, found = unit(features), []
+    for start in range(0, len(features), 1024):
+        cosines = directions[start : start + 1024] @ directions.T
+        rows = np.arange(len(cosines))
+        cosines[rows, start + rows] = -1
+        nearest = np.argpartition(-cosines, min(2, len(features) - 1), axis=1)[:, :3]
+        for row, others in zip(rows.tolist(), nearest.tolist(), strict=True):
+            for other in others:
+                if (cosine := float(cosines[row, other])) >= ALIKE:
+                    found.append((cosine, min(start + row, other), max(start + row, other)))
+    return sorted(set(found), reverse=True)[:MOST_PAIRS]
+
+
+def crops(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return a picture as unit vectors: crops float32 [100, 256] of it, and [2, 256] all of it, as it is and mirrored.
+
+    Grey, 16 pixels square: windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and
+    end. None if the file can't be read any more.
+    """
+    try:
+        pixels = read_image(path, Reading(), (64, 64))
+    except ImageError:
+        return None
+    grey = PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
+    sides = [(0.0, 1.0)] + [((1 - side) * place / 2, side) for side in (0.95, 0.9, 0.85) for place in range(3)]
+    start, side = 64 * np.array(sides, np.float32).T[:, :, None, None]  # each [10, 1, 1]
+    edge = start + side * np.arange(17, dtype=np.float32)[:, None] / 16  # of the cells, [10, 17, 1]
+    pixel = np.arange(64)
+    covered = np.minimum(edge[:, 1:], pixel + 1) - np.maximum(edge[:, :-1], pixel)  # of each pixel by each cell
+    means = np.maximum(covered, 0) * (16 / side)  # [10, 16, 64]
+    across = means @ np.asarray(grey, np.float32).T  # [10, 16, 64]: cells of the columns, by lines
+    cut = np.einsum("yal,xbl->yxab", means, across).reshape(-1, 16, 16)
+    both = np.stack([cut[0], cut[0, :, ::-1]])
+    cut, both = (kind.reshape(len(kind), -1) - kind.mean(axis=(1, 2))[:, None] for kind in (cut, both))
+    return unit(cut), unit(both)
+
+
+def near_duplicates(features: np.ndarray, images: Sequence[Image]) -> list[Pair]:
+    """Return the pairs of images that show the same, most alike first; features: float32 [images, n].
+
+    The base model says which are alike; whether two show the same and not just the like is told by their thumbnails: by
+    the best correlation of all of one, mirrored or not, with a crop of the other.
+    """
+    alike = alike_pairs(features)
+    rows = sorted({row for _, *both in alike for row in both})
+    looked = dict(on_all_cores([lambda row: crops(images[row].path)] * core_count(), rows))
+    pairs = []
+    for cosine, first, second in alike:
+        if looked[first] is None or looked[second] is None:
+            continue
+        (crops_1, all_1), (crops_2, all_2) = looked[first], looked[second]
+        if max((crops_1 @ all_2.T).max(), (crops_2 @ all_1.T).max()) >= SAME_PICTURE:
+            exact = cosine > 0.999 and same_bytes(images[first].path, images[second].path)
+            pairs.append(Pair(first, second, min(cosine, 1.0), exact))
+    return pairs
+
+
+def same_bytes(first: Path, second: Path) -> bool:
+    """Tell whether two files hold the same."""
+    try:
+        return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
+    except OSError:
+        return False
+
+
+# Everything together
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A picture that was taken for another class: its row, that class, the score it was given."""
+
+    row: int
+    taken_for: int
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """What is known of a head and of the pictures, besides the final test; rows are those of all images.
+
+    known: int [rows], the images of the cross-validation, training and validation; validated, curve, familiar: None
+    where there is none, for the reason `unvalidated`.
+    """
+
+    known: np.ndarray
+    pairs: list[Pair]
+    unvalidated: str = "too few pictures"
+    validated: CrossValidation | None = None
+    curve: LearningCurve | None = None
+    temperature: float = 1.0
+    familiar: Familiar | None = None
+    doubts: list[Doubt] = dataclasses.field(default_factory=list)
+
+    @property
+    def mistakes(self) -> list[Mistake]:
+        """The pictures of the cross-validation that were taken for another class."""
+        if self.validated is None:
+            return []
+        return mistakes_in(self.known, self.validated.probabilities(self.temperature), self.validated.classes)
+
+
+def mistakes_in(rows: np.ndarray, probabilities: np.ndarray, classes: np.ndarray) -> list[Mistake]:
+    """Return which of the rows have their best probability, float32 [rows, classes], for another class than theirs."""
+    best = probabilities.argmax(axis=1)
+    return [
+        Mistake(int(rows[i]), int(best[i]), float(probabilities[i, best[i]])) for i in np.flatnonzero(best != classes)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What cross-validation is done on: training and validation images, never the test's.
+
+    known: their rows; components: float32 [rows, k], their features, reduced if that makes no difference; groups: int
+    [rows], of what must not be torn apart; pairs: near-duplicates among all images, the test's too.
+    """
+
+    known: Rows
+    components: np.ndarray
+    groups: np.ndarray
+    pairs: list[Pair]
+
+
+def gather_material(images: Sequence[Image], features: np.ndarray, known: Rows, settings: TrainingSettings) -> Material:
+    """Return what there is to examine; features: float32 [images, n], known: the rows for training and validation."""
+    own = known.features(np.arange(len(known.rows)))
+    with one_thread():
+        pairs = near_duplicates(features, images)
+        groups = groups_of(images, [(pair.first, pair.second) for pair in pairs])
+        return Material(known, reduced(own) if settings.is_classic else own, groups[known.rows], pairs)
+
+
+def choose_settings(material: Material, class_count: int, settings: TrainingSettings) -> TrainingSettings:
+    """Return the settings for --head auto: the given ones unless others are proven better by cross-validation.
+
+    Tried are fewer and more steps (four times as many at most, and not beyond MOST_STEPS), each with features as they
+    are and normalised. Proven is what names more of the rows rightly by two standard errors of the difference: of that
+    many tries the best always looks better than it is. A head that Keras trains is left as it is.
+    """
+    if not settings.is_classic:
+        return settings
+    known = material.known.classes
+    given = settings.how_many_training_steps
+    steps = [
+        count for count in (given // 16, given // 4, given, 4 * given) if count == given or 50 <= count <= MOST_STEPS
+    ]
+    right = {}
+    for normalise, count in itertools.product((False, True), steps):
+        tried = dataclasses.replace(settings, how_many_training_steps=count, normalise=normalise)
+        with one_thread():
+            validated = cross_validate(material.components, known, material.groups, class_count, tried, most_repeats=1)
+        if validated is None:
+            return settings
+        right[tried] = (validated.logits[0].argmax(axis=1) == known).astype(float)
+    best = max(right, key=lambda tried: right[tried].mean())
+    gain = right[best] - right[settings]
+    if gain.mean() <= 2 * gain.std() / math.sqrt(len(gain)):
+        return settings
+    kind = "normalised features" if best.normalise else "features as they are"
+    log.info(
+        "The head is trained for %d steps on %s: %+.1f%% in cross-validation against --head softmax.",
+        best.how_many_training_steps, kind, 100 * gain.mean(),
+    )  # fmt: skip
+    return best
+
+
+def examine(material: Material, class_count: int, settings: TrainingSettings, coverage: float) -> Examination:
+    """Find out what the pictures tell of a head trained as `settings` say, without a look at the test.
+
+    coverage: the share of pictures of the classes that predict.py is to name.
+    """
+    known, components, groups = material.known, material.components, material.groups
+    with one_thread():
+        validated = cross_validate(components, known.classes, groups, class_count, settings)
+        if validated is None:
+            return Examination(known.rows, material.pairs)
+        curve = learning_curve(components, groups, validated, settings)
+        temperature = fit_temperature(validated.logits, known.classes)
+        probabilities = validated.probabilities(temperature)
+        doubts = [
+            dataclasses.replace(doubt, row=int(known.rows[doubt.row]))
+            for doubt in doubtful_labels(probabilities, known.classes)
+        ]
+        own = known.features(np.arange(len(known.rows)))
+        familiar = become_familiar(own, validated, probabilities, coverage)
+    return Examination(known.rows, material.pairs, "", validated, curve, temperature, familiar, doubts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that is told about a head: on the terminal, as output_report.png and as output_report.json.
+
+    tested: the accuracy on the test images; untainted: on those of them that nothing in the training shows, too;
+    test_mistakes: which were taken for another class.
+    """
+
+    labels: list[str]
+    images: Sequence[Image]
+    history: list[Scores]
+    examination: Examination
+    tested: Share | None
+    untainted: Share | None
+    test_mistakes: list[Mistake]
+    test_calibration: tuple[float, float] | None  # before and after the temperature
+
+    @property
+    def headline(self) -> tuple[str, Share] | None:
+        """The accuracy to believe, and where it comes from: the test, or for want of pictures the cross-validation."""
+        validated = self.examination.validated
+        if validated and (self.tested is None or self.tested.count < ENOUGH_TO_TEST):
+            return "cross-validation", validated.accuracy
+        return ("test", self.tested) if self.tested else None
+
+    @property
+    def worst_mistakes(self) -> list[Mistake]:
+        """All mistakes, of test and cross-validation, the surest first."""
+        return sorted([*self.test_mistakes, *self.examination.mistakes], key=lambda mistake: -mistake.score)
+
+
+def make_report(
+    labels: list[str],
+    images: Sequence[Image],
+    history: list[Scores],
+    examination: Examination,
+    head: Head,
+    testing: Rows,
+    test: Evaluation | None,
+) -> Report:
+    """Return the report on a head (before its temperature) with its final test."""
+    if test is None:
+        return Report(labels, images, history, examination, None, None, [], None)
+    rows, classes = testing.rows[test.batch], testing.classes[test.batch]
+    trained_on = {row for row, image in enumerate(images) if image.split != "testing"}
+    tainted = {
+        row
+        for pair in examination.pairs
+        for row, other in itertools.permutations((pair.first, pair.second))
+        if other in trained_on
+    }
+    clean = np.array([row not in tainted for row in rows.tolist()])
+    right = test.predicted == classes
+    untainted = Share(float(right[clean].mean()), int(clean.sum())) if clean.any() else None
+    before, after = (
+        head.cooled(temperature).probabilities(testing.features(test.batch))
+        for temperature in (1.0, examination.temperature)
+    )
+    errors = calibration_error(before, classes), calibration_error(after, classes)
+    mistakes = mistakes_in(rows, after, classes)
+    return Report(labels, images, history, examination, Share(test.accuracy, len(rows)), untainted, mistakes, errors)
+
+
+# ... told on the terminal
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Return parts as a sentence lists them: a, b and c."""
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+
+
+def log_report(report: Report, list_path: Path) -> None:
+    """Say in plain words how good the head is, what would make it better, and which pictures to look at."""
+    told = [about_test(report), *about_validation(report), *about_more_pictures(report)]
+    told += [*about_duplicates(report), *about_doubts(report, list_path), about_unsure(report)]
+    for line in filter(None, told):
+        log.info("%s", line)
+
+
+def about_test(report: Report) -> str:
+    """Say what the final test is worth."""
+    if report.tested is None:
+        return ""
+    low, high = report.tested.interval
+    line = f"From {report.tested.count} test pictures follows, with 95 % confidence: {low:.1%} to {high:.1%} are right."
+    if report.untainted != report.tested:
+        without = f"it is {report.untainted}, N={report.untainted.count}" if report.untainted else "none is left"
+        line += f" Without those that the training pictures show, too, {without}."
+    return line
+
+
+def about_validation(report: Report) -> Iterator[str]:
+    """Say what the cross-validation found, and which classes lag."""
+    validated = report.examination.validated
+    if validated is None:
+        yield f"There is no cross-validation: {report.examination.unvalidated}."
+        return
+    share = validated.accuracy
+    low, high = share.interval
+    yield (
+        f"Cross-validated accuracy = {share.value:.1%} ({low:.1%} to {high:.1%}, N={share.count}): of the pictures for "
+        f"training and validation, each named by heads that were trained without it."
+    )
+    if report.headline[0] != "test":
+        few = f"{report.tested.count} test pictures are too few" if report.tested else "there are no test pictures"
+        yield f"This is the figure to believe, since {few}."
+    classes = class_figures(validated)
+    lagging = [c for c in np.argsort(classes["recall"]) if classes["recall"][c] < share.value - 0.05][:3]
+    parts = [f"{printable(report.labels[c])} ({classes['recall'][c]:.0%} of its pictures are found)" for c in lagging]
+    if parts:
+        yield f"Behind the others: {listed(parts)}."
+
+
+def about_more_pictures(report: Report) -> Iterator[str]:
+    """Say what twice as many pictures would bring, overall and for the classes that lag."""
+    validated, curve = report.examination.validated, report.examination.curve
+    if validated is None or len(curve.sizes) < 2:
+        return
+    now, later = expected_gain(report.examination)
+    size = curve.sizes[-1]
+    if later - now < 0.005:
+        yield f"More pictures would hardly help: twice the {size:.0f} per class, perhaps {later - now:+.1%}."
+    else:
+        yield f"Twice the {size:.0f} per class would bring about {later - now:+.1%} ({now:.1%} to {later:.1%})."
+    counts = np.bincount(validated.classes, minlength=len(report.labels))
+    gains = []
+    for c in np.argsort(curve.recalls[-1])[:3]:
+        share = curve.recalls[-1, c]
+        if share < now - 0.05 and (gain := doubled(curve.sizes, curve.recalls[:, c], int(counts[c])) - share) >= 0.005:
+            gains.append(f"{printable(report.labels[c])} {gain:+.0%}")
+    if gains:
+        yield f"Twice as many would bring most where it lags: {listed(gains)}."
+
+
+def expected_gain(examination: Examination) -> tuple[float, float]:
+    """Return the cross-validated accuracy, and what it would likely be with twice as many pictures."""
+    curve = examination.curve
+    shares = np.array([draws.mean() for draws in curve.accuracies])
+    return float(shares[-1]), doubled(curve.sizes, shares, len(examination.validated.classes))
+
+
+def about_duplicates(report: Report) -> Iterator[str]:
+    """Say which pictures are there twice, those first that make the accuracy a lie."""
+    images, pairs = report.images, report.examination.pairs
+    if not pairs:
+        return
+    across = [pair for pair in pairs if len({images[row].label for row in (pair.first, pair.second)}) > 1]
+    leaks = [pair for pair in pairs if [images[row].split for row in (pair.first, pair.second)].count("testing") == 1]
+    yield (
+        f"{len(pairs)} pairs of pictures show the same ({sum(pair.exact for pair in pairs)} to the byte); "
+        f"{len(across)} lie in two classes, {len(leaks)} on both sides of the test."
+    )
+    for what, some in (("in two classes", across), ("in training and in the test", leaks)):
+        for pair in some[:3]:
+            yield f"  {what}: {' = '.join(printable(images[row].key) for row in (pair.first, pair.second))}"
+        if len(some) > 3:
+            yield f"  and {len(some) - 3} more {what}"
+
+
+def about_doubts(report: Report, list_path: Path) -> Iterator[str]:
+    """Say which pictures may lie in the wrong folder."""
+    doubts = report.examination.doubts
+    if not doubts:
+        return
+    yield (
+        f"{len(doubts)} pictures may lie in the wrong folder; look at them (listed in {list_path}; delete the lines of "
+        f"those that are right, and leave out the rest with --exclude {list_path}):"
+    )
+    for doubt in doubts[:5]:
+        looks = f"looks like {printable(report.labels[doubt.looks_like])} ({doubt.score:.0%})"
+        yield f"  {printable(report.images[doubt.row].key)} {looks}"
+    if len(doubts) > 5:
+        yield f"  and {len(doubts) - 5} more"
+
+
+def about_unsure(report: Report) -> str:
+    """Say when predict.py names no class."""
+    familiar = report.examination.familiar
+    if familiar is None or familiar.coverage >= 1:
+        return ""
+    return (
+        "predict.py will say 'unsure' to what is unlike the training's pictures, and to about "
+        f"{1 - familiar.coverage:.0%} of the pictures of your classes (--coverage)."
+    )
+
+
+def class_figures(validated: CrossValidation) -> dict[str, np.ndarray]:
+    """Return precision, recall and F1 of each class, float [classes], from the cross-validation."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    repeats, _, class_count = validated.logits.shape
+    truth, guesses = np.tile(validated.classes, repeats), validated.logits.argmax(axis=2).ravel()
+    figures = precision_recall_fscore_support(truth, guesses, labels=np.arange(class_count), zero_division=0)
+    return dict(zip(("precision", "recall", "f1"), figures[:3], strict=True))
+
+
+# ... written as JSON, and as a list that can be edited
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFiles:
+    """Where a report lies: its picture x.png, and beside it its numbers x.json and the doubtful pictures x.tsv."""
+
+    picture: Path
+
+    @property
+    def numbers(self) -> Path:
+        return self.picture.with_suffix(".json")
+
+    @property
+    def doubtful(self) -> Path:
+        return self.picture.with_suffix(".tsv")
+
+
+def share_as_json(share: Share | None) -> dict | None:
+    """Return a share with its interval."""
+    return share and {"value": share.value, "interval_95": share.interval, "pictures": share.count}
+
+
+def report_as_json(report: Report) -> dict:
+    """Return every number of a report.
+
+    headline: which accuracy to believe, "test" or "cross-validation", with its value, 95 % interval and pictures.
+    test: accuracy; without_duplicates: the same but for the test pictures that training or validation pictures show,
+        too; calibration_error, before and after the temperature. null without test pictures.
+    cross_validation: folds, repeats, accuracy; calibration_error before and after; classes: for each its pictures,
+        precision, recall, f1; confusion: [true class][class named], pictures, mean of the repeats. null if too few.
+    learning_curve: pictures_per_class, accuracy, standard_deviation of the draws, recall: [point][class];
+        twice_the_pictures: the accuracy to be expected of them.
+    temperature: what the logits were divided by; it is in the graph.
+    unsure: coverage, least_similarity, least_score, see output_graph.json.
+    mistakes: of test and cross-validation: picture, label, split, taken_for, score.
+    doubtful: the pictures that may be in the wrong folder, worst first: picture, label, looks_like, score, own_score.
+    duplicates: first, second, similarity, same_file, across_classes, across_test.
+    training: step, split, accuracy, cross_entropy. Pictures are named by class folder and file.
+    """
+    examination, labels, images = report.examination, report.labels, report.images
+    return {
+        "headline": report.headline and {"from": report.headline[0], **share_as_json(report.headline[1])},
+        "labels": labels,
+        "pictures": dict(Counter(image.split for image in images)),
+        "test": report.tested
+        and {
+            "accuracy": share_as_json(report.tested),
+            "without_duplicates": share_as_json(report.untainted),
+            "calibration_error": dict(zip(("before", "after"), report.test_calibration, strict=True)),
+        },
+        "cross_validation": examination.validated and validation_as_json(report),
+        "learning_curve": examination.curve and curve_as_json(examination),
+        "temperature": examination.temperature,
+        "unsure": examination.familiar
+        and {name: getattr(examination.familiar, name) for name in ("coverage", "least_similarity", "least_score")},
+        "mistakes": [
+            picture_as_json(images[mistake.row])
+            | {"split": images[mistake.row].split, "taken_for": labels[mistake.taken_for], "score": mistake.score}
+            for mistake in report.worst_mistakes
+        ],
+        "doubtful": [
+            picture_as_json(images[doubt.row])
+            | {"looks_like": labels[doubt.looks_like], "score": doubt.score, "own_score": doubt.own_score}
+            for doubt in examination.doubts
+        ],
+        "duplicates": [pair_as_json(pair, images) for pair in examination.pairs],
+        "training": [
+            {"step": s.step, "split": s.split, "accuracy": s.accuracy, "cross_entropy": s.cross_entropy}
+            for s in report.history
+        ],
+    }
+
+
+def picture_as_json(image: Image) -> dict:
+    """Return what names a picture."""
+    return {"picture": printable(image.key), "label": image.label}
+
+
+def validation_as_json(report: Report) -> dict:
+    """Return the cross-validation's part of the report."""
+    validated, temperature = report.examination.validated, report.examination.temperature
+    classes, counts = class_figures(validated), np.bincount(validated.classes, minlength=len(report.labels))
+    before, after = (calibration_error(validated.probabilities(t), validated.classes) for t in (1.0, temperature))
+    return {
+        "folds": int(validated.folds.max()) + 1,
+        "repeats": len(validated.logits),
+        "accuracy": share_as_json(validated.accuracy),
+        "calibration_error": {"before": before, "after": after},
+        "classes": [
+            {"label": label, "pictures": int(counts[c])} | {name: float(values[c]) for name, values in classes.items()}
+            for c, label in enumerate(report.labels)
+        ],
+        "confusion": validated.confusion().round(3).tolist(),
+    }
+
+
+def curve_as_json(examination: Examination) -> dict:
+    """Return the learning curve's part of the report."""
+    curve = examination.curve
+    return {
+        "pictures_per_class": curve.sizes.tolist(),
+        "accuracy": [float(draws.mean()) for draws in curve.accuracies],
+        "standard_deviation": [float(draws.std()) for draws in curve.accuracies],
+        "recall": [[None if np.isnan(share) else float(share) for share in point] for point in curve.recalls],
+        "twice_the_pictures": expected_gain(examination)[1],
+    }
+
+
+def pair_as_json(pair: Pair, images: Sequence[Image]) -> dict:
+    """Return a pair of near-duplicates."""
+    first, second = images[pair.first], images[pair.second]
+    return {
+        "first": printable(first.key),
+        "second": printable(second.key),
+        "similarity": pair.similarity,
+        "same_file": pair.exact,
+        "across_classes": first.label != second.label,
+        "across_test": (first.split == "testing") != (second.split == "testing"),
+    }
+
+
+def doubts_as_list(report: Report) -> str:
+    """Return the doubtful pictures as lines of a table, for --exclude, worst first."""
+    lines = [
+        "# Pictures that may lie in the wrong folder: delete the lines of those that are right, then --exclude this.\n"
+    ]
+    lines.append("# picture\tlooks like\tscore\tscore of its own class\n")
+    for doubt in report.examination.doubts:
+        cells = printable(report.images[doubt.row].key), report.labels[doubt.looks_like]
+        lines.append("\t".join([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}"]) + "\n")
+    return "".join(lines)
+
+
+def quarantine(report: Report, folder: Path) -> int:
+    """Copy the doubtful pictures into `folder`/<class folder>, and return how many; what lies there stays as it is."""
+    copied = 0
+    for doubt in report.examination.doubts:
+        image = report.images[doubt.row]
+        copy = folder / image.key
+        if copy.exists() or not image.path.is_file():
+            continue
+        with whole_file(copy) as temporary:
+            shutil.copyfile(image.path, temporary)
+        copied += 1
+    return copied
+
+
+# ... drawn
+
+# Classes for which there is room in a part of the picture, mistakes, and letters of a label.
+MOST_CLASSES, MOST_MISTAKES, LONGEST_LABEL = 12, 8, 18
+INK, BLUE, ORANGE, GREY = "#222222", "#3b6ea8", "#d9812b", "#888888"
+
+
+def fonts_for(text: str) -> tuple[list[str], set[str]]:
+    """Return the names of fonts that together have the letters of a text, and the letters that none here has."""
+    from matplotlib import font_manager
+
+    fonts, missing = ["DejaVu Sans"], set(text) - set(string.printable)
+    candidates = [font for font in font_manager.fontManager.ttflist if font.name not in ("Last Resort", "DejaVu Sans")]
+    for font in [font_manager.FontEntry(fname=font_manager.findfont("DejaVu Sans"), name="DejaVu Sans"), *candidates]:
+        if not missing:
+            break
+        try:
+            face = font_manager.get_font(font.fname)
+        except (OSError, RuntimeError):
+            continue
+        if has := {letter for letter in missing if face.get_char_index(ord(letter))}:
+            missing -= has
+            fonts.append(font.name)
+    return list(dict.fromkeys(fonts)), missing
+
+
+def shortened(label: str, longest: int = LONGEST_LABEL) -> str:
+    """Return a label of at most so many columns; Chinese and Japanese letters are two columns wide."""
+    width, kept = 0, ""
+    for letter in label:
+        width += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        if width > longest:
+            return kept[:-1].rstrip() + "…"
+        kept += letter
+    return kept
+
+
+@contextlib.contextmanager
+def drawing(labels: Sequence[str], inches: tuple[float, float]) -> Iterator[tuple]:
+    """Yield an empty matplotlib figure, the names of the classes to write on it, and letters that no font here has."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    fonts, missing = fonts_for("".join(labels))
+    names = [
+        f"class {i + 1}" if missing & set(label) else shortened(label).replace("$", r"\$")
+        for i, label in enumerate(labels)
+    ]
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 10, "text.color": INK, "axes.edgecolor": GREY}):
+        figure = Figure(figsize=inches, dpi=100, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure, names, missing
+
+
+def draw_report(report: Report, thumbnails: dict[int, PIL.Image.Image], path: Path) -> None:
+    """Draw the report as one picture, 1,200 pixels wide; thumbnails: those of the worst mistakes, by their rows."""
+    shown = [mistake for mistake in report.worst_mistakes if mistake.row in thumbnails][:MOST_MISTAKES]
+    height = 11.4 + (3.4 if len(shown) > 4 else 1.9 if shown else 0)
+    with drawing(report.labels, (12, height)) as (figure, names, missing):
+        top = draw_headline(figure, report, height, missing)
+        for i, draw in enumerate((draw_confusion, draw_training, draw_curve, draw_classes)):
+            # Inches: two columns of two panels below the headline, with room for labels at the left and below.
+            left, bottom = (1.75, 7.4)[i % 2], height - top - 4.25 - 4.75 * (i // 2)
+            axes = figure.add_axes((left / 12, bottom / height, 4.1 / 12, 3.4 / height))
+            draw(axes, report, names)
+        draw_mistakes(figure, report, names, shown, thumbnails, height)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def thumbnails_of(images: Sequence[Image], rows: Iterable[int], size: tuple[int, int]) -> dict[int, PIL.Image.Image]:
+    """Return small pictures of images, at most as wide and high as `size`, by their rows, but of those now gone."""
+
+    def shrunk(row: int) -> PIL.Image.Image | None:
+        try:
+            image = PIL.Image.fromarray(read_image(images[row].path, Reading(), size))
+        except ImageError:
+            return None
+        image.thumbnail(size)
+        return image
+
+    made = dict(on_all_cores([shrunk] * core_count(), dict.fromkeys(rows)))
+    return {row: image for row, image in made.items() if image is not None}
+
+
+def draw_headline(figure, report: Report, height: float, missing: set[str]) -> float:
+    """Write the accuracy to believe across the top; return how many inches that takes."""
+    lines = ["Nobody knows how good this is: there is no test."]
+    if report.headline:
+        source, share = report.headline
+        low, high = share.interval
+        lines = [f"{share.value:.1%} right", f"95 % sure: between {low:.1%} and {high:.1%}"]
+        counted = {"test": "test pictures", "cross-validation": "training and validation pictures, cross-validated"}
+        lines[1] += f"   ({share.count} {counted[source]})"
+        if source != "test" and report.tested:
+            lines.append(f"The final test: {report.tested} of {report.tested.count} pictures, too few to believe.")
+        elif report.examination.validated:
+            lines.append(
+                f"Cross-validation: {report.examination.validated.accuracy} of {len(report.examination.known)}."
+            )
+    if missing:
+        lines.append(
+            "No font here has the letters of some classes: they are called by their lines in output_labels.txt."
+        )
+    figure.text(0.04, 1 - 0.55 / height, lines[0], fontsize=26, weight="bold", va="center", wrap=True)
+    for i, line in enumerate(lines[1:]):
+        figure.text(0.04, 1 - (1.05 + 0.28 * i) / height, line, fontsize=12, va="center")
+    return 1.0 + 0.28 * (len(lines) - 1)
+
+
+def chosen_classes(report: Report) -> list[int]:
+    """Return the classes for which there is room: all, or those with the most mistakes, in their order."""
+    confusion = report.examination.validated.confusion()
+    wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
+    return sorted(np.argsort(-wrong, kind="stable")[:MOST_CLASSES].tolist())
+
+
+def left_empty(axes, title: str, report: Report) -> None:
+    """Say in a panel why there is nothing in it."""
+    axes.set_title(title, loc="left", weight="bold")
+    why = report.examination.unvalidated or "too few pictures, or too long a training"
+    axes.text(0.5, 0.5, why, ha="center", color=GREY, transform=axes.transAxes)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def draw_confusion(axes, report: Report, names: Sequence[str]) -> None:
+    """Draw which classes are taken for which."""
+    if report.examination.validated is None:
+        return left_empty(axes, "What is taken for what", report)
+    rows = chosen_classes(report)
+    counts = report.examination.validated.confusion()[np.ix_(rows, rows)]
+    shares = counts / np.maximum(report.examination.validated.confusion().sum(axis=1)[rows, None], 1e-9)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), count in np.ndenumerate(counts):
+        if count >= 0.05:
+            text = f"{count:.0f}" if count >= 9.95 or count == round(count) else f"{count:.1f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if shares[i, j] > 0.5 else INK)
+    places = range(len(rows))
+    axes.set_xticks(places, [names[c] for c in rows], rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
+    axes.set_yticks(places, [names[c] for c in rows], fontsize=9)
+    whole = len(rows) == len(names)
+    axes.set_title(
+        "What (left) is taken for what (below)" if whole else f"The {len(rows)} of {len(names)} classes most confused",
+        loc="left", weight="bold",
+    )  # fmt: skip
+
+
+def draw_training(axes, report: Report, names: Sequence[str]) -> None:
+    """Draw how the accuracy grew while the head was trained."""
+    for split, colour in (("train", BLUE), ("validation", ORANGE)):
+        scores = [scores for scores in report.history if scores.split == split]
+        if scores:
+            steps, shares = [s.step + 1 for s in scores], [100 * s.accuracy for s in scores]
+            axes.plot(steps, shares, color=colour, label={"train": "training"}.get(split, split), linewidth=1.5)
+    axes.set_ylim(0, 103)
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("% right")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    axes.set_title("The training", loc="left", weight="bold")
+
+
+def draw_curve(axes, report: Report, names: Sequence[str]) -> None:
+    """Draw the accuracy against the pictures per class, and what twice as many are likely to bring."""
+    title, curve = "Would more pictures help?", report.examination.curve
+    if curve is None or len(curve.sizes) < 2:
+        return left_empty(axes, title, report)
+    middle = np.array([100 * draws.mean() for draws in curve.accuracies])
+    spread = np.array([100 * draws.std() for draws in curve.accuracies])
+    axes.fill_between(
+        curve.sizes, middle - spread, np.minimum(middle + spread, 100), color=BLUE, alpha=0.2, linewidth=0
+    )
+    axes.plot(curve.sizes, middle, "o-", color=BLUE, label="measured, and its spread")
+    ends = [curve.sizes[-1], 2 * curve.sizes[-1]]
+    later = 100 * expected_gain(report.examination)[1]
+    axes.plot(ends, [middle[-1], later], "o:", color=ORANGE, label="expected of twice as many")
+    axes.set_xscale("log")
+    ticks = [*curve.sizes, ends[1]]
+    ticks = [tick for i, tick in enumerate(ticks) if i == len(ticks) - 1 or ticks[i + 1] / tick > 1.3]
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("training pictures per class")
+    axes.set_ylabel("% right")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    axes.set_title(title, loc="left", weight="bold")
+
+
+def draw_classes(axes, report: Report, names: Sequence[str]) -> None:
+    """Draw for each class how many of its pictures are found, and how many are right of those that get its name."""
+    validated = report.examination.validated
+    if validated is None:
+        return left_empty(axes, "Class by class", report)
+    figures, rows = class_figures(validated), chosen_classes(report)
+    counts = np.bincount(validated.classes, minlength=len(names))
+    for i, c in enumerate(rows):
+        found = Share(float(figures["recall"][c]), int(counts[c]))
+        low, high = found.interval
+        axes.barh(
+            i - 0.2, 100 * found.value, 0.38, color=BLUE, label=None if i else "found (recall), with 95 % interval"
+        )
+        axes.plot([100 * low, 100 * high], [i - 0.2] * 2, color=INK, linewidth=1)
+        right = 100 * figures["precision"][c]
+        axes.barh(i + 0.2, right, 0.38, color=ORANGE, label=None if i else "right when named (precision)")
+    axes.set_yticks(range(len(rows)), [f"{names[c]} ({counts[c]})" for c in rows], fontsize=9)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("%")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=2, frameon=False, fontsize=9)
+    axes.set_title("Class by class", loc="left", weight="bold")
+
+
+def draw_mistakes(figure, report: Report, names, shown: Sequence[Mistake], thumbnails: dict, height: float) -> None:
+    """Draw the worst mistakes as thumbnails, each with its label and what it was taken for."""
+    if not shown:
+        return
+    columns, side = 4 if len(shown) > 4 else len(shown), 1.0
+    rows = -(-len(shown) // columns)
+    top = 1.55 * rows + 0.1
+    figure.text(0.04, top / height, "The worst mistakes", weight="bold", fontsize=12, va="bottom")
+    class_of = {label: i for i, label in enumerate(report.labels)}
+    for i, mistake in enumerate(shown):
+        left, bottom = 0.5 + 2.8 * (i % columns), top - 1.1 - 1.55 * (i // columns)
+        axes = figure.add_axes((left / 12, bottom / height, side / 12, side / height))
+        axes.imshow(np.asarray(thumbnails[mistake.row]))
+        axes.axis("off")
+        image = report.images[mistake.row]
+        where = "test" if image.split == "testing" else "held out"
+        text = f"{names[class_of[image.label]]}\ntaken for\n{names[mistake.taken_for]}\n({mistake.score:.0%}, {where})"
+        figure.text((left + side + 0.1) / 12, (bottom + side / 2) / height, text, fontsize=9, va="center")
+
+
+# ... and for TensorBoard
+
+# Pictures in the projector, the width and height of their thumbnails, and mistakes shown.
+MOST_PROJECTED, SPRITE, MOST_LOGGED = 1000, 48, 32
+
+
+def write_evaluation_summaries(report: Report, features: np.ndarray, folder: Path) -> None:
+    """Write the confusion matrix, the mistakes, and the bottlenecks with thumbnails for TensorBoard's projector.
+
+    features: float32 [images, n]. An earlier run's are replaced.
+    """
+    pictures = {}
+    if report.examination.validated:
+        data = io.BytesIO()
+        with drawing(report.labels, (7, 6)) as (figure, names, _):
+            draw_confusion(figure.add_axes((0.28, 0.25, 0.68, 0.66)), report, names)
+            figure.savefig(data, format="png")
+        pictures["confusion"] = PIL.Image.open(data)
+    worst = report.worst_mistakes[:MOST_LOGGED]
+    small = thumbnails_of(report.images, [mistake.row for mistake in worst], (240, 240))
+    for mistake in worst:
+        if mistake.row in small:
+            image = report.images[mistake.row]
+            name = f"mistakes/{image.label} taken for {report.labels[mistake.taken_for]}/{printable(image.path.name)}"
+            pictures[name] = small[mistake.row]
+    summary = import_tensorflow().compat.v1.Summary()
+    for tag, picture in pictures.items():
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        image = summary.value.add(tag=tag).image
+        image.width, image.height, image.colorspace = *picture.size, 3
+        image.encoded_image_string = data.getvalue()
+    write_events(folder, [(0, summary)])
+    write_projector(report, features, folder)
+
+
+def write_projector(report: Report, features: np.ndarray, folder: Path) -> None:
+    """Write the bottlenecks of up to MOST_PROJECTED images as TensorBoard's projector reads them.
+
+    Its files need no package: points and what they are called as tables, thumbnails on one sheet, and which is which.
+    """
+    random = np.random.default_rng(0)
+    rows = np.sort(random.permutation(len(features))[:MOST_PROJECTED])
+    with one_thread():
+        points = reduced(features[rows])
+    wrong = {mistake.row: report.labels[mistake.taken_for] for mistake in report.worst_mistakes}
+    columns = math.ceil(math.sqrt(len(rows)))
+    sheet = PIL.Image.new("RGB", (columns * SPRITE, -(-len(rows) // columns) * SPRITE), "white")
+    small = thumbnails_of(report.images, rows.tolist(), (SPRITE, SPRITE))
+    lines = ["label\tsplit\ttaken for\tpicture\n"]
+    for i, row in enumerate(rows.tolist()):
+        image = report.images[row]
+        lines.append("\t".join([image.label, image.split, wrong.get(row, image.label), printable(image.key)]) + "\n")
+        if row in small:
+            sheet.paste(small[row], (i % columns * SPRITE, i // columns * SPRITE))
+    with whole_file(folder / "sprite.png") as temporary:
+        sheet.save(temporary, "PNG")
+    with whole_file(folder / "metadata.tsv") as temporary:
+        temporary.write_text("".join(lines), "utf-8")
+    with whole_file(folder / "bottlenecks.tsv") as temporary:
+        np.savetxt(temporary, points, fmt="%.4g", delimiter="\t")
+    with whole_file(folder / "projector_config.pbtxt") as temporary:
+        temporary.write_text(
+            'embeddings {\n  tensor_name: "bottlenecks"\n  tensor_path: "bottlenecks.tsv"\n'
+            '  metadata_path: "metadata.tsv"\n  sprite {\n    image_path: "sprite.png"\n'
+            f"    single_image_dim: {SPRITE}\n    single_image_dim: {SPRITE}\n  }}\n}}\n"
+        )
+
+
 # ======================================================================================================================
 # Export: the trained graph in its formats
 # ======================================================================================================================
@@ -3698,7 +5143,7 @@ def graph_with_head(base_graph, head: Head, final_tensor_name: str):
 
 
 def lite_with_head(lite: bytes, head: Head) -> bytes:
-    """Return a .tflite from resized pixels to scores: the base model's, with the head's operators appended.
+    """Return a .tflite from resized pixels to scores and bottleneck: the base model's, with the head appended.
 
     Editing the flatbuffer takes a second where converting the whole graph again would take ten.
     """
@@ -3741,14 +5186,16 @@ def lite_with_head(lite: bytes, head: Head) -> bytes:
         operator("FULLY_CONNECTED", options, [inputs, *numbers], output)
         return output
 
-    last, activations = network.outputs[0], schema.ActivationFunctionType
+    (bottleneck,), activations = network.outputs, schema.ActivationFunctionType
+    last = bottleneck
     for i, (weights, biases) in enumerate(head.hidden):
         last = layer(last, f"hidden_{i}", weights, biases, activations.RELU)
     last = layer(last, "logits", head.weights, head.biases, activations.NONE)
     softmax, scores = schema.SoftmaxOptionsT(), tensor("scores", [1, len(head.biases)])
     softmax.beta = 1.0
     operator("SOFTMAX", softmax, [last], scores)
-    network.outputs = np.array([scores], np.int32)
+    # The bottleneck second, for whoever asks whether a picture is like those of the training.
+    network.outputs = np.array([scores, bottleneck], np.int32)
     builder = flatbuffers.Builder(len(lite) + sum(values.nbytes for values in head.variables().values()) + (1 << 16))
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
@@ -3869,6 +5316,13 @@ def rows_of(split: str, images: Sequence[Image], features: np.ndarray, labels: S
     return Rows(features, np.array(rows, np.intp), np.array([class_of[images[row].label] for row in rows], np.intp))
 
 
+def joined(first: Rows, second: Rows) -> Rows:
+    """Return the rows of both, which are of one matrix."""
+    return Rows(
+        first.matrix, *(np.concatenate([getattr(r, name) for r in (first, second)]) for name in ("rows", "classes"))
+    )
+
+
 def with_distortions(training: Rows, variants: np.ndarray) -> Rows:
     """Return the training rows with distorted variants, float32 [rows, count, n], beside each.
 
@@ -3881,8 +5335,8 @@ def with_distortions(training: Rows, variants: np.ndarray) -> Rows:
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't be written."""
-    folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "intermediate_output_graphs_dir"]
-    tables = ["write_split_file", "two_stage_picture"]
+    folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "intermediate_output_graphs_dir", "quarantine"]
+    tables = ["write_split_file", "two_stage_picture", "output_report"]
     for name in ["output_graph", "output_labels", "checkpoint_path", *tables, *folders]:
         if not getattr(flags, name):
             continue
@@ -3899,13 +5353,18 @@ def check_outputs(flags: argparse.Namespace) -> None:
         check_saved_model_dir(Path(flags.saved_model_dir))
     files = OutputFiles(Path(flags.output_graph))
     base_graph = Path(flags.model_dir, GRAPH_FILE)
-    written = [
-        os.path.realpath(path) for path in (files.graph, files.lite, files.facts, flags.output_labels, base_graph)
-    ]
+    report = ReportFiles(Path(flags.output_report))
+    graphs = files.graph, files.lite, files.facts, flags.output_labels, base_graph
+    written = [os.path.realpath(path) for path in (*graphs, report.picture, report.numbers, report.doubtful)]
     if len(set(written)) < len(written):
         raise UserError(
-            "--output_graph and --output_labels: two of the files to be written, or the base model, are one."
+            "--output_graph, --output_labels and --output_report: two of the files to be written, or the base model, "
+            "are one."
         )
+    if flags.exclude and os.path.realpath(flags.exclude) in written:
+        raise UserError(f"--exclude {flags.exclude}: this run would replace it; save the list under another name.")
+    if flags.quarantine and Path(flags.quarantine, "x").resolve().is_relative_to(Path(flags.image_dir).resolve()):
+        raise UserError(f"--quarantine {flags.quarantine}: it lies in --image_dir; name a folder elsewhere.")
     if (files.facts.is_file() and not is_ours(files.facts)) or (files.lite.is_file() and not files.facts.is_file()):
         raise UserError(f"--output_graph {files.graph}: {files.facts} or {files.lite} is not ours; name another file.")
 
@@ -3918,10 +5377,12 @@ def is_ours(facts: Path) -> bool:
         return False
 
 
-def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head, history, labels, test) -> None:
+def write_all(
+    flags: argparse.Namespace, base: BaseModel, base_graph, head: Head, history, labels, test, examination
+) -> None:
     """Write the graph with what belongs to it, and then the other formats and logs that were asked for.
 
-    history: the Scores of the training; test: the Evaluation on the test images, or None.
+    history: the Scores of the training; test: the Evaluation on the test images, examination: the Examination, or None.
     """
     files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
     saved_model_dir = Path(flags.saved_model_dir or "none").absolute()
@@ -3938,6 +5399,8 @@ def write_all(flags: argparse.Namespace, base: BaseModel, base_graph, head: Head
         "exact_decode": flags.exact_decode,
         "test_accuracy": test and test.accuracy,
         "test_images": len(test.batch) if test else 0,
+        "temperature": examination.temperature if examination else 1.0,
+        "familiar": examination and examination.familiar and examination.familiar.as_facts(),
     }
     lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
     write_outputs(files, graph, lite, labels, labels_path, facts)
@@ -3993,7 +5456,7 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
 
 def settings_of(flags: argparse.Namespace) -> TrainingSettings:
     """Return the flags of the room 'head'."""
-    names = [field.name for field in dataclasses.fields(TrainingSettings)]
+    names = [field.name for field in dataclasses.fields(TrainingSettings) if hasattr(flags, field.name)]
     return TrainingSettings(**{name: getattr(flags, name) for name in names})
 
 
@@ -4020,14 +5483,19 @@ def stages_of(
 
 
 def train_as_asked(
-    flags: argparse.Namespace, rows: dict[str, Rows], coarse: Rows | None, coarse_labels, labels, after_step
+    flags: argparse.Namespace,
+    settings: TrainingSettings,
+    rows: dict[str, Rows],
+    coarse: Rows | None,
+    coarse_labels,
+    labels,
+    after_step,
 ) -> tuple[Head, list[Scores]]:
     """Train the head that the flags ask for: the classic one, one with hidden layers, or one in two stages.
 
     rows: by split; coarse: those of stage one, with their classes as places in `coarse_labels`, or None.
     """
     if coarse is None:
-        settings = settings_of(flags)
         train = train_head if settings.is_classic else train_layers
         return train(rows["training"], rows["validation"], len(labels), settings, after_step)
     counts = len(coarse_labels), len(labels)
@@ -4050,11 +5518,41 @@ def coarse_rows(images, features, labels: Sequence[str]) -> tuple[Rows | None, l
     return (rows_of("coarse", images, features, ordered), ordered) if found else (None, [])
 
 
+def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray) -> None:
+    """Write the report in its forms; features: float32 [images, n]."""
+    files = ReportFiles(Path(flags.output_report))
+    numbers = json.dumps(report_as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    for path, text in ((files.numbers, numbers), (files.doubtful, doubts_as_list(report))):
+        with whole_file(path) as temporary:
+            temporary.write_text(text, "utf-8")
+    worst = [mistake.row for mistake in report.worst_mistakes[: 2 * MOST_MISTAKES]]  # some may be gone
+    draw_report(report, thumbnails_of(report.images, worst, (200, 200)), files.picture)
+    if flags.summaries_dir:
+        write_evaluation_summaries(report, features, Path(flags.summaries_dir) / "evaluation")
+    if flags.quarantine:
+        copied = quarantine(report, Path(flags.quarantine))
+        log.info("Copied %d doubtful pictures to %s.", copied, flags.quarantine)
+    log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
+
+
+def final_test(flags: argparse.Namespace, head: Head, testing: Rows, images, labels) -> Evaluation | None:
+    """Try the head on the test images and print the classic lines; None without test images."""
+    if not len(testing.rows):
+        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
+        return None
+    test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
+    log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
+    if flags.print_misclassified_test_images:
+        log_misclassified(test, [images[row] for row in testing.rows], labels)
+    return test
+
+
 def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, engine, images, features, labels) -> None:
     """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it."""
     images = split_images(flags, images, labels)
     rows = {split: rows_of(split, images, features, labels) for split in ("training", "validation", "testing")}
     testing = rows["testing"]
+    known = joined(rows["training"], rows["validation"])
     distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
     if distortion != Distortion():
         trained_on = [images[row] for row in rows["training"].rows]
@@ -4070,17 +5568,26 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
         write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
     coarse, coarse_labels = coarse_rows(images, features, labels)
-    head, history = train_as_asked(flags, rows, coarse, coarse_labels, labels, after_step)
-
-    test = None
-    if len(testing.rows):
-        test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
-        log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
-        if flags.print_misclassified_test_images:
-            log_misclassified(test, [images[row] for row in testing.rows], labels)
+    images = [image for image in images if image.split != "coarse"]  # which come first
+    settings, material = settings_of(flags), None
+    if flags.head == "auto" or not flags.no_report:
+        material = gather_material(images, features[: len(images)], known, settings)
+    if flags.head == "auto" and coarse is None:
+        settings = choose_settings(material, len(labels), settings)
+    head, history = train_as_asked(flags, settings, rows, coarse, coarse_labels, labels, after_step)
+    test = final_test(flags, head, testing, images, labels)
+    if flags.no_report:
+        write_all(flags, base, base_graph, head, history, labels, test, None)
+        return
+    if coarse is None:
+        examination = examine(material, len(labels), settings, flags.coverage)
     else:
-        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
-    write_all(flags, base, base_graph, head, history, labels, test)
+        examination = Examination(known.rows, material.pairs, "training in two stages is not cross-validated")
+    report = make_report(labels, images, history, examination, head, testing, test)
+    log_report(report, ReportFiles(Path(flags.output_report)).doubtful)
+    head = head.cooled(examination.temperature)
+    write_all(flags, base, base_graph, head, history, labels, test, examination)
+    write_report(flags, report, features[: len(images)])
 
 
 def ask_for_count() -> int:
@@ -4134,6 +5641,8 @@ def run(flags: argparse.Namespace) -> None:
     if flags.coarse_image_dir:
         import_matplotlib()  # now rather than after the long work, if it is missing
     images, labels = list_all(flags)
+    if flags.exclude:
+        images = leave_out(images, Path(flags.exclude))
     base, warning = open_base_model(flags)
     if warning:
         log.warning(warning)

@@ -173,7 +173,7 @@ def trained(tmp_path_factory, model_dir) -> Path:
         "retrain.py", "--image_dir", "pictures", "--model_dir", model_dir, "--how_many_training_steps", 300,
         "--learning_rate", 0.1, "--random_seed", 1, "--print_misclassified_test_images",
         "--saved_model_dir", "saved_model", "--checkpoint_path", "checkpoints/head",
-        "--intermediate_store_frequency", 100, cwd=folder,
+        "--intermediate_store_frequency", 100, "--coverage", 1, cwd=folder,
     )  # fmt: skip
     (folder / "stdout.txt").write_text(done.stdout)
     assert done.returncode == 0, done.stderr

@@ -181,18 +181,18 @@ def test_csv_and_json(folder, capsys):
     printed = re.findall(r"(.*) \(score = (.*)\)", capsys.readouterr().out)
     with open("new/out.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["image", "label", "score", "error", "red things", "blue", "green"]
+    assert list(rows[0]) == ["image", "label", "score", "error", "red things", "blue", "green", "unsure"]
     assert [row["image"] for row in rows] == ["r.jpg", "broken.jpg"]
     assert (rows[0]["label"], rows[0]["error"]) == ("red things", "")
     assert {label: f"{float(rows[0][label]):.5f}" for label, _ in printed} == dict(printed)
     assert rows[0]["score"] == rows[0]["red things"]
     reason = "not a picture in JPEG, PNG, GIF, BMP or WebP format"
-    assert list(rows[1].values()) == ["broken.jpg", "", "", reason, "", "", ""]
+    assert list(rows[1].values()) == ["broken.jpg", "", "", reason, "", "", "", ""]
 
     good, bad = json.loads(Path("new/out.json").read_text("utf-8"))
     assert (good["image"], good["error"]) == ("r.jpg", None)
     assert [(named["label"], f"{named['score']:.5f}") for named in good["predictions"]] == printed
-    assert bad == {"image": "broken.jpg", "predictions": [], "error": reason}
+    assert bad == {"image": "broken.jpg", "predictions": [], "unsure": False, "error": reason}
 
 
 def test_csv_quotes_what_needs_it(folder):
