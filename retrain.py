@@ -4592,8 +4592,8 @@ def about_doubts(report: Report, list_path: Path) -> Iterator[str]:
     if not doubts:
         return
     yield (
-        f"{len(doubts)} pictures may lie in the wrong folder; look at them (listed in {list_path}; delete the lines of "
-        f"those that are right, and leave out the rest with --exclude {list_path}):"
+        f"{len(doubts)} pictures may lie in the wrong folder (listed in {list_path}; to leave them out, save the list "
+        "under another name, delete the lines of those that are right, and name it with --exclude):"
     )
     for doubt in doubts[:5]:
         looks = f"looks like {printable(report.labels[doubt.looks_like])} ({doubt.score:.0%})"
@@ -4748,7 +4748,7 @@ def pair_as_json(pair: Pair, images: Sequence[Image]) -> dict:
 def doubts_as_list(report: Report) -> str:
     """Return the doubtful pictures as lines of a table, for --exclude, worst first."""
     lines = [
-        "# Pictures that may lie in the wrong folder: delete the lines of those that are right, then --exclude this.\n"
+        "# Save this under another name, delete the lines of pictures that are right, and leave out the rest: --exclude\n"
     ]
     lines.append("# picture\tlooks like\tscore\tscore of its own class\n")
     for doubt in report.examination.doubts:
@@ -4782,18 +4782,21 @@ def fonts_for(text: str) -> tuple[list[str], set[str]]:
     """Return the names of fonts that together have the letters of a text, and the letters that none here has."""
     from matplotlib import font_manager
 
-    fonts, missing = ["DejaVu Sans"], set(text) - set(string.printable)
-    candidates = [font for font in font_manager.fontManager.ttflist if font.name not in ("Last Resort", "DejaVu Sans")]
-    for font in [font_manager.FontEntry(fname=font_manager.findfont("DejaVu Sans"), name="DejaVu Sans"), *candidates]:
+    own = "DejaVu Sans"  # comes with matplotlib
+    fonts, missing = [own], set(text) - set(string.printable)
+    files = {font_manager.findfont(own): own}
+    # Of matplotlib's "Last Resort" all letters are boxes.
+    files |= {font.fname: font.name for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
+    for path, name in files.items():
         if not missing:
             break
         try:
-            face = font_manager.get_font(font.fname)
+            face = font_manager.get_font(path)
         except (OSError, RuntimeError):
             continue
         if has := {letter for letter in missing if face.get_char_index(ord(letter))}:
             missing -= has
-            fonts.append(font.name)
+            fonts.append(name)
     return list(dict.fromkeys(fonts)), missing
 
 
@@ -4835,8 +4838,8 @@ def draw_report(report: Report, thumbnails: dict[int, PIL.Image.Image], path: Pa
         top = draw_headline(figure, report, height, missing)
         for i, draw in enumerate((draw_confusion, draw_training, draw_curve, draw_classes)):
             # Inches: two columns of two panels below the headline, with room for labels at the left and below.
-            left, bottom = (1.75, 7.4)[i % 2], height - top - 4.25 - 4.75 * (i // 2)
-            axes = figure.add_axes((left / 12, bottom / height, 4.1 / 12, 3.4 / height))
+            left, bottom = (1.7, 7.65)[i % 2], height - top - 4.25 - 4.75 * (i // 2)
+            axes = figure.add_axes((left / 12, bottom / height, 3.95 / 12, 3.4 / height))
             draw(axes, report, names)
         draw_mistakes(figure, report, names, shown, thumbnails, height)
         with whole_file(path) as temporary:
