@@ -4785,8 +4785,9 @@ def fonts_for(text: str) -> tuple[list[str], set[str]]:
     own = "DejaVu Sans"  # comes with matplotlib
     fonts, missing = [own], set(text) - set(string.printable)
     files = {font_manager.findfont(own): own}
-    # Of matplotlib's "Last Resort" all letters are boxes.
-    files |= {font.fname: font.name for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name}
+    for font in font_manager.fontManager.ttflist:
+        if "Last Resort" not in font.name:  # matplotlib's, of which all letters are boxes
+            files.setdefault(font.fname, font.name)  # the first of a collection, of which others may be odd
     for path, name in files.items():
         if not missing:
             break
