@@ -3841,7 +3841,7 @@ def train_heads(
     features: float32 [rows, k]; classes: int [rows]; members: the rows, int [.], on which each head is trained. As
     train_head does it, batch by batch, but all at once (which is fast), from weights of zero, and without a word.
     """
-    head_count, rate = len(members), np.float32(settings.learning_rate)
+    head_count = len(members)
     weights = np.zeros((head_count, features.shape[1], class_count), np.float32)
     biases = np.zeros((head_count, 1, class_count), np.float32)
     size, longest = settings.train_batch_size, max(map(len, members))
@@ -3853,10 +3853,12 @@ def train_heads(
     )
     means, scales = means[:, None], scales[:, None, None]
     counts = np.stack([class_weights(classes[rows], class_count, settings) for rows in members])
+    lengths = np.array([len(rows) if size == -1 else size for rows in members])[:, None]
+    rates = np.float32(settings.learning_rate) * (np.arange(lengths.max()) < lengths) / lengths.astype(np.float32)
     at_once = 100  # steps for which batches are drawn together, since drawing is slow one by one
     for start in range(0, settings.how_many_training_steps, at_once):
         steps = min(at_once, settings.how_many_training_steps - start)
-        if size == -1:  # all rows: those of the shorter sets come round again until the longest is through
+        if size == -1:  # all rows; the shorter sets are filled up with what doesn't count
             drawn = np.stack([np.resize(rows, longest) for rows in members])[None].repeat(steps, axis=0)
         else:
             draws = [
@@ -3870,9 +3872,7 @@ def train_heads(
                 rows = (rows - means) * scales
             error = softmax(rows @ weights + biases)
             error[np.arange(head_count)[:, None], np.arange(batch.shape[1]), classes[batch]] -= 1
-            error *= counts[np.arange(head_count)[:, None], classes[batch]][:, :, None] * (
-                rate / np.float32(batch.shape[1])
-            )
+            error *= (counts[np.arange(head_count)[:, None], classes[batch]] * rates)[:, :, None]
             weights -= rows.transpose(0, 2, 1) @ error
             biases -= error.sum(axis=1, keepdims=True)
     for i, normalisation in enumerate(normalisations):
@@ -4152,8 +4152,10 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     middles = []
     for c in present:
         rows = directions[classes == c]
-        clusters = min(count, len(np.unique(rows, axis=0)))
-        middles.append(KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_)
+        if count > 1 and len(rows) > count:
+            clusters = min(count, len(np.unique(rows, axis=0)))
+            rows = KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
+        middles.append(rows if count > 1 else rows.mean(axis=0, keepdims=True))
     return unit(np.concatenate(middles)).astype(np.float16)
 
 
@@ -4748,7 +4750,7 @@ def pair_as_json(pair: Pair, images: Sequence[Image]) -> dict:
 def doubts_as_list(report: Report) -> str:
     """Return the doubtful pictures as lines of a table, for --exclude, worst first."""
     lines = [
-        "# Save this under another name, delete the lines of pictures that are right, and leave out the rest: --exclude\n"
+        "# Save this under another name, delete the lines of pictures that are right, leave out the rest: --exclude\n"
     ]
     lines.append("# picture\tlooks like\tscore\tscore of its own class\n")
     for doubt in report.examination.doubts:
