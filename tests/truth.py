@@ -321,6 +321,7 @@ def cost(sets: Sets, repeats: int) -> None:
     parts = {split: retrain.rows_of(split, images, noisy, labels) for split in ("training", "validation", "testing")}
     known = parts["training"], parts["validation"]
     both = [np.concatenate([getattr(rows, name) for rows in known]) for name in ("rows", "classes")]
+    retrain.import_tensorflow()  # as the export needs it anyway
     for steps in (200, 4000):
         chosen = settings(0, how_many_training_steps=steps)
         head, history = retrain.train_head(parts["training"], parts["validation"], len(labels), chosen)
@@ -329,7 +330,7 @@ def cost(sets: Sets, repeats: int) -> None:
             flags = retrain.parse_flags(
                 ["--summaries_dir", f"{folder}/logs", "--output_report", f"{folder}/report.png"]
             )
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             material = retrain.gather_material(images, noisy, retrain.Rows(noisy, *both), chosen)
             gathered = time.perf_counter()
             chosen = retrain.choose_settings(material, len(labels), chosen)
@@ -338,10 +339,11 @@ def cost(sets: Sets, repeats: int) -> None:
             examined = time.perf_counter()
             report = retrain.make_report(labels, images, history, examination, head, parts["testing"], test)
             retrain.write_report(flags, report, noisy)
-            end = time.perf_counter()
+            end, processor = time.perf_counter(), time.process_time() - processor
         print(
-            f"cost: {steps} steps, {len(images)} images, {noisy.shape[1]} features: {end - start:.1f} s, of which "
-            f"duplicates and components {gathered - start:.1f}, --head auto {settled - gathered:.1f}, the rest "
+            f"cost: {steps} steps, {len(images)} images, {noisy.shape[1]} features: {end - start:.1f} s "
+            f"({processor:.1f} s of processor time), duplicates and components {gathered - start:.1f}, --head auto "
+            f"{settled - gathered:.1f}, cross-validation and the rest "
             f"{examined - settled:.1f}, writing {end - examined:.1f}; {len(examination.validated.logits)} repeats of "
             f"{examination.validated.folds.max() + 1} folds, {len(examination.curve.accuracies[0])} draws a point",
             flush=True,
