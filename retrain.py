@@ -85,6 +85,8 @@ except ImportError as missing:
 log = logging.getLogger("retrain")
 # What is read, by the names that Pillow gives to formats.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# pandas, which TensorFlow and cleanlab load, looks for a package of this name, and would take our folder for it.
+sys.modules.setdefault("bottleneck", None)
 # Large pictures and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -4158,7 +4160,7 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     for c in present:
         rows = directions[classes == c]
         if count > 1 and len(rows) > count:
-            clusters = min(count, len(np.unique(rows, axis=0)))
+            clusters = min(count, len({row.tobytes() for row in rows}))
             rows = KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
         middles.append(rows if count > 1 else rows.mean(axis=0, keepdims=True))
     return unit(np.concatenate(middles)).astype(np.float16)
@@ -4213,8 +4215,6 @@ def doubtful_labels(probabilities: np.ndarray, classes: np.ndarray) -> list[Doub
 
     probabilities: float32 [rows, classes] of heads that never saw the row.
     """
-    # It loads pandas, which looks whether there is a package `bottleneck`, and would find our folder of that name.
-    sys.modules.setdefault("bottleneck", None)
     from cleanlab.filter import find_label_issues
 
     with warnings.catch_warnings():
