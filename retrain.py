@@ -490,7 +490,7 @@ def add_head_flags(room: Callable) -> None:
     flag = room("evaluation")
     flag("--no_report", False, switch, "BOOL", "train and test only: no cross-validation, calibration and report")
     flag("--output_report", "output_report.png", report_name, "FILE", "the report; beside it .json and .tsv")
-    flag("--coverage", 0.95, number(float, 0.5, 1), "X", "share of your classes' pictures that predict.py shall name")
+    flag("--coverage", 0.93, number(float, 0.5, 1), "X", "share of your classes' pictures that predict.py shall name")
     flag("--quarantine", "", str, "DIR", "copy the pictures that may be in the wrong folder there, to look through")
     flag("--test_batch_size", -1, batch, "N", "pictures drawn for the final test, -1 for all")
     flag("--print_misclassified_test_images", False, switch, "BOOL", "list the test pictures taken for another class")

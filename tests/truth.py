@@ -223,7 +223,7 @@ def unknown(sets: Sets, repeats: int) -> None:
     others = others.some(np.random.default_rng(0).permutation(neither)[:500])
     rows = retrain.Rows(training.features, np.arange(len(training.classes)), training.classes)
     material = retrain.gather_material(training.images, training.features, rows, settings(0))
-    for share in (0.9, 0.95, 0.98):
+    for share in (0.9, 0.93, 0.95):
         examination = retrain.examine(material, 2, settings(0), share)
         head = retrain.train_head(rows, rows, 2, settings(0))[0].cooled(examination.temperature)
 
