@@ -43,6 +43,7 @@ from retrain import (
     read_image,
     resize_bilinear,
     sha256_of,
+    switch,
     whole_file,
 )
 
@@ -79,10 +80,11 @@ class Prediction:
     unsure: bool = False
 
 
-def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0) -> Classifier:
+def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0, trusted: bool = False) -> Classifier:
     """Return the classifier of a graph (or .tflite) file and a labels file, for so many pictures; 0 is all cores.
 
-    Raises UserError for files that are missing or don't fit together.
+    trusted: whether the graph may hold operations that do other things than compute. Raises UserError for one that does
+    though it may not, and for files that are missing or don't fit together.
     """
     files = OutputFiles.of(graph)
     names = read_labels(Path(labels))
@@ -91,7 +93,9 @@ def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0
         raise UserError(f"--graph {files.lite}: the .json that belongs to it is not beside it, or is another graph's.")
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     cores = min(core_count(), cpu_threads or core_count())
-    workers = lite_workers(files.lite, reading, pictures, cores) if facts else [graph_worker(files.graph, reading)]
+    workers = (
+        lite_workers(files.lite, reading, pictures, cores) if facts else [graph_worker(files.graph, reading, trusted)]
+    )
     if facts and len(facts["labels"]) != len(names):
         raise UserError(
             f"--labels {labels}: it has {len(names)} lines for the {len(facts['labels'])} classes of the graph."
@@ -137,10 +141,10 @@ def lite_workers(path: Path, reading: Reading, pictures: int, cores: int) -> lis
     return [functools.partial(score, model) for model in models]
 
 
-def graph_worker(path: Path, reading: Reading) -> Scorer:
+def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
     """Return a function from a picture to its scores by TensorFlow, for a graph of ours or of the classic script's."""
     tf = import_tensorflow()
-    graph = read_graph(path)
+    graph = read_graph(path, trusted)
     used = {name.split(":")[0] for node in graph.node for name in node.input}
     outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
     if not outputs or not {JPEG_NODE, RESIZED_NODE} <= {node.name for node in graph.node}:
@@ -265,6 +269,7 @@ def parse_flags(arguments: Sequence[str] | None):
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help=pictures)
     add_flag(parser, "--graph", "output_graph.pb", str, "FILE", "the trained graph, .pb or .tflite")
     add_flag(parser, "--labels", "output_labels.txt", str, "FILE", "its classes")
+    add_flag(parser, "--trust_model", False, switch, "BOOL", "run the graph whatever it does: a graph is a program")
     add_flag(parser, "--top_k", 5, number(int, 1), "N", "how many classes to print for each picture")
     add_flag(parser, "--cpu_threads", 0, number(int, 1, also=[0]), "N", "how many cores to use; 0 for all")
     add_flag(parser, "--csv", "", str, "FILE", "also write a table, a row per picture")
@@ -275,7 +280,7 @@ def parse_flags(arguments: Sequence[str] | None):
 def run(flags) -> int:
     """Name the pictures; return 1 if one of them could not be read, else 0."""
     paths = find_images(flags.pictures + flags.image or ["test_images"])
-    classifier = load_classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads)
+    classifier = load_classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions = []
     for prediction in predict(classifier, paths):
         print_prediction(prediction, flags.top_k, headed=len(paths) > 1)

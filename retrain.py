@@ -449,6 +449,7 @@ def add_picture_flags(room: Callable) -> None:
     flag("--bottleneck_layer", "", str, "NAME", "of vgg16: avg_pool (the usual one), block5_pool or fc2")
     flag("--model_dir", "inception_model", name_of_file, "DIR", "where the base model lies, or is downloaded to")
     flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
+    flag("--trust_model", False, switch, "BOOL", "run a base model whatever it does: a graph is a program")
     flag("--tfhub_module", "", str, "HANDLE", "a TF-Hub or Kaggle address, or a SavedModel folder, as the base model")
     flag("--image_size", 0, number(int, 1, also=[0]), "N", "input size of a --tfhub_module that leaves it free")
     flag("--engine", "auto", str, "NAME", "litert, tensorflow (in batches), or auto: tensorflow if there is a GPU")
@@ -2181,6 +2182,54 @@ STARTER_FILE = "starter_graph_def.pb"
 JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 
+# A graph is a program: it could read and write files, or call Python. What one of somebody else's may hold are these
+# operations, which turn tensors into tensors and touch nothing else: wiring and control flow; shapes; arithmetic;
+# networks; pictures; lists of tensors; random numbers.
+PURE_OPS = """
+Assert Case Const EnsureShape Enter Exit GuaranteeConst Identity IdentityN If LoopCond Merge NextIteration NoOp
+PartitionedCall Placeholder PlaceholderV2 PlaceholderWithDefault PreventGradient Snapshot StatefulPartitionedCall
+StatelessCase StatelessIf StatelessWhile StopGradient Switch While
+
+BatchToSpace BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatOffset ConcatV2 DepthToSpace Diag DiagPart
+DynamicPartition DynamicStitch ExpandDims ExtractImagePatches Fill Gather GatherNd GatherV2 InvertPermutation LinSpace
+MatrixBandPart MatrixDiag MatrixDiagPart MatrixSetDiag MirrorPad OneHot OnesLike Pack Pad PadV2 ParallelDynamicStitch
+Range Rank Reshape Reverse ReverseSequence ReverseV2 Roll ScatterNd Shape ShapeN Size Slice SpaceToBatch
+SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice TensorScatterAdd TensorScatterUpdate Tile TopK TopKV2
+Transpose Unique UniqueV2 Unpack Where ZerosLike
+
+Abs AccumulateNV2 Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin Asin Asinh Atan Atan2 Atanh
+BatchMatMul BatchMatMulV2 BatchMatMulV3 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor Bucketize Cast Ceil
+ClipByValue Cos Cosh Cumprod Cumsum Div DivNoNan Einsum Equal Erf Erfc Erfinv Exp Expm1 Floor FloorDiv FloorMod
+Greater GreaterEqual HistogramFixedWidth InTopK InTopKV2 Inv Invert IsFinite IsInf IsNan L2Loss LeftShift Less
+LessEqual Log Log1p LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mod Mul MulNoNan Neg NotEqual
+Pow Prod RealDiv Reciprocal RightShift Rint Round Rsqrt SegmentMax SegmentMean SegmentMin SegmentProd SegmentSum
+Select SelectV2 Sigmoid Sign Sin Sinh SparseToDense Sqrt Square SquaredDifference Sub Sum Tan Tanh TruncateDiv
+TruncateMod UnsortedSegmentMax UnsortedSegmentMin UnsortedSegmentProd UnsortedSegmentSum Xdivy Xlog1py Xlogy
+
+AvgPool AvgPool3D BatchNormWithGlobalNormalization BiasAdd BiasAddV1 CheckNumerics CheckNumericsV2 Conv2D
+Conv2DBackpropInput Conv3D DepthwiseConv2dNative Dequantize Dilation2D Elu FakeQuantWithMinMaxArgs
+FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3
+FusedPadConv2D FusedResizeAndPadConv2D LRN LeakyRelu LogSoftmax MaxPool MaxPool3D MaxPoolV2 MaxPoolWithArgmax
+QuantizeAndDequantize QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4
+QuantizeDownAndShrinkRange QuantizeV2 QuantizedAvgPool QuantizedBiasAdd QuantizedConcat QuantizedConv2D
+QuantizedMatMul QuantizedMaxPool QuantizedRelu QuantizedRelu6 QuantizedReshape Relu Relu6 RequantizationRange
+Requantize Selu Softmax Softplus Softsign _FusedConv2D _FusedMatMul
+
+AdjustContrast AdjustContrastv2 AdjustHue AdjustSaturation CombinedNonMaxSuppression CropAndResize DecodeAndCropJpeg
+DecodeBase64 DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeRaw DecodeWebP ExtractJpegShape HSVToRGB
+ImageProjectiveTransformV2 ImageProjectiveTransformV3 NonMaxSuppression NonMaxSuppressionV2 NonMaxSuppressionV3
+NonMaxSuppressionV4 NonMaxSuppressionV5 RGBToHSV ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor
+ScaleAndTranslate
+
+EmptyTensorList TensorArrayCloseV3 TensorArrayConcatV3 TensorArrayGatherV3 TensorArrayReadV3 TensorArrayScatterV3
+TensorArraySizeV3 TensorArraySplitV3 TensorArrayV3 TensorArrayWriteV3 TensorListConcatV2 TensorListElementShape
+TensorListFromTensor TensorListGather TensorListGetItem TensorListLength TensorListPopBack TensorListPushBack
+TensorListReserve TensorListResize TensorListScatterV2 TensorListSetItem TensorListSplit TensorListStack
+
+RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt StatelessRandomGetKeyCounter StatelessRandomNormal
+StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
@@ -2196,6 +2245,7 @@ class BaseModel:
     fingerprint: str  # SHA-256 of the graph, or of what it was made of
     input_size: tuple[int, int]  # height, width
     bottleneck_size: int
+    trusted: bool = False  # whether its graph may hold any operation
 
 
 class LiteModel:
@@ -2254,9 +2304,9 @@ class TensorFlowModel:
 
     BATCH = 16
 
-    def __init__(self, path: Path):
-        """Load the graph of `path`."""
-        self.run = graph_function(load_graph(path), BOTTLENECK_NODE)
+    def __init__(self, base: BaseModel):
+        """Load the graph of `base`."""
+        self.run = graph_function(load_graph(base.graph_path, base.trusted), BOTTLENECK_NODE)
         self.running, self.waiting = threading.Lock(), deque()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -2305,7 +2355,7 @@ def networks(base: BaseModel, engine: Engine, count: int) -> list[Callable[[np.n
     if engine.kind == "litert" and base.lite_path:
         return [LiteModel(base.lite_path) for _ in range(min(engine.cores, count))]
     # Twice the batch: while one half waits for the network, the other reads the next pictures.
-    return [TensorFlowModel(base.graph_path)] * min(2 * TensorFlowModel.BATCH, count)
+    return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
 
 
 class DownloadError(Exception):
@@ -2415,9 +2465,9 @@ def check_release(path: Path) -> None:
 
 
 def check_nodes(path: Path) -> None:
-    """Raise DownloadError unless the file is a graph with the expected nodes."""
+    """Raise DownloadError unless the file is a graph with the expected nodes, whatever else it may hold."""
     try:
-        load_graph(path)
+        load_graph(path, trusted=True)
     except UserError as error:
         raise DownloadError(f"what came is no graph of the Inception-v3 kind ({error})", final=True) from error
 
@@ -2540,8 +2590,28 @@ def choose_graph(architecture: str, model_dir: Path, model_url: str) -> tuple[st
         return "starter", find_starter(model_dir), warning
 
 
-def read_graph(path: Path):
-    """Return the GraphDef of a file, as it is. Raises UserError for a file that is none."""
+def check_ops(graph, path: Path) -> None:
+    """Raise UserError if a GraphDef, or a function in it, holds an operation that is not in PURE_OPS."""
+    import_tensorflow()
+    from tensorflow.python.framework import op_def_registry
+
+    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
+    # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
+    names = (function.signature.name for function in graph.library.function)
+    allowed = {*PURE_OPS.split(), *(name for name in names if op_def_registry.get(name) is None)}
+    for node in itertools.chain.from_iterable(bodies):
+        if node.op not in allowed:
+            raise UserError(
+                f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
+                "program, which could read and write your files; if you trust whoever made it, add --trust_model."
+            )
+
+
+def read_graph(path: Path, trusted: bool = False):
+    """Return the GraphDef of a file, as it is. Raises UserError for a file that is none.
+
+    trusted: whether it may hold any operation; else UserError is raised for one that is not in PURE_OPS.
+    """
     graph = import_tensorflow().compat.v1.GraphDef()
     try:
         graph.ParseFromString(path.read_bytes())
@@ -2550,16 +2620,18 @@ def read_graph(path: Path):
         raise UserError(
             f"{path} ({size}) is no TensorFlow graph, or not a whole one; put the right file there."
         ) from error
+    if not trusted:
+        check_ops(graph, path)
     return graph
 
 
-def load_graph(path: Path):
+def load_graph(path: Path, trusted: bool = False):
     """Return the GraphDef of a base model from image bytes to bottleneck, folded and fit for batches of any size.
 
-    Raises UserError for a file that is no graph or lacks the nodes of the Inception-v3 release.
+    Raises UserError for a file that is no graph or lacks the expected nodes. trusted: see read_graph.
     """
     tf = import_tensorflow()
-    graph = read_graph(path)
+    graph = read_graph(path, trusted)
     missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
     if missing:
         raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
@@ -2677,14 +2749,14 @@ class ConversionError(Exception):
     """A network that LiteRT doesn't run, and why, in a few words."""
 
 
-def convert_to_lite(graph_path: Path, lite_path: Path) -> None:
+def convert_to_lite(graph_path: Path, lite_path: Path, trusted: bool = False) -> None:
     """Write the network of a graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite file.
 
-    Raises ConversionError for a network with operators that LiteRT doesn't have.
+    Raises ConversionError for a network with operators that LiteRT doesn't have. trusted: see read_graph.
     """
     tf = import_tensorflow()
     log.info("Converting the base model for the LiteRT engine, once.")
-    function = graph_function(pool_after_convolving(load_graph(graph_path)), BOTTLENECK_NODE, batch=1)
+    function = graph_function(pool_after_convolving(load_graph(graph_path, trusted)), BOTTLENECK_NODE, batch=1)
     try:
         with quiet_stderr():
             lite = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
@@ -2709,11 +2781,15 @@ def keeping_folders(folder: Path, cache_dir: Path) -> list[Path]:
 
 
 def load_base_model(
-    graph_path: Path, cache_dir: Path, name: str = "inception_v3", fingerprint: str | None = None
+    graph_path: Path,
+    cache_dir: Path,
+    name: str = "inception_v3",
+    fingerprint: str | None = None,
+    trusted: bool = False,
 ) -> BaseModel:
     """Return the base model of a graph; its conversion is kept beside it, or in `cache_dir` if that is read-only.
 
-    fingerprint: of what the graph was made of, if it is not itself what was given.
+    fingerprint: of what the graph was made of, if it is not itself what was given. trusted: see read_graph.
     """
     mark = fingerprint or sha256_of(graph_path)
     lite_name = f"{graph_path.stem.removesuffix('.' + mark[:12])}.{mark[:12]}.tflite"
@@ -2725,13 +2801,14 @@ def load_base_model(
     else:
         lite_path = folders[0] / lite_name
         try:
-            convert_to_lite(graph_path, lite_path)
+            convert_to_lite(graph_path, lite_path, trusted)
         except ConversionError as error:
             log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
-            graph = load_graph(graph_path)
-            return BaseModel(name, graph_path, None, mark, graph_input_size(graph), graph_bottleneck_size(graph))
+            graph = load_graph(graph_path, trusted)
+            sizes = graph_input_size(graph), graph_bottleneck_size(graph)
+            return BaseModel(name, graph_path, None, mark, *sizes, trusted)
         lite = LiteModel(lite_path)
-    return BaseModel(name, graph_path, lite_path, mark, lite.input_size, lite.output_size)
+    return BaseModel(name, graph_path, lite_path, mark, lite.input_size, lite.output_size, trusted)
 
 
 def image_graph(network: Callable, input_size: tuple[int, int]):
@@ -5572,7 +5649,7 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
             raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
         rows["training"] = with_distortions(rows["training"], variants)
 
-    base_graph = load_graph(base.graph_path)
+    base_graph = load_graph(base.graph_path, base.trusted)
 
     def after_step(step: int, head: Head) -> None:
         path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
@@ -5638,7 +5715,7 @@ def open_base_model(flags: argparse.Namespace) -> tuple[BaseModel, str]:
     if flags.architecture == "vgg16":
         return load_vgg16(flags.bottleneck_layer or ARCHITECTURES["vgg16"][0], model_dir, cache_dir), ""
     name, graph_path, warning = choose_graph(flags.architecture, model_dir, flags.model_url)
-    return load_base_model(graph_path, cache_dir, name), warning
+    return load_base_model(graph_path, cache_dir, name, trusted=flags.trust_model), warning
 
 
 def run(flags: argparse.Namespace) -> None:
