@@ -31,6 +31,7 @@ from retrain import (
     UserError,
     add_flag,
     core_count,
+    end_process,
     exit_code,
     fold_batch_norm,
     graph_input_size,
@@ -123,8 +124,9 @@ def read_facts(files: OutputFiles) -> dict:
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
         tied = not files.graph.is_file() or facts["graph_sha256"] == sha256_of(files.graph)
-        return facts if tied and facts["lite_sha256"] == sha256_of(files.lite) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = isinstance(facts["labels"], list) and facts["lite_sha256"] == sha256_of(files.lite)
+        return facts if tied and whole else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -232,16 +234,25 @@ def as_text(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def harmless(cell: str) -> str:
+    """Return a cell of a table with an apostrophe before what a spreadsheet would take for a formula."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+
+
 def write_csv(path: Path, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
-    """Write a row per picture: its name, best label and score, error if any, every class's score, and any doubt."""
+    """Write a row per picture: its name, best label and score, error if any, every class's score, and any doubt.
+
+    What could be a formula gets an apostrophe before it.
+    """
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "label", "score", "error", *labels, "unsure"])
+        writer.writerow(map(harmless, ["image", "label", "score", "error", *labels, "unsure"]))
         for prediction in predictions:
             scores = {label: f"{score:.6f}" for label, score in prediction.scores}
             best = next(iter(scores.items()), ("", ""))
             cells = [*best, prediction.error, *(scores.get(name, "") for name in labels)]
-            writer.writerow([as_text(prediction.path), *cells, "unsure" if prediction.unsure else ""])
+            doubt = "unsure" if prediction.unsure else ""
+            writer.writerow(map(harmless, [as_text(prediction.path), *cells, doubt]))
 
 
 def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
@@ -299,4 +310,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -60,6 +60,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
+
+
+def leave_at_once(signal_number: int, frame) -> None:
+    """End a process that has done nothing yet."""
+    print(f"{Path(sys.argv[0]).name}: stopped.", file=sys.stderr, flush=True)
+    os._exit(128 + signal_number)
+
+
+if started_here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # which `&` in a shell sets aside
+    signal.signal(signal.SIGINT, leave_at_once)  # Ctrl-C while the packages are imported
+    signal.signal(signal.SIGTERM, leave_at_once)
+
 try:
     import numpy as np
     import PIL.Image
@@ -68,7 +81,6 @@ except ImportError as missing:
     # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
     if started_here and own_python.exists() and Path(sys.prefix) != environment:
         if os.name != "nt":
             os.execv(own_python, [str(own_python), *sys.argv])
@@ -115,8 +127,12 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is leave_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()  # while there are still words for what goes wrong
+        return code
     except UserError as error:
         message, code = f"error: {error}", 1
     except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
@@ -131,8 +147,18 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         message, code = f"stopped{kept}.", 130
         if isinstance(error, Stopped):
             code = 143
-    print(f"{program}: {message}", file=sys.stderr)
+    print(f"{program}: {printable(message)}", file=sys.stderr)
     return code
+
+
+def end_process(code: int) -> None:
+    """End the process with an exit code, now: nothing is left to do that a signal, or a thread that is stuck, may spoil."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -236,8 +262,9 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple
             yield item, result
     finally:
         stopped.set()
-        for thread in threads:
-            thread.join(timeout=2)  # they finish the item in hand, unless it is stuck, on a dead network drive, say
+        deadline = time.monotonic() + 2
+        for thread in threads:  # they finish the item in hand, unless it is stuck, on a dead network drive, say
+            thread.join(timeout=max(0, deadline - time.monotonic()))
 
 
 def sha256_of(path: Path) -> str:
@@ -1787,6 +1814,9 @@ def only_run(folder: Path) -> Iterator[None]:
 
 # Files that operating systems put into folders of pictures without anybody's asking, and the record of --crawl.
 NOT_PICTURES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
+# How the files begin that can be pictures, and the most bytes of one: nothing else is read into memory.
+BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP", re.DOTALL)
+MOST_BYTES = 150_000_000
 # Formats of cameras and scanners that are not read, by how their files begin.
 FOREIGN = {"HEIC or AVIF": rb"....ftyp(heic|heix|hevc|mif1|msf1|avif)", "TIFF or raw": rb"II\*\0|MM\0\*|....ftypcrx"}
 ORIENTATION_TAG = 0x0112
@@ -1850,7 +1880,7 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
         folder_of[label] = folder
         entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry))
         images += [Image(entry, label) for entry in entries if entry.is_file()]
-        unread += [entry for entry in entries if entry.is_dir()]
+        unread += [entry for entry in entries if not entry.is_file()]
     if unread:
         told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
         log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
@@ -2122,7 +2152,13 @@ def read_image(path: Path, reading: Reading, input_size: tuple[int, int]) -> np.
     try:
         if not Path(path).is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(64)
+            if BEGINNINGS.match(data):
+                file.seek(0)
+                data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest picture is")
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
     return decode_image(data, reading, input_size)
@@ -2472,10 +2508,32 @@ def check_nodes(path: Path) -> None:
         raise DownloadError(f"what came is no graph of the Inception-v3 kind ({error})", final=True) from error
 
 
+class BoundedReader:
+    """The unpacked bytes of an archive, for tarfile: not so many that they would fill the memory or take for ever."""
+
+    def __init__(self, file, most: int):
+        self.file, self.most, self.tell = file, most, file.tell
+
+    def seek(self, place: int) -> int:
+        if place > self.most:
+            raise DownloadError("it unpacks to more bytes than it should hold", final=True)
+        return self.file.seek(place)
+
+    def read(self, size: int) -> bytes:
+        if size > 1 << 24:  # tarfile reads headers in one piece, whatever they say of their size
+            raise DownloadError("a header in it is larger than any honest one", final=True)
+        data = self.file.read(size)
+        self.seek(self.tell())
+        return data
+
+
 def extract_graph(archive: Path, graph_path: Path, check: Callable[[Path], None]) -> None:
     """Take the graph, and nothing else, out of the archive. Raises DownloadError if none there passes `check`."""
     try:
-        with tarfile.open(archive, "r:gz") as members:
+        with (
+            gzip.open(archive) as unpacked,
+            tarfile.open(fileobj=BoundedReader(unpacked, 8 * GRAPH_SIZE), mode="r:") as members,
+        ):
             for member in members:
                 if member.name.removeprefix("./") == GRAPH_FILE and member.isreg() and member.size <= 4 * GRAPH_SIZE:
                     with whole_file(graph_path) as temporary:
@@ -3107,7 +3165,7 @@ class BottleneckStore:
                 with open(self.index_path, "ab") as index:
                     index.write(b"\n")
             for line in lines.splitlines():
-                with contextlib.suppress(ValueError, TypeError):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
                     name, *record = json.loads(line)
                     self.records[name] = record
 
@@ -5376,7 +5434,7 @@ class Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         serious = record.levelno >= logging.WARNING
         text = f"{record.levelname}: {record.getMessage()}" if serious else record.getMessage()
-        print(text, file=sys.stderr if serious else sys.stdout, flush=True)
+        print(printable(text), file=sys.stderr if serious else sys.stdout, flush=True)
 
 
 def set_up_logging(verbosity: str) -> None:
@@ -5461,7 +5519,7 @@ def is_ours(facts: Path) -> bool:
     """Tell whether a .json beside a graph was written by this script, and so may be replaced."""
     try:
         return "graph_sha256" in json.loads(facts.read_bytes())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 
@@ -5756,4 +5814,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

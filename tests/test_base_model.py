@@ -204,9 +204,9 @@ def conversions(monkeypatch) -> list[Path]:
     """The conversions that were made, in their order."""
     made, convert = [], retrain.convert_to_lite
 
-    def counted(graph_path: Path, lite_path: Path) -> None:
+    def counted(graph_path: Path, lite_path: Path, trusted: bool) -> None:
         made.append(lite_path)
-        convert(graph_path, lite_path)
+        convert(graph_path, lite_path, trusted)
 
     monkeypatch.setattr(retrain, "convert_to_lite", counted)
     return made
