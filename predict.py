@@ -30,6 +30,7 @@ from retrain import (
     Reading,
     UserError,
     add_flag,
+    check_lite,
     core_count,
     end_process,
     exit_code,
@@ -132,6 +133,7 @@ def read_facts(files: OutputFiles) -> dict:
 
 def lite_workers(path: Path, reading: Reading, pictures: int, cores: int) -> list[Scorer]:
     """Return functions from a picture to its scores by LiteRT: one of all cores for one picture, else one per core."""
+    check_lite(path)
     models = [LiteModel(path, cores)] if pictures == 1 else [LiteModel(path) for _ in range(min(cores, pictures))]
     for model in models:  # now, since it silences stderr, where pictures that can't be read will be told
         model.prepare()

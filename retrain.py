@@ -152,7 +152,7 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
 
 
 def end_process(code: int) -> None:
-    """End the process with an exit code, now: nothing is left to do that a signal, or a thread that is stuck, may spoil."""
+    """End the process with an exit code, now, before a late signal or a thread that is stuck can spoil the end."""
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
@@ -265,6 +265,49 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple
         deadline = time.monotonic() + 2
         for thread in threads:  # they finish the item in hand, unless it is stuck, on a dead network drive, say
             thread.join(timeout=max(0, deadline - time.monotonic()))
+
+
+def answer(work: Callable, arguments: Sequence, pipe) -> None:
+    """Send (result, error) of the work: what the process does that in_child starts."""
+    try:
+        result = work(*arguments), None
+    except Exception as error:
+        result = None, error
+    pipe.send(result)
+
+
+def in_child(what: str, seconds: float, forked: bool, work: Callable, *arguments):
+    """Return what `work` returns, or raise what it raises, in a process of its own, for native code that may crash.
+
+    what: the beginning of a sentence about what is wrong if it does, or takes longer than so many seconds: a UserError.
+    forked: whether a copy of this process will do, which is there at once; TensorFlow doesn't run in one.
+    """
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork" if forked and sys.platform == "linux" else "spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(work, arguments, theirs), daemon=True)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if hasattr(signal, "pthread_sigmask"):  # they are for us, who end the other process
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    process.start()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise UserError(f"{what} (it comes to no end).")
+        result, error = ours.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"{what} (it crashed, with the exit code {process.exitcode}).") from None
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    if error is not None:
+        raise error
+    return result
 
 
 def sha256_of(path: Path) -> str:
@@ -2295,11 +2338,16 @@ class LiteModel:
             raise UserError(f"LiteRT can't be loaded ({error}); install it with: pip install ai-edge-litert") from error
         try:
             self.interpreter = Interpreter(str(path), num_threads=threads)
-        except (ValueError, RuntimeError, TypeError) as error:
+            (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        except (ValueError, RuntimeError, TypeError) as error:  # UnicodeDecodeError, for names, is a ValueError
             raise UserError(f"{path} is no model that LiteRT can run ({str(error).splitlines()[0]}).") from error
-        (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
-        self.input_size = tuple(int(side) for side in self.input["shape"][1:3])
-        self.output_size = int(self.outputs[0]["shape"][-1])
+        shapes = [details["shape"].tolist() for details in (self.input, *self.outputs)]
+        sizes = [len(shape) for shape in shapes]
+        if sizes != [4, *[2] * len(self.outputs)] or shapes[0][::3] != [1, 3] or min(sum(shapes, [])) < 1:
+            raise UserError(
+                f"{path} is no model from a picture to a row of numbers, but from {shapes[0]} to {shapes[1]}."
+            )
+        self.input_size, self.output_size = tuple(shapes[0][1:3]), shapes[1][1]
         self.path, self.prepared = path, False
 
     def prepare(self) -> None:
@@ -2318,9 +2366,45 @@ class LiteModel:
     def run(self, pixels: np.ndarray) -> list[np.ndarray]:
         """Return all outputs, float32 [n] each: of a trained graph the scores and the bottleneck."""
         self.prepare()  # not before, so that the threads that still prepare theirs don't hold up those that have
-        self.interpreter.set_tensor(self.input["index"], pixels[None])
-        self.interpreter.invoke()
+        try:
+            self.interpreter.set_tensor(self.input["index"], pixels[None])
+            self.interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path} is no model that LiteRT can run ({str(error).splitlines()[0]}).") from error
         return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
+
+
+# So many bytes more than now may be taken to try a network.
+MOST_TRYING = 4 << 30
+
+
+def try_lite(path: Path) -> None:
+    """Run a .tflite of unknown origin once, on black; raises UserError if LiteRT can't. See check_lite."""
+    if sys.platform == "linux":
+        import resource
+
+        now = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + MOST_TRYING, now + MOST_TRYING))
+    with quiet_stderr():  # C++ says why it gives up
+        model = LiteModel(path)
+        model(np.zeros([*model.input_size, 3], np.float32))
+
+
+def check_lite(path: Path) -> None:
+    """Raise UserError for a .tflite that LiteRT can't run, or that makes it crash, as some damaged ones do."""
+    in_child(f"{path} is no model that LiteRT can run", 60, True, try_lite, path)
+
+
+def sealed(lite: bytes) -> bytes:
+    """Return a .tflite with its SHA-256 behind it, where LiteRT doesn't look: a flipped bit gives other features."""
+    return lite + hashlib.sha256(lite).digest()
+
+
+def check_seal(path: Path) -> None:
+    """Raise UserError unless a .tflite is as `sealed` left it."""
+    data = path.read_bytes() if path.is_file() else b""
+    if sealed(data[:-32]) != data:
+        raise UserError(f"{path} is damaged.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2813,7 +2897,6 @@ def convert_to_lite(graph_path: Path, lite_path: Path, trusted: bool = False) ->
     Raises ConversionError for a network with operators that LiteRT doesn't have. trusted: see read_graph.
     """
     tf = import_tensorflow()
-    log.info("Converting the base model for the LiteRT engine, once.")
     function = graph_function(pool_after_convolving(load_graph(graph_path, trusted)), BOTTLENECK_NODE, batch=1)
     try:
         with quiet_stderr():
@@ -2821,7 +2904,7 @@ def convert_to_lite(graph_path: Path, lite_path: Path, trusted: bool = False) ->
     except Exception as error:  # the converter raises many kinds
         raise ConversionError(str(error).strip().splitlines()[0]) from error
     with whole_file(lite_path) as temporary:
-        temporary.write_bytes(lite)
+        temporary.write_bytes(sealed(lite))
         try:
             LiteModel(temporary).prepare()
         except UserError as error:
@@ -2854,12 +2937,16 @@ def load_base_model(
     folders = keeping_folders(graph_path.parent, cache_dir)
     for lite_path in (folder / lite_name for folder in folders):
         with contextlib.suppress(UserError, ValueError):  # not there yet, or damaged
+            check_seal(lite_path)
             lite = LiteModel(lite_path)
             break
     else:
         lite_path = folders[0] / lite_name
+        log.info("Converting the base model for the LiteRT engine, once.")
+        # In a process of its own: TensorFlow can crash on a damaged graph, and hears no Ctrl-C meanwhile.
+        what = f"{graph_path} is no graph that TensorFlow can convert"
         try:
-            convert_to_lite(graph_path, lite_path, trusted)
+            in_child(what, 600, False, convert_to_lite, graph_path, lite_path, trusted)
         except ConversionError as error:
             log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
             graph = load_graph(graph_path, trusted)

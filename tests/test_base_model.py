@@ -202,13 +202,13 @@ def own_graph(small_graph, tmp_path) -> Path:
 @pytest.fixture
 def conversions(monkeypatch) -> list[Path]:
     """The conversions that were made, in their order."""
-    made, convert = [], retrain.convert_to_lite
+    made, in_child = [], retrain.in_child
 
-    def counted(graph_path: Path, lite_path: Path, trusted: bool) -> None:
-        made.append(lite_path)
-        convert(graph_path, lite_path, trusted)
+    def counted(what: str, seconds: float, forked: bool, work, *arguments):
+        made.append(arguments[1])
+        in_child(what, seconds, forked, work, *arguments)
 
-    monkeypatch.setattr(retrain, "convert_to_lite", counted)
+    monkeypatch.setattr(retrain, "in_child", counted)
     return made
 
 
