@@ -6,10 +6,10 @@ cd "$(dirname "$0")/.."
 # As a new user would; it also finds the Python to use.
 ./retrain.sh --help >/dev/null
 
-if ! .venv-tests/bin/python -c "" >/dev/null 2>&1 || ! cat requirements.txt tests/requirements.txt | cmp -s - .venv-tests/installed.txt; then
+if ! .venv-tests/bin/python -c "" >/dev/null 2>&1 || ! cmp -s tests/requirements.lock .venv-tests/installed.txt; then
     .venv/bin/python -m venv --clear .venv-tests
-    .venv-tests/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
-    cat requirements.txt tests/requirements.txt >.venv-tests/installed.txt
+    .venv-tests/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/requirements.lock
+    cp tests/requirements.lock .venv-tests/installed.txt
 fi
 
 .venv-tests/bin/ruff check .

@@ -41,6 +41,21 @@ def test_bat_is_in_the_line_ends_of_windows_and_can_be_told_not_to_pause():
     assert b"if not defined RETRAIN_NO_PAUSE pause\r\n" in text
 
 
+def test_the_lock_holds_what_the_requirements_ask_for():
+    from packaging.requirements import Requirement
+
+    locked = {}
+    for line in (ROOT / "tests/requirements.lock").read_text().splitlines():
+        if found := re.match(r"([\w.-]+)==(\S+)", line):
+            locked.setdefault(found[1].lower(), []).append(found[2])
+    for name in ("requirements.txt", "tests/requirements.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            if text := re.sub(r"#.*|^-r .*", "", line).strip():
+                asked = Requirement(text)
+                versions = locked[asked.name.lower()]
+                assert all(version in asked.specifier for version in versions), f"{text}: locked is {versions}"
+
+
 # A Python of a given version, as far as retrain.sh can see: it makes environments of itself, and notes how it is run.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
