@@ -2289,7 +2289,8 @@ Range Rank Reshape Reverse ReverseSequence ReverseV2 Roll ScatterNd Shape ShapeN
 SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice TensorScatterAdd TensorScatterUpdate Tile TopK TopKV2
 Transpose Unique UniqueV2 Unpack Where ZerosLike
 
-Abs AccumulateNV2 Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin Asin Asinh Atan Atan2 Atanh
+Abs AccumulateNV2 Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin AsString Asin Asinh Atan Atan2
+Atanh StringLength StringToNumber
 BatchMatMul BatchMatMulV2 BatchMatMulV3 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor Bucketize Cast Ceil
 ClipByValue Cos Cosh Cumprod Cumsum Div DivNoNan Einsum Equal Erf Erfc Erfinv Exp Expm1 Floor FloorDiv FloorMod
 Greater GreaterEqual HistogramFixedWidth InTopK InTopKV2 Inv Invert IsFinite IsInf IsNan L2Loss LeftShift Less
@@ -2320,6 +2321,12 @@ TensorListReserve TensorListResize TensorListScatterV2 TensorListSetItem TensorL
 
 RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt StatelessRandomGetKeyCounter StatelessRandomNormal
 StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
+"""
+
+# What a SavedModel holds beside these: its variables, and how they are saved and restored.
+VARIABLE_OPS = """
+Assign AssignVariableOp DisableCopyOnRead IsVariableInitialized MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2
+ShardedFilename StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp Variable VariableV2
 """
 
 
@@ -2745,15 +2752,15 @@ def choose_graph(architecture: str, model_dir: Path, model_url: str) -> tuple[st
         return "starter", find_starter(model_dir), warning
 
 
-def check_ops(graph, path: Path) -> None:
-    """Raise UserError if a GraphDef, or a function in it, holds an operation that is not in PURE_OPS."""
+def check_ops(graph, path: Path, also: str = "") -> None:
+    """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     import_tensorflow()
     from tensorflow.python.framework import op_def_registry
 
     bodies = [graph.node, *(function.node_def for function in graph.library.function)]
     # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
     names = (function.signature.name for function in graph.library.function)
-    allowed = {*PURE_OPS.split(), *(name for name in names if op_def_registry.get(name) is None)}
+    allowed = {*PURE_OPS.split(), *also.split(), *(name for name in names if op_def_registry.get(name) is None)}
     for node in itertools.chain.from_iterable(bodies):
         if node.op not in allowed:
             raise UserError(
@@ -3177,9 +3184,24 @@ def hub_network(functions: Iterable, handle: str, image_size: int) -> tuple[Call
     raise UserError(f"--tfhub_module {handle}: it is no image feature model ({why}).")
 
 
-def hub_graph(handle: str, folder: Path, image_size: int):
+def check_hub_module(folder: Path) -> None:
+    """Raise UserError if a SavedModel holds operations that may do other things than compute, and keep variables.
+
+    A folder that holds none passes: it can't be loaded either.
+    """
+    import_tensorflow()
+    from tensorflow.python.saved_model.loader_impl import parse_saved_model
+
+    with contextlib.suppress(OSError):
+        for part in parse_saved_model(str(folder)).meta_graphs:
+            check_ops(part.graph_def, folder, VARIABLE_OPS)
+
+
+def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool = False):
     """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
     tf = import_tensorflow()
+    if not trusted:
+        check_hub_module(folder)
     try:
         with quiet_stderr():
             is_tf1 = (folder / "tfhub_module.pb").exists()
@@ -3197,10 +3219,10 @@ def hub_name(handle: str) -> str:
     return name if len(os.fsencode(name)) <= 150 else f"{mark}~{name[-60:].lstrip('~')}"
 
 
-def load_hub_module(handle: str, image_size: int, model_dir: Path, cache_dir: Path) -> BaseModel:
+def load_hub_module(handle: str, image_size: int, model_dir: Path, cache_dir: Path, trusted: bool = False) -> BaseModel:
     """Return a TF-Hub module as a base model; its graph is kept in `model_dir`, or in `cache_dir` if that is read-only.
 
-    image_size: of the input where the module leaves it free, else 0.
+    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
     """
     folder = find_hub_module(handle)
     digest = hashlib.sha256(f"image_size {image_size}".encode())
@@ -3208,8 +3230,8 @@ def load_hub_module(handle: str, image_size: int, model_dir: Path, cache_dir: Pa
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     name, fingerprint = hub_name(handle), digest.hexdigest()
     folders = keeping_folders(model_dir, cache_dir)
-    graph_path = keep_graph(name, fingerprint, folders, lambda: hub_graph(handle, folder, image_size))
-    return load_base_model(graph_path, cache_dir, name, fingerprint)
+    graph_path = keep_graph(name, fingerprint, folders, lambda: hub_graph(handle, folder, image_size, trusted))
+    return load_base_model(graph_path, cache_dir, name, fingerprint, trusted)
 
 
 # ======================================================================================================================
@@ -5869,7 +5891,7 @@ def open_base_model(flags: argparse.Namespace) -> tuple[BaseModel, str]:
     """Return the base model that the flags ask for, and a warning if it is not the one hoped for, or ''."""
     model_dir, cache_dir = Path(flags.model_dir), Path(flags.bottleneck_dir)
     if flags.tfhub_module:
-        return load_hub_module(flags.tfhub_module, flags.image_size, model_dir, cache_dir), ""
+        return load_hub_module(flags.tfhub_module, flags.image_size, model_dir, cache_dir, flags.trust_model), ""
     if flags.architecture == "vgg16":
         return load_vgg16(flags.bottleneck_layer or ARCHITECTURES["vgg16"][0], model_dir, cache_dir), ""
     name, graph_path, warning = choose_graph(flags.architecture, model_dir, flags.model_url)

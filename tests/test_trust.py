@@ -84,6 +84,24 @@ def test_a_trusted_trained_graph_is_run(tf, bare, trained, capsys):
     assert capsys.readouterr().out.startswith("green (score")
 
 
+@pytest.mark.parametrize("op", ["ReadFile", "WriteFile"])
+def test_a_module_that_may_do_more_than_compute_is_refused(tf, train, tmp_path, capsys, op):
+    module = tf.Module()
+    path = str(tmp_path / "touched.txt")
+
+    def call(images):
+        touched = tf.io.read_file(path) if op == "ReadFile" else tf.io.write_file(path, "x")
+        with tf.control_dependencies([touched]):
+            return tf.reduce_mean(images, [1, 2])
+
+    module.__call__ = tf.function(call, input_signature=[tf.TensorSpec([None, 20, 20, 3], tf.float32)])
+    tf.saved_model.save(module, str(tmp_path / "module"))
+    assert train("--tfhub_module", "module", "--model_dir", "kept") == 1
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert f"is a {op}," in said and "--trust_model" in said
+    assert not Path(path).exists() and not list(tmp_path.glob("kept/*"))
+
+
 def test_a_function_can_not_borrow_the_name_of_an_operation(tf, bare, trained, capsys):
     graph = tf.compat.v1.GraphDef()
     graph.ParseFromString(bare.read_bytes())
