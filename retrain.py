@@ -303,9 +303,11 @@ def in_child(what: str, seconds: float, forked: bool, work: Callable, *arguments
     signals = (signal.SIGINT, signal.SIGTERM)
     if hasattr(signal, "pthread_sigmask"):  # they are for us, who end the other process
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    process.start()
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    try:
+        process.start()
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     theirs.close()
     try:
         if not ours.poll(seconds):
@@ -2626,7 +2628,10 @@ class BoundedReader:
     def read(self, size: int) -> bytes:
         if size > 1 << 24:  # tarfile reads headers in one piece, whatever they say of their size
             raise DownloadError("a header in it is larger than any honest one", final=True)
-        data = self.file.read(size)
+        try:
+            data = self.file.read(size)
+        except gzip.BadGzipFile as error:  # an OSError, which would be taken for one of the file that is written
+            raise DownloadError(f"it is no whole .tgz archive ({error})") from error
         self.seek(self.tell())
         return data
 
