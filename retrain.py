@@ -2292,7 +2292,7 @@ SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice TensorScatterAdd T
 Transpose Unique UniqueV2 Unpack Where ZerosLike
 
 Abs AccumulateNV2 Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin AsString Asin Asinh Atan Atan2
-Atanh StringLength StringToNumber
+Atanh StringLength StringToHashBucketFast StringToNumber
 BatchMatMul BatchMatMulV2 BatchMatMulV3 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor Bucketize Cast Ceil
 ClipByValue Cos Cosh Cumprod Cumsum Div DivNoNan Einsum Equal Erf Erfc Erfinv Exp Expm1 Floor FloorDiv FloorMod
 Greater GreaterEqual HistogramFixedWidth InTopK InTopKV2 Inv Invert IsFinite IsInf IsNan L2Loss LeftShift Less
