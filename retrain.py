@@ -695,7 +695,7 @@ ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": "
 # Two pictures are the same one if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798
 # photographs: copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most (median 2), and no
 # two different photographs in fewer than 82.
-SAME_PICTURE = 40
+SAME_LOOKS = 40
 MANIFEST = "crawl.jsonl"
 # IPv6 networks whose addresses stand for the IPv4 address of their last 32 bits.
 EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
@@ -1507,7 +1507,7 @@ class Gallery:
         if picture.sha256 in self.place_of:
             return "the same file", self.place_of[picture.sha256]
         differing = (self.bits[: len(self.places)] != self.bits_of(picture.looks)).sum(axis=1)
-        if len(differing) and differing.min() <= SAME_PICTURE:
+        if len(differing) and differing.min() <= SAME_LOOKS:
             return "the same picture", self.places[int(differing.argmin())]
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +172,21 @@ CLASSIC_FLAGS = (
     "final_tensor_name flip_left_right random_crop random_scale random_brightness architecture tfhub_module "
     "saved_model_dir logging_verbosity checkpoint_path"
 )
+
+
+def test_no_name_of_a_script_is_given_twice():
+    """A constant of one room would be the other's, without a word of the linter."""
+    for script in ("retrain.py", "predict.py"):
+        named = Counter()
+        for node in ast.parse((ROOT / script).read_text("utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node] if hasattr(node, "name") else []
+            named.update(
+                found.id if isinstance(found, ast.Name) else node.name
+                for target in targets
+                for found in (ast.walk(target) if isinstance(node, ast.Assign) else [target])
+                if isinstance(found, ast.Name) or found is node
+            )
+        assert {name for name, count in named.items() if count > 1} == set()
 
 
 def test_classic_flags_are_all_there_with_their_defaults():

@@ -1306,4 +1306,5 @@ def test_from_names_to_a_graph_that_names_pictures(tmp_path):
         assert (tmp_path / "output_labels.txt").read_text().split() == ["red", "blue"]
         (tmp_path / "new.jpg").write_bytes(file_of("red", 35))
         named = run_script("predict.py", "--image", "new.jpg", cwd=tmp_path)
-        assert named.stdout.splitlines()[0].startswith("red (score = "), named.stdout + named.stderr
+        scores = [line for line in named.stdout.splitlines() if "(score" in line]  # it may well be unsure of so few
+        assert scores[0].startswith("red (score = "), named.stdout + named.stderr
