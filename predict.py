@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from retrain import (
+    BOTTLENECK_NODE,
     JPEG_NODE,
     RESIZED_NODE,
     Familiar,
@@ -69,6 +70,8 @@ class Classifier:
         """Tell whether a picture is not to be named, since it is unlike those of the training, or no score is high."""
         if self.familiar is None or bottleneck is None:
             return False
+        if len(bottleneck) != self.familiar.exemplars.shape[1]:
+            raise UserError("The .json beside the graph is damaged (its measure of what is familiar is another's).")
         return bool(self.familiar.unsure(bottleneck[None], scores[None])[0])
 
 
@@ -96,7 +99,9 @@ def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     cores = min(core_count(), cpu_threads or core_count())
     workers = (
-        lite_workers(files.lite, reading, pictures, cores) if facts else [graph_worker(files.graph, reading, trusted)]
+        lite_workers(files.lite, reading, pictures, cores)
+        if facts.get("lite_is_whole")
+        else [graph_worker(files.graph, reading, trusted)]
     )
     if facts and len(facts["labels"]) != len(names):
         raise UserError(
@@ -104,7 +109,10 @@ def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0
         )
     if facts and facts["labels"] != names:
         print(f"predict.py: {labels} holds other names than the training wrote; they are used.", file=sys.stderr)
-    familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
+    try:
+        familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
+    except ValueError as error:
+        raise UserError(f"{files.facts} is damaged ({error}); train again, or remove it.") from error
     return Classifier(names, workers, familiar)
 
 
@@ -119,14 +127,18 @@ def read_labels(path: Path) -> list[str]:
 
 
 def read_facts(files: OutputFiles) -> dict:
-    """Return what retrain.py noted about the graph, or {} if the .tflite beside it is missing or is another graph's."""
+    """Return what retrain.py noted about the graph, or {} if that is another graph's.
+
+    `lite_is_whole` tells whether the .tflite beside it is there, and the graph's.
+    """
     if not files.graph.is_file() and not files.lite.is_file():
         raise UserError(f"--graph {files.graph}: there is no such file; train first with retrain.sh, or name the file.")
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
         tied = not files.graph.is_file() or facts["graph_sha256"] == sha256_of(files.graph)
-        whole = isinstance(facts["labels"], list) and facts["lite_sha256"] == sha256_of(files.lite)
-        return facts if tied and whole else {}
+        facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
+        usable = files.graph.is_file() or facts["lite_is_whole"]
+        return facts if tied and usable and isinstance(facts["labels"], list) else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
@@ -155,13 +167,20 @@ def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
     graph = fold_batch_norm(graph)  # in the classic script's it is an op that only TensorFlow 1's sessions still run
 
+    wanted = [f"{outputs[-1]}:0", *(f"{node.name}:0" for node in graph.node if node.name == BOTTLENECK_NODE)]
+
     def imported(pixels):
-        return tf.import_graph_def(graph, {f"{JPEG_NODE}:0": pixels}, [f"{outputs[-1]}:0"], name="")[0]
+        return tf.import_graph_def(graph, {f"{JPEG_NODE}:0": pixels}, wanted, name="")
 
     # Fed behind its decoder, the graph sees the pictures as training saw them: all formats, upright.
     run = tf.compat.v1.wrap_function(imported, [tf.TensorSpec([None, None, 3], tf.uint8)])
     size = graph_input_size(graph)
-    return lambda path: (run(tf.constant(read_image(path, reading, size))).numpy()[0], None)
+
+    def score(path: Path) -> tuple:
+        scores, *bottleneck = (value.numpy() for value in run(tf.constant(read_image(path, reading, size))))
+        return scores[0], bottleneck[0].reshape(-1) if bottleneck else None
+
+    return score
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:

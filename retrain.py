@@ -574,7 +574,7 @@ def add_head_flags(room: Callable) -> None:
     flag("--summaries_dir", "retrain_logs", str, "DIR", "logs for TensorBoard; '' for none")
     flag("--checkpoint_path", "", str, "FILE", "also write the head as a TensorFlow checkpoint")
     flag = room("evaluation")
-    flag("--no_report", False, switch, "BOOL", "train and test only: no cross-validation, calibration and report")
+    flag("--no_report", False, switch, "BOOL", "no calibration, doubtful pictures and report")
     flag("--output_report", "output_report.png", report_name, "FILE", "the report; beside it .json and .tsv")
     flag("--coverage", 0.93, number(float, 0.5, 1), "X", "share of your classes' pictures that predict.py shall name")
     flag("--quarantine", "", str, "DIR", "copy the pictures that may be in the wrong folder there, to look through")
@@ -1719,8 +1719,11 @@ def crawl_class(pages: Iterator[list[Found]], manifest: Manifest, web: Web, gall
         manifest.staging.rmdir()
 
 
-def crawl_report(manifests: Sequence[Manifest], wanted: int, related: dict[str, list[str]]) -> list[str]:
-    """Return the lines of a table of what was kept and refused of each class, and of what could be done."""
+def crawl_report(manifests: Sequence[Manifest], wanted: int, related: dict[str, list[str]], ended: bool) -> list[str]:
+    """Return the lines of a table of what was kept and refused of each class, so far and in all runs before.
+
+    ended: whether all was asked; then also what could be done for classes that stayed short.
+    """
     width = max(5, *(len(manifest.folder.name) for manifest in manifests))
     lines = [f"{'Class':<{width}}  {'kept':>6}  {'asked':>6}  {'refused':>7}"]
     for manifest in manifests:
@@ -1736,7 +1739,7 @@ def crawl_report(manifests: Sequence[Manifest], wanted: int, related: dict[str, 
                 f"{manifest.folder.name}: {len(across)} of its pictures were kept for another class before it "
                 f"({', '.join(sorted({printable(place.split('/')[0]) for place in across}))})."
             )
-    for manifest in manifests:
+    for manifest in manifests if ended else ():
         if manifest.kept < wanted:
             lines.append(advice(manifest, wanted - manifest.kept, related.get(manifest.folder.name, [])))
     return lines
@@ -1801,10 +1804,11 @@ def crawl(
                 if manifest.kept < settings.count:
                     unasked += [problem for problem in problems if problem.passing]
         finally:
-            for line in crawl_report(manifests, settings.count, related):
+            ended = len(related) == len(manifests) and not unasked
+            for line in crawl_report(manifests, settings.count, related, ended):
                 log.info("%s", line)
     if unasked:
-        raise UserError(f"{unasked[0]}; run the same command again to go on.")
+        raise UserError(f"{unasked[0]}; see whether this machine is online, and run the same command again to go on.")
     if not any(manifest.kept for manifest in manifests):
         raise UserError("--crawl found no picture that can be used; see the table above.")
 
@@ -1963,13 +1967,13 @@ def leave_out(images: Sequence[Image], list_path: Path) -> list[Image]:
         raise UserError(f"--exclude {list_path}: {error.strerror}; name the list of pictures to leave out.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--exclude {list_path}: it is no text in UTF-8; name the right file.") from error
-    cells = [line.split("\t")[0].strip() for line in lines if not line.startswith("#")]
+    cells = [line.split("\t")[0].strip() for line in lines if not line.startswith("# ")]
     named = {"/".join(re.split(r"[/\\](?!x[0-9a-f]{2}|u[0-9a-f]{4})", cell)[-2:]) for cell in cells if cell}
     kept = [image for image in images if printable(image.key) not in named]
     gone = len(images) - len(kept)
     if named and not gone:
         raise UserError(f"--exclude {list_path}: it names none of the pictures; a line is `class folder/file name`.")
-    log.info("Left out %d pictures that %s names.", gone, list_path)
+    log.info("Left out by %s: %d. If there were right ones among them, the accuracy will flatter.", list_path, gone)
     if gone < len(named):
         log.warning("%d lines of %s name no picture.", len(named) - gone, list_path)
     return kept
@@ -2036,7 +2040,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     known = {os.path.normpath(image.path): image for image in images}
     labels, found, left_out = dict.fromkeys(image.label for image in images), {}, dict(known)
     try:
-        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8", "surrogateescape")), delimiter="\t"))
+        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig", "surrogateescape")), delimiter="\t"))
     except (OSError, csv.Error) as error:
         raise UserError(f"--split_file {path}: it can't be read ({error}).") from error
     for number_of_line, row in enumerate(rows, 1):
@@ -2059,7 +2063,8 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
         left_out.pop(where, None)
     if left_out:
         log.warning("%d pictures of %s are not in %s, and are left out.", len(left_out), image_dir, path)
-    listed = [found[where] for where in (*(where for where in known if where in found), *(found.keys() - known.keys()))]
+    order = [where for where in known if where in found] + [where for where in found if where not in known]
+    listed = [found[where] for where in order]
     check_trained(path, listed, list(labels))
     return listed
 
@@ -4024,6 +4029,8 @@ CURVE_SIZES = (5, 10, 20, 50, 100, 200, 500, 1000)
 EFFORT = 90_000
 # With fewer test pictures than this, the cross-validated accuracy is the one to believe.
 ENOUGH_TO_TEST = 30
+# A head that is right less often says nothing about the folders that pictures lie in.
+ENOUGH_TO_DOUBT = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4032,13 +4039,14 @@ class Share:
 
     value: float
     count: int
+    independent: int | None = None  # how many different things they show; None: as many as there are pictures
 
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's interval (Wilson 1927), which holds for few pictures and for shares of 0 and 1, too."""
-        z2 = 1.959964**2
-        middle = (self.value * self.count + z2 / 2) / (self.count + z2)
-        spread = math.sqrt(z2 * (self.count * self.value * (1 - self.value) + z2 / 4)) / (self.count + z2)
+        z2, count = 1.959964**2, self.independent or self.count
+        middle = (self.value * count + z2 / 2) / (count + z2)
+        spread = math.sqrt(z2 * (count * self.value * (1 - self.value) + z2 / 4)) / (count + z2)
         return max(0.0, middle - spread), min(1.0, middle + spread)
 
     def __str__(self) -> str:
@@ -4050,12 +4058,14 @@ class Share:
 class CrossValidation:
     """What heads that never saw a picture make of it: logits float32 [repeats, rows, classes], classes int [rows].
 
-    folds: int [repeats, rows], the part of the rows in which each was held out.
+    folds: int [repeats, rows], the part of the rows in which each was held out; group_count: how many different things
+    the rows show, copies of one counting once.
     """
 
     logits: np.ndarray
     classes: np.ndarray
     folds: np.ndarray
+    group_count: int
 
     def probabilities(self, temperature: float = 1.0) -> np.ndarray:
         """Return the mean probability over the repeats, float32 [rows, classes]."""
@@ -4064,7 +4074,8 @@ class CrossValidation:
     @property
     def accuracy(self) -> Share:
         """The mean accuracy of the repeats, of as many pictures as there are: repeating adds none."""
-        return Share(float((self.logits.argmax(axis=2) == self.classes).mean()), len(self.classes))
+        right = float((self.logits.argmax(axis=2) == self.classes).mean())
+        return Share(right, len(self.classes), self.group_count)
 
     def confusion(self) -> np.ndarray:
         """Return float [classes, classes]: how many pictures of the class of the row were taken for the column's."""
@@ -4248,7 +4259,7 @@ def cross_validate(
         for (repeat, fold), of_all in zip(parts[some], made, strict=True):
             held_out = folds[repeat] == fold
             logits[repeat, held_out] = np.nan_to_num(of_all[held_out])  # of a head that went astray
-    return CrossValidation(logits, classes, folds)
+    return CrossValidation(logits, classes, folds, len(np.unique(groups)))
 
 
 # Would more pictures help?
@@ -4397,10 +4408,16 @@ class Familiar:
 
     @classmethod
     def from_facts(cls, facts: dict) -> Familiar:
-        """Return what `as_facts` has kept."""
-        values = np.frombuffer(base64.b64decode(facts["exemplars_float16"]), np.float16)
-        exemplars = values.reshape(facts["exemplars_shape"])
-        return cls(exemplars, facts["least_similarity"], facts["least_score"], facts["coverage"])
+        """Return what `as_facts` has kept. Raises ValueError for facts that nobody can have kept."""
+        try:
+            values = np.frombuffer(base64.b64decode(facts["exemplars_float16"], validate=True), np.float16)
+            exemplars = values.reshape([int(side) for side in facts["exemplars_shape"]])
+            limits = [float(facts[name]) for name in ("least_similarity", "least_score", "coverage")]
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"no measure of what is familiar ({error})") from None
+        if exemplars.ndim != 2 or not np.isfinite(exemplars).all() or not np.isfinite(limits).all():
+            raise ValueError("no measure of what is familiar")
+        return cls(exemplars, *limits)
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -4545,12 +4562,37 @@ def crops(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def near_duplicates(features: np.ndarray, images: Sequence[Image]) -> list[Pair]:
-    """Return the pairs of images that show the same, most alike first; features: float32 [images, n].
+    """Return the pairs of images that show the same, most alike first; features: float32 [images, n]."""
+    return same_pictures(alike_pairs(features), images)
+
+
+def without_twins(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
+    """Return the coarse rows but for those that show what a held-out picture shows, which would make it an easy test.
+
+    features: float32 [images, n], the matrix of the rows.
+    """
+    directions = unit(features)
+    held_out = [row for row, image in enumerate(images) if image.split in ("validation", "testing")]
+    alike = []
+    for row in held_out:
+        cosines = directions[coarse.rows] @ directions[row]
+        for nearest in np.argsort(-cosines)[:3]:
+            if cosines[nearest] >= ALIKE:
+                alike.append((float(cosines[nearest]), row, int(coarse.rows[nearest])))
+    twins = {pair.second for pair in same_pictures(alike, images)}
+    if not twins:
+        return coarse
+    log.warning("%d coarse pictures are left out, since they show the same as held-out ones.", len(twins))
+    kept = np.array([row not in twins for row in coarse.rows.tolist()])
+    return Rows(coarse.matrix, coarse.rows[kept], coarse.classes[kept])
+
+
+def same_pictures(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[Pair]:
+    """Return those pairs (cosine, row, row) of images that show the same.
 
     The base model says which are alike; whether two show the same and not just the like is told by their thumbnails: by
     the best correlation of all of one, mirrored or not, with a crop of the other.
     """
-    alike = alike_pairs(features)
     rows = sorted({row for _, *both in alike for row in both})
     looked = dict(on_all_cores([lambda row: crops(images[row].path)] * core_count(), rows))
     pairs = []
@@ -4845,10 +4887,11 @@ def about_duplicates(report: Report) -> Iterator[str]:
     across = [pair for pair in pairs if len({images[row].label for row in (pair.first, pair.second)}) > 1]
     leaks = [pair for pair in pairs if [images[row].split for row in (pair.first, pair.second)].count("testing") == 1]
     yield (
-        f"{len(pairs)} pairs of pictures show the same ({sum(pair.exact for pair in pairs)} to the byte); "
-        f"{len(across)} lie in two classes, {len(leaks)} on both sides of the test."
+        f"Pairs of pictures that show the same: {len(pairs)} ({sum(pair.exact for pair in pairs)} of equal files), "
+        f"{len(across)} of them in two classes, {len(leaks)} on both sides of the test."
     )
-    for what, some in (("in two classes", across), ("in training and in the test", leaks)):
+    others = [pair for pair in pairs if pair not in across and pair not in leaks]
+    for what, some in (("in two classes", across), ("in training and in the test", leaks), ("twice", others)):
         for pair in some[:3]:
             yield f"  {what}: {' = '.join(printable(images[row].key) for row in (pair.first, pair.second))}"
         if len(some) > 3:
@@ -4857,12 +4900,16 @@ def about_duplicates(report: Report) -> Iterator[str]:
 
 def about_doubts(report: Report, list_path: Path) -> Iterator[str]:
     """Say which pictures may lie in the wrong folder."""
-    doubts = report.examination.doubts
+    doubts, validated = report.examination.doubts, report.examination.validated
     if not doubts:
         return
+    if validated.accuracy.value < ENOUGH_TO_DOUBT:
+        yield f"It errs too often to tell which pictures lie in the wrong folder; {list_path} lists where it differs."
+        return
     yield (
-        f"{len(doubts)} pictures may lie in the wrong folder (listed in {list_path}; to leave them out, save the list "
-        "under another name, delete the lines of those that are right, and name it with --exclude):"
+        f"Pictures that may lie in the wrong folder, or are just hard: {len(doubts)} (listed in {list_path}; to leave "
+        "out the wrong ones, save the list under another name, delete the lines of those that are right, and name it "
+        "with --exclude):"
     )
     for doubt in doubts[:5]:
         looks = f"looks like {printable(report.labels[doubt.looks_like])} ({doubt.score:.0%})"
@@ -4874,11 +4921,16 @@ def about_doubts(report: Report, list_path: Path) -> Iterator[str]:
 def about_unsure(report: Report) -> str:
     """Say when predict.py names no class."""
     familiar = report.examination.familiar
-    if familiar is None or familiar.coverage >= 1:
-        return ""
+    if familiar is None:
+        return (
+            f"predict.py will name every picture, whatever it shows, and no doubtful ones were looked for: "
+            f"{report.examination.unvalidated}."
+        )
+    if familiar.coverage >= 1:
+        return "predict.py will name every picture, whatever it shows (--coverage 1)."
     return (
-        "predict.py will say 'unsure' to what is unlike the training's pictures, and to about "
-        f"{1 - familiar.coverage:.0%} of the pictures of your classes (--coverage)."
+        "predict.py will say 'unsure' to much, not all, of what is unlike the training's pictures, and to about "
+        f"{1 - familiar.coverage:.0%} of the pictures of your classes (--coverage), more after a training on few."
     )
 
 
@@ -5636,8 +5688,10 @@ def check_outputs(flags: argparse.Namespace) -> None:
         )
     if flags.exclude and os.path.realpath(flags.exclude) in written:
         raise UserError(f"--exclude {flags.exclude}: this run would replace it; save the list under another name.")
-    if flags.quarantine and Path(flags.quarantine, "x").resolve().is_relative_to(Path(flags.image_dir).resolve()):
-        raise UserError(f"--quarantine {flags.quarantine}: it lies in --image_dir; name a folder elsewhere.")
+    for name in ("image_dir", "validation_dir", "test_dir", "coarse_image_dir"):
+        folder = flags.quarantine and getattr(flags, name)
+        if folder and Path(flags.quarantine, "x").resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"--quarantine {flags.quarantine}: it lies in --{name}; name a folder elsewhere.")
     if (files.facts.is_file() and not is_ours(files.facts)) or (files.lite.is_file() and not files.facts.is_file()):
         raise UserError(f"--output_graph {files.graph}: {files.facts} or {files.lite} is not ours; name another file.")
 
@@ -5841,11 +5895,15 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
         write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
     coarse, coarse_labels = coarse_rows(images, features, labels)
-    images = [image for image in images if image.split != "coarse"]  # which come first
+    all_images, images = images, [image for image in images if image.split != "coarse"]  # which come first
     settings, material = settings_of(flags), None
-    if flags.head == "auto" or not flags.no_report:
+    if flags.coarse_image_dir and coarse is None:
+        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its pictures can be used.")
+    if coarse is not None:
+        coarse = without_twins(coarse, features, all_images)
+    if not flags.no_report or (flags.head == "auto" and settings.is_classic and coarse is None):
         material = gather_material(images, features[: len(images)], known, settings)
-    if flags.head == "auto" and coarse is None:
+    if material and flags.head == "auto" and coarse is None:
         settings = choose_settings(material, len(labels), settings)
     head, history = train_as_asked(flags, settings, rows, coarse, coarse_labels, labels, after_step)
     test = final_test(flags, head, testing, images, labels)
@@ -5853,10 +5911,15 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
         write_all(flags, base, base_graph, head, history, labels, test, None)
         return
     if coarse is None:
+        if distortion != Distortion():
+            log.info("Cross-validation and calibration, below, are of heads trained without the distorted variants.")
+        if not settings.is_classic:
+            log.info("Cross-validation trains the head %d times more; --no_report leaves that out.", FOLDS)
         examination = examine(material, len(labels), settings, flags.coverage)
     else:
         examination = Examination(known.rows, material.pairs, "training in two stages is not cross-validated")
-    report = make_report(labels, images, history, examination, head, testing, test)
+    whole = test and evaluate(head, testing, -1, None)  # each picture once, whatever --test_batch_size
+    report = make_report(labels, images, history, examination, head, testing, whole)
     log_report(report, ReportFiles(Path(flags.output_report)).doubtful)
     head = head.cooled(examination.temperature)
     write_all(flags, base, base_graph, head, history, labels, test, examination)

@@ -83,6 +83,28 @@ def test_copies_never_lie_on_both_sides():
     assert 0.3 < whole < 0.7
 
 
+def test_copies_make_no_interval_narrower():
+    features, classes = clusters(12, spread=6)
+    alone = validate(features, classes).accuracy
+    groups = np.repeat(np.arange(len(classes)), 10)
+    many = validate(features[groups], classes[groups], groups).accuracy
+    assert many.count == 10 * alone.count
+    assert many.interval == Share(many.value, alone.count).interval
+
+
+def test_coarse_pictures_that_show_what_is_held_out_are_left_out(tmp_path):
+    random, images = np.random.default_rng(0), []
+    for i in range(6):
+        scene = PIL.Image.fromarray(random.integers(0, 256, (9, 12, 3), np.uint8)).resize((240, 180))
+        split = ("validation", "testing", "training")[i % 3]
+        scene.save(tmp_path / f"{i}.jpg", quality=95)
+        scene.resize((180, 135)).save(tmp_path / f"copy{i}.jpg", quality=60)
+        images += [Image(tmp_path / f"{i}.jpg", "x", split), Image(tmp_path / f"copy{i}.jpg", "x", "coarse")]
+    features = np.repeat(np.eye(6, dtype=np.float32), 2, axis=0)
+    coarse = retrain.Rows(features, np.arange(1, 12, 2), np.zeros(6, np.intp))
+    assert retrain.without_twins(coarse, features, images).rows.tolist() == [5, 11]  # the copies of training pictures
+
+
 def test_groups_are_of_near_duplicates_and_of_names_before_nohash():
     names = ["a/tom_nohash_1.jpg", "a/tom_nohash_2.jpg", "a/other.jpg", "b/tom_nohash_1.jpg", "b/x.jpg"]
     groups = retrain.groups_of([Image(Path(name), name[0]) for name in names], [(2, 4)])
@@ -223,6 +245,26 @@ def test_predict_says_unsure_of_another_thing(train, tmp_path, capsys):
     assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
     assert Path("named.csv").read_text().splitlines()[1].endswith(",unsure")
 
+    (tmp_path / "output_graph.tflite").unlink()  # the frozen graph alone is as doubtful
+    predict.main(["--image", "noise.png", "red.jpg", "--json", "named.json"])
+    assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"exemplars_shape": [0, 2]}, {"exemplars_float16": "!"}, {"least_score": "a"}, {"coverage": None}, None],
+)
+def test_a_damaged_measure_of_the_familiar_gets_one_sentence(train, tmp_path, capsys, change):
+    assert train("--how_many_training_steps", 20) == 0
+    facts = json.loads(Path("output_graph.json").read_text("utf-8"))
+    facts["familiar"] = facts["familiar"] | change if change else "odd"
+    Path("output_graph.json").write_text(json.dumps(facts), "utf-8")
+    picture((200, 40, 40), 99).save(tmp_path / "red.jpg")
+    capsys.readouterr()
+    assert predict.main(["--image", "red.jpg"]) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "output_graph.json is damaged" in sentence
+
 
 # The report
 
@@ -254,6 +296,12 @@ def test_report_has_every_number(train, tmp_path, capsys):
     logs = {path.name.split(".")[0] for path in Path("retrain_logs/evaluation").iterdir()}
     assert logs == {"events", "bottlenecks", "metadata", "projector_config", "sprite"}
     assert len(Path("retrain_logs/evaluation/metadata.tsv").read_text().splitlines()) == 62
+
+
+def test_each_test_picture_counts_once_whatever_the_batch(train, capsys):
+    assert train("--how_many_training_steps", 20, "--test_batch_size", 500) == 0
+    assert "(N=500)" in capsys.readouterr().out
+    assert numbers()["test"]["accuracy"]["pictures"] == numbers()["pictures"]["testing"] < 500
 
 
 def test_temperature_leaves_the_classes_and_no_report_the_classic_graph(train, tmp_path):

@@ -126,6 +126,18 @@ def test_a_split_with_folders_of_ones_own_is_read_again(train, others, capsys):
     assert Path("output_graph.pb").read_bytes() == graph
 
 
+def test_pictures_from_elsewhere_come_in_the_order_of_the_file(image_dir, others, tmp_path):
+    """Not in one that changes with the seed of Python's hashes, and with it what is learnt."""
+    folder = next(path for path in others.rglob("*") if path.is_dir() and any(path.glob("*.jpg")))
+    own, outside = retrain.list_images(str(image_dir)), sorted(folder.glob("*.jpg"))[::-1]
+    label = retrain.label_of(folder.name)
+    lines = [f"{image.path.parent.name}/{image.path.name}\t{image.label}\ttraining" for image in own]
+    lines += [f"{path}\t{label}\ttraining" for path in outside]
+    (tmp_path / "split.tsv").write_text("\ufeff" + "\n".join(lines), "utf-8")  # as Excel writes it
+    images = retrain.read_split_file(str(tmp_path / "split.tsv"), str(image_dir), own)
+    assert [image.path for image in images[len(own) :]] == outside
+
+
 def test_odd_names_survive(train, image_dir, capsys):
     for name in ('a "quoted"\tname.jpg', "line\nbreak.jpg", "\udcff\udcfe.jpg", "кошка.jpg"):
         picture(COLOURS["green"], 3).save(image_dir / "green" / name, "JPEG")

@@ -495,7 +495,8 @@ def stopped(t: Torture, lives: Lives, name: str, code: int) -> None:
         return seconds * (done.returncode == code), lost and f"in {stretch}: {lost}"
 
     results = [result for result in lives.all(name, judge) if result is not True]
-    figures = f"{sum(seconds > 0 for seconds, _ in results)} before their end, slowest {max(results, default=(0.0, ""))[0]:.2f} s"
+    slowest = max((seconds for seconds, _ in results), default=0)  # none, when the time was used up before
+    figures = f"{sum(seconds > 0 for seconds, _ in results)} before their end, slowest {slowest:.2f} s"
     t.note(f"{name}: one line, exit code {code}, 3 s", len(results), [lost for _, lost in results if lost], figures)
 
 
