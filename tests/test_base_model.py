@@ -826,6 +826,11 @@ def test_a_run_stopped_between_the_last_byte_and_the_check_fetches_nothing_again
     assert server.asked == [(ARCHIVE, None)]
 
 
+def hear_ctrl_c() -> None:
+    """Undo what a shell does to what it starts in the background, these tests for one: have it ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM kills at once on Windows")
 @pytest.mark.parametrize("signal_number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_run_stopped_while_downloading_keeps_what_came(server, release, model, pictures, signal_number, code):
@@ -835,6 +840,7 @@ def test_a_run_stopped_while_downloading_keeps_what_came(server, release, model,
     with subprocess.Popen(
         [sys.executable, str(ROOT / "retrain.py"), *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=model.parent,
+        preexec_fn=hear_ctrl_c,
     ) as run:  # fmt: skip
         for _ in range(1000):  # until what the server sends before it stalls has come
             if run.poll() is not None or sum(path.stat().st_size for path in model.iterdir()) == 2 * BLOCK:
