@@ -281,12 +281,23 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple
 
 
 def answer(work: Callable, arguments: Sequence, pipe) -> None:
-    """Send (result, error) of the work: what the process does that in_child starts."""
+    """Send (result, error) of the work: what the process does that in_child starts, and which ends with that one."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         result = work(*arguments), None
     except Exception as error:
         result = None, error
-    pipe.send(result)
+    with contextlib.suppress(BrokenPipeError):  # nobody is left to be answered
+        pipe.send(result)
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the process that started this one, which may be killed at any moment, and end, too."""
+    import multiprocessing
+
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def in_child(what: str, seconds: float, forked: bool, work: Callable, *arguments):

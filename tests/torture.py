@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,11 @@ class Torture:
 
     def late(self) -> bool:
         return time.monotonic() > self.deadline
+
+    def each(self, judge: Callable, items: Iterable, workers: int = os.cpu_count() or 1) -> list:
+        """Judge items side by side until the time is up; return what `judge` says of those that it came to."""
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            return [found[0] for found in pool.map(lambda item: () if self.late() else (judge(item),), items) if found]
 
     def random(self, what: str) -> random.Random:
         return random.Random(f"{self.seed} {what}")
@@ -388,7 +393,7 @@ def pictures(t: Torture) -> None:
 
 # What a run has printed when a stretch of it begins, so that signals fall on all of them.
 STRETCHES = {"start": None, "extraction": "Bottlenecks:", "training": "Step 0: Cross", "export": "Final test"}
-DEATH_FLAGS = ("--how_many_training_steps", 3000, "--eval_step_interval", 100, "--intermediate_store_frequency", 100)
+DEATH_FLAGS = ("--how_many_training_steps", 1000, "--eval_step_interval", 50, "--intermediate_store_frequency", 100)
 
 
 def events(data: bytes) -> list[bytes]:
@@ -423,7 +428,7 @@ def differences(one: dict, other: dict) -> str:
 
 
 class Lives:
-    """Runs that are struck at a random moment, one folder each, three at a time."""
+    """Runs that are struck at a random moment, one folder each, as many at a time as there are cores."""
 
     def __init__(self, t: Torture, count: int):
         self.t, self.count = t, count
@@ -461,10 +466,9 @@ class Lives:
         done = ended(process)
         return cwd, done, time.monotonic() - struck, stretch
 
-    def all(self, what: str, judge: Callable) -> Iterator:
-        """Yield what `judge` returns for each strike; it gets what `strike` returns."""
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            yield from pool.map(lambda number: self.t.late() or judge(*self.strike(what, number)), range(self.count))
+    def all(self, what: str, judge: Callable) -> list:
+        """Return what `judge` returns for each strike; it gets what `strike` returns."""
+        return self.t.each(lambda number: judge(*self.strike(what, number)), range(self.count))
 
 
 def killed(t: Torture, lives: Lives) -> None:
@@ -476,7 +480,7 @@ def killed(t: Torture, lives: Lives) -> None:
         shutil.rmtree(cwd)
         return done.returncode == -signal.SIGKILL, lost and f"in {stretch}: {lost}"
 
-    results = [result for result in lives.all("SIGKILL", judge) if result is not True]
+    results = lives.all("SIGKILL", judge)
     where = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in lives.spans.items())
     figures = f"{sum(hit for hit, _ in results)} before their end; stretches: {where}"
     t.note("SIGKILL, then the same command", len(results), [lost for _, lost in results if lost], figures)
@@ -494,7 +498,7 @@ def stopped(t: Torture, lives: Lives, name: str, code: int) -> None:
         shutil.rmtree(cwd)
         return seconds * (done.returncode == code), lost and f"in {stretch}: {lost}"
 
-    results = [result for result in lives.all(name, judge) if result is not True]
+    results = lives.all(name, judge)
     slowest = max((seconds for seconds, _ in results), default=0)  # none, when the time was used up before
     figures = f"{sum(seconds > 0 for seconds, _ in results)} before their end, slowest {slowest:.2f} s"
     t.note(f"{name}: one line, exit code {code}, 3 s", len(results), [lost for _, lost in results if lost], figures)
@@ -502,8 +506,8 @@ def stopped(t: Torture, lives: Lives, name: str, code: int) -> None:
 
 def converting(t: Torture, lives: Lives) -> None:
     """SIGTERM and SIGKILL while the base model is converted, which another process does."""
-    rounds, lost, slowest = t.count(12), [], 0.0
-    for number in range(rounds):
+
+    def attempt(number: int) -> tuple[float, str]:
         cwd, kill = lives.cwd(), number % 2
         (cwd / "model").mkdir()
         shutil.copy(t.model_dir / retrain.GRAPH_FILE, cwd / "model")
@@ -516,12 +520,13 @@ def converting(t: Torture, lives: Lives) -> None:
         struck = time.monotonic()
         process.wait()
         seconds = time.monotonic() - struck
-        done = ended(process)
-        slowest = max(slowest, seconds)
-        loss = complaint(done, (0, -9 if kill else 143)) or ("" if seconds < 3 else f"{seconds:.1f} s")
-        loss = loss or complaint(t.train(cwd, "--model_dir", "model"))
-        lost += [loss] if loss else []
-    t.note("SIGTERM and SIGKILL in the conversion, then the same command", rounds, lost, f"slowest {slowest:.2f} s")
+        loss = complaint(ended(process), (0, -9 if kill else 143)) or ("" if seconds < 3 else f"{seconds:.1f} s")
+        return seconds, loss or complaint(t.train(cwd, "--model_dir", "model"))
+
+    results = t.each(attempt, range(t.count(12)))
+    figures = f"slowest {max((seconds for seconds, _ in results), default=0):.2f} s"
+    what = "SIGTERM and SIGKILL in the conversion, then the same command"
+    t.note(what, len(results), [loss for _, loss in results if loss], figures)
 
 
 def death(t: Torture) -> None:
@@ -556,9 +561,9 @@ def side_by_side(t: Torture, lives: Lives) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def limited(size: int) -> Callable[[], None]:
-    """Return what makes a process unable to write files of more bytes than `size`, as a full disk does."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def limited(size: int) -> tuple[str, ...]:
+    """Return the command that makes a process unable to write files of more bytes than `size`, as a full disk does."""
+    return ("prlimit", f"--fsize={size}:{size}")
 
 
 def clean_failure(t: Torture, cwd: Path, codes: tuple, *flags, image_dir="pictures", **options) -> str:
@@ -575,40 +580,49 @@ def full_disk(t: Torture, source: Path) -> None:
     well = t.place("well")
     shutil.copytree(source, well / "pictures")
     t.train(well, *DEATH_FLAGS)
-    expected, lost = outputs(well), []
+    expected = outputs(well)
     sizes = sorted({path.stat().st_size for path in well.rglob("*") if path.is_file()})
     limits = sorted({0, 1, 50, *(size - 1 for size in sizes)})
     limits = limits if t.share == 1 else t.random("limits").sample(limits, t.count(len(limits)))
-    for limit in limits:
+    if not shutil.which("prlimit"):
+        return t.note("no file of more than so many bytes", 0, [], "skipped: it needs prlimit")
+
+    def attempt(limit: int) -> str:
         cwd = t.place("limit")
         shutil.copytree(source, cwd / "pictures", copy_function=shutil.copy2)
-        failed = clean_failure(t, cwd, (0, 1), *DEATH_FLAGS, preexec_fn=limited(limit))
+        failed = clean_failure(t, cwd, (0, 1), *DEATH_FLAGS, before=limited(limit))
         again = complaint(t.train(cwd, *DEATH_FLAGS)) or differences(
             {name: data for name, data in outputs(cwd).items() if "index_" not in name},
             {name: data for name, data in expected.items() if "index_" not in name},
         )
-        lost += [f"{limit} bytes: {loss}" for loss in (failed, again) if loss]
         shutil.rmtree(cwd)
-    t.note("no file of more than so many bytes, then the same command", len(limits), lost)
+        return "; ".join(f"{limit} bytes: {loss}" for loss in (failed, again) if loss)
+
+    found = t.each(attempt, limits)
+    t.note("no file of more than so many bytes, then the same command", len(found), list(filter(None, found)))
     small_file_systems(t, source)
 
 
 def small_file_systems(t: Torture, source: Path) -> None:
     """The working folder on a file system of a few KB."""
-    sizes, lost, tried = (40, 100, 200, 280, 320, 400), [], 0
-    for kilobytes in sizes if t.share == 1 else sizes[:: len(sizes) // 2]:
+    sizes = (40, 100, 200, 280, 320, 400)
+
+    def attempt(kilobytes: int) -> str | None:
         cwd = t.place("small")
         mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(cwd)]
         if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-            return t.note("a small file system", 0, [], "skipped: it needs the rights to mount one")
+            return None
         try:
             (cwd / "pictures").symlink_to(source)
             loss = clean_failure(t, cwd, (0, 1), *DEATH_FLAGS)
-            lost += [f"{kilobytes} KB: {loss}"] if loss else []
-            tried += 1
         finally:
             subprocess.run(["umount", str(cwd)], check=True)
-    t.note("a file system of 40 to 400 KB", tried, lost)
+        return loss and f"{kilobytes} KB: {loss}"
+
+    found = t.each(attempt, sizes if t.share == 1 else sizes[:: len(sizes) // 2])
+    if None in found:
+        return t.note("a small file system", 0, [], "skipped: it needs the rights to mount one")
+    t.note("a file system of 40 to 400 KB", len(found), list(filter(None, found)))
 
 
 def odd_names(t: Torture, source: Path) -> None:
@@ -626,20 +640,21 @@ def odd_names(t: Torture, source: Path) -> None:
         "é".encode("latin-1"),
         deep,
     ]
-    lost = []
-    for name in map(os.fsdecode, names):
+
+    def attempt(name: str) -> str:
         cwd = t.place("odd") / name
         cwd.mkdir(parents=True)
         for label in ("first", "second"):
             shutil.copytree(source / "green", cwd / name / f"{label} {Path(name).name}"[:200])
         done = t.train(cwd, f"--image_dir={name}")
-        loss = complaint(done) or (
-            "control characters" if re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout + done.stderr) else ""
-        )
+        control = re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout + done.stderr)
         named = ended(start("predict.py", "--image", f"./{name}", cwd=cwd))
-        loss = loss or complaint(named) or ("" if len(named.stdout.splitlines()) > 9 else "nothing named")
-        lost += [f"{name!r}: {loss}"] if loss else []
-    t.note("odd names of folders, 240 characters", len(names), lost)
+        loss = complaint(done) or complaint(named) or ("control characters" if control else "")
+        loss = loss or ("" if len(named.stdout.splitlines()) > 9 else "nothing named")
+        return loss and f"{name!r}: {loss}"
+
+    found = t.each(attempt, map(os.fsdecode, names))
+    t.note("odd names of folders, 240 characters", len(found), list(filter(None, found)))
 
 
 def odd_files(t: Torture, source: Path) -> None:
@@ -688,8 +703,9 @@ def forbidden_places(t: Torture, source: Path) -> None:
         "read-only logs": ("retrain_logs", 0o555, (1,)),
         "unreadable logs": ("retrain_logs/train", 0, (1,)),
     }
-    lost = []
-    for what, (place, mode, codes) in forbid.items():
+
+    def attempt(what: str) -> str:
+        place, mode, codes = forbid[what]
         cwd = t.place("forbidden")
         shutil.copytree(source, cwd / "pictures")
         for folder in ("bottleneck/green", "retrain_logs/train"):
@@ -697,10 +713,12 @@ def forbidden_places(t: Torture, source: Path) -> None:
         if place:
             (cwd / place).chmod(mode)
         loss = clean_failure(t, cwd, codes, before=WITHOUT_RIGHTS, env=environment)
-        lost += [f"{what}: {loss}"] if loss else []
         if place:
             (cwd / place).chmod(0o755)
-    t.note("read-only and unreadable places, no home", len(forbid), lost)
+        return loss and f"{what}: {loss}"
+
+    found = t.each(attempt, forbid)
+    t.note("read-only and unreadable places, no home", len(found), list(filter(None, found)))
 
 
 def no_temporary_folder(t: Torture, source: Path) -> None:
@@ -734,14 +752,14 @@ def no_temporary_folder(t: Torture, source: Path) -> None:
 
 def changing_files(t: Torture, source: Path) -> None:
     """Pictures that vanish, change, are cut short and come back while a run works."""
-    rounds, lost = t.count(20), []
-    for number in range(rounds):
+
+    def attempt(number: int) -> str:
         chance, cwd, over = t.random(f"changing {number}"), t.place("changing"), threading.Event()
         shutil.copytree(source, cwd / "pictures")
         paths = sorted((cwd / "pictures").glob("*/*.jpg"))
         contents = {path: path.read_bytes() for path in paths}
 
-        def change(chance=chance, over=over, paths=paths, contents=contents) -> None:
+        def change() -> None:
             while not over.wait(0.002):
                 path = chance.choice(paths)
                 kind = chance.randrange(4)
@@ -761,9 +779,12 @@ def changing_files(t: Torture, source: Path) -> None:
         loss = complaint(done, (0, 1)) or complaint(again) or ", ".join(leftovers(cwd))
         bottlenecks = len(list((cwd / "bottleneck").rglob("*_v3.txt")))
         loss = loss or ("" if bottlenecks == len(paths) else f"{bottlenecks} bottlenecks of {len(paths)} pictures")
-        lost += [f"round {number}: {loss}"] if loss else []
         shutil.rmtree(cwd)
-    t.note("pictures that vanish and change meanwhile, then the same command", rounds, lost)
+        return loss and f"round {number}: {loss}"
+
+    found = t.each(attempt, range(t.count(20)))
+    what = "pictures that vanish and change meanwhile, then the same command"
+    t.note(what, len(found), list(filter(None, found)))
 
 
 def odd_streams(t: Torture, source: Path) -> None:
@@ -827,17 +848,18 @@ def hostile_lites(t: Torture) -> None:
     head = retrain.Head(np.ones((base.bottleneck_size, 3), np.float32), np.zeros(3, np.float32))
     whole, chance = retrain.lite_with_head(base.lite_path.read_bytes(), head), t.random("lites")
     path, lost, refused, crashed = t.place("lites") / "x.tflite", [], 0, 0
-    count = t.count(2000)
-    for number in range(count):
+    for count in range(1, t.count(2000) + 1):
+        if t.late():
+            break
         path.write_bytes(mutated(whole, whole[::-1], chance))
         try:
             retrain.check_lite(path)
         except retrain.UserError as error:
             refused += 1
             crashed += "crashed" in str(error)
-            lost += [f"{number}: {error}"] if "comes to no end" in str(error) else []
+            lost += [f"{count}: {error}"] if "comes to no end" in str(error) else []
         except Exception as error:
-            lost.append(f"{number}: {error!r}")
+            lost.append(f"{count}: {error!r}")
     t.note("damaged .tflite files", count, lost, f"{refused} refused, {crashed} of which crashed the child process")
 
 
@@ -950,9 +972,8 @@ def hostile_archives(t: Torture) -> None:
 
 def damaged_graphs(t: Torture) -> None:
     """Damaged base models and trained graphs, run by TensorFlow."""
-    whole, chance, lost, refused = (t.model_dir / retrain.GRAPH_FILE).read_bytes(), t.random("graphs"), [], 0
+    whole, chance = (t.model_dir / retrain.GRAPH_FILE).read_bytes(), t.random("graphs")
     source = make_image_dir(t.place("source") / "pictures", 4)
-    count = t.count(40)
 
     def attempt(data: bytes) -> tuple[bool, str]:
         cwd = t.place("damaged")
@@ -962,11 +983,9 @@ def damaged_graphs(t: Torture) -> None:
         shutil.rmtree(cwd)
         return done.returncode != 0, complaint(done, (0, 1))
 
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        for failed, loss in pool.map(attempt, [mutated(whole, whole[::-1], chance) for _ in range(count)]):
-            refused += failed
-            lost += [loss] if loss else []
-    t.note("damaged base models in training", count, lost, f"{refused} refused")
+    found = t.each(attempt, [mutated(whole, whole[::-1], chance) for _ in range(t.count(40))])
+    lost = [loss for _, loss in found if loss]
+    t.note("damaged base models in training", len(found), lost, f"{sum(failed for failed, _ in found)} refused")
 
 
 def hostile(t: Torture) -> None:
