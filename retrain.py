@@ -91,7 +91,7 @@ except ImportError as missing:
     )
 
 # ======================================================================================================================
-# Common ground: errors, whole files, progress, all cores, names
+# Common ground: errors, whole files, journals, progress, all cores, names
 # ======================================================================================================================
 
 log = logging.getLogger("retrain")
@@ -204,6 +204,37 @@ def remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+class Journal:
+    """A file with a JSON value in each line, which many threads may add to; a killed run leaves half a line at most."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock, self.torn = path, threading.RLock(), False
+
+    def read(self) -> list:
+        """Return the values, [] if there is no such file; what is no JSON is left out. Raises UserError."""
+        try:
+            data = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise UserError(f"{self.path} could not be read ({error.strerror or error}).") from error
+        self.torn = bool(data) and not data.endswith(b"\n")
+        values = []
+        for line in data.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                values.append(json.loads(line))
+        return values
+
+    def append(self, value) -> None:
+        """Add a line, at once and whole. Raises UserError."""
+        line = json.dumps(value, ensure_ascii=False) + "\n"
+        with self.lock:
+            try:
+                with open(self.path, "ab") as file:
+                    file.write(b"\n" * self.torn + line.encode("utf-8", "backslashreplace"))
+            except OSError as error:
+                raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
+            self.torn = False
 
 
 class PlainLines:
@@ -1403,20 +1434,14 @@ class Manifest:
     url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
     well); `reason`, and the `limit` or `twin` that it is about; sha256, width and height of what came; of what is kept
     its file, and looks: the perceptual hash in hexadecimal.
-
     """
 
     def __init__(self, folder: Path, settings: CrawlSettings):
-        self.folder, self.path, self.staging = folder, folder / MANIFEST, folder / ".crawl"
-        self.settings, self.lock, self.entries, self.reasons = settings, threading.Lock(), {}, Counter()
-        try:
-            text = self.path.read_bytes() if self.path.exists() else b""
-        except OSError as error:
-            raise UserError(f"{self.path} could not be read ({error.strerror or error}).") from error
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a run was killed writing it
-                self.remember(read_entry(line))
-        self.torn = bool(text) and not text.endswith(b"\n")
+        self.folder, self.journal, self.staging = folder, Journal(folder / MANIFEST), folder / ".crawl"
+        self.settings, self.entries, self.reasons = settings, {}, Counter()
+        for entry in self.journal.read():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                self.remember(checked_entry(entry))
         remove_leftovers(self.staging)
         for url, entry in self.entries.items():  # a run was killed between the record and what is to follow
             if entry["outcome"] == "kept" and self.staged(url).exists():
@@ -1449,17 +1474,11 @@ class Manifest:
         self.entries[entry["url"]] = entry
 
     def record(self, found: Found, outcome: str, **facts) -> None:
-        """Append a line, at once and whole."""
+        """Write down what became of an address, and remember it."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entry = {**dataclasses.asdict(found), "time": now, "outcome": outcome, **facts}
-        line = json.dumps(entry, ensure_ascii=False) + "\n"
-        with self.lock:
-            try:
-                with open(self.path, "ab") as file:
-                    file.write(b"\n" * self.torn + line.encode("utf-8", "backslashreplace"))
-            except OSError as error:
-                raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
-            self.torn = False
+        with self.journal.lock:
+            self.journal.append(entry)
             self.remember(entry)
 
     def keep(self, found: Found, picture: Picture) -> None:
@@ -1481,9 +1500,8 @@ class Manifest:
         return Counter({reason: count for reason, count in self.reasons.items() if reason and count > 0})
 
 
-def read_entry(line: bytes) -> dict:
-    """Return an entry of crawl.jsonl. Raises ValueError, TypeError or KeyError for what is none."""
-    entry = json.loads(line)
+def checked_entry(entry) -> dict:
+    """Return an entry of crawl.jsonl as it is. Raises ValueError, TypeError or KeyError for what is none."""
     if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
         if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
             raise ValueError
@@ -3295,22 +3313,17 @@ class BottleneckStore:
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
         self.folder, self.base, self.reading = Path(folder), base, reading
         self.recipe = f"{base.fingerprint[:16]} {dataclasses.astuple(reading)}"
-        self.index_path = self.folder / f"index_{base.name}.jsonl"
+        self.index = Journal(self.folder / f"index_{base.name}.jsonl")
         self.skipped_path = self.folder / f"skipped_{base.name}.tsv"
-        self.records, self.lock = {}, threading.Lock()
+        self.records = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder in [self.folder, *self.folder.glob("*"), *self.folder.glob("*-????????/*")]:
             if folder.is_dir():
                 remove_leftovers(folder)
-        if self.index_path.exists():
-            lines = self.index_path.read_bytes()
-            if not lines.endswith(b"\n"):  # half a line of a killed run, to which nothing must be appended
-                with open(self.index_path, "ab") as index:
-                    index.write(b"\n")
-            for line in lines.splitlines():
-                with contextlib.suppress(ValueError, TypeError, RecursionError):
-                    name, *record = json.loads(line)
-                    self.records[name] = record
+        for entry in self.index.read():
+            with contextlib.suppress(ValueError, TypeError):  # it is no record
+                name, *record = entry
+                self.records[name] = record
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
@@ -3343,15 +3356,13 @@ class BottleneckStore:
         """Keep the features of an image, made from it as `record` says."""
         name = self.name(image, variant)
         path = self.folder / name
-        line = json.dumps([name, *record]).encode() + b"\n"
         with whole_file(path) as temporary:
             temporary.write_text(",".join([f"{value:.9g}" for value in values.tolist()]), "ascii")
             # The old file goes and the record comes before the new file: a run killed in between leaves no file, never
             # one that the record doesn't fit.
             path.unlink(missing_ok=True)
-            with self.lock, open(self.index_path, "ab") as index:
-                index.write(line)
-                self.records[name] = record
+            self.index.append([name, *record])
+            self.records[name] = record
 
     def write_skipped(self, skipped: dict[Path, str]) -> None:
         """List the files that were skipped, with their reasons, beside the bottlenecks."""

@@ -289,6 +289,27 @@ def test_spoilt_index_line_is_ignored(train, image_dir, computed, line):
     assert not computed
 
 
+def test_a_journal_outlives_half_a_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    values = [["\udcff é \u2028\n", 1], {"a": None}, 3]
+    for value in values[:2]:
+        retrain.Journal(path).append(value)
+    with open(path, "ab") as file:
+        file.write(b'["half')
+    journal = retrain.Journal(path)
+    assert journal.read() == values[:2]
+    journal.append(values[2])
+    assert retrain.Journal(path).read() == values
+
+
+def test_an_index_that_can_not_be_read_is_named(train, image_dir, capsys):
+    index = image_dir.parent / "bottleneck/index_inception_v3.jsonl"
+    index.mkdir(parents=True)
+    assert train() == 1
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert f"{index.name} could not be read" in said
+
+
 # What can't be used
 
 
