@@ -2458,8 +2458,8 @@ def sealed(lite: bytes) -> bytes:
 
 def check_seal(path: Path) -> None:
     """Raise UserError unless a .tflite is as `sealed` left it."""
-    data = path.read_bytes() if path.is_file() else b""
-    if sealed(data[:-32]) != data:
+    data = memoryview(path.read_bytes() if path.is_file() else b"")  # whose parts are no copies of a hundred megabytes
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise UserError(f"{path} is damaged.")
 
 
