@@ -923,13 +923,13 @@ def guarded_adapter(allowed: Sequence, thread: threading.local):
     import requests.adapters
     import urllib3
 
-    class Answer(http.client.HTTPResponse):
+    class LimitedResponse(http.client.HTTPResponse):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             self.fp = io.BufferedReader(LimitedReader(self.fp.detach(), *thread.limits))
 
     class Guard:
-        response_class = Answer
+        response_class = LimitedResponse
 
         def _new_conn(self):  # where urllib3 has a plain socket, before any TLS is spoken
             connected = super()._new_conn()
@@ -947,14 +947,16 @@ def guarded_adapter(allowed: Sequence, thread: threading.local):
     class HTTPSPool(urllib3.HTTPSConnectionPool):
         ConnectionCls = type("HTTPS", (Guard, urllib3.connection.HTTPSConnection), {})
 
+    pools = {"http": HTTPPool, "https": HTTPSPool}
+
     class Adapter(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *arguments, **options):
             super().init_poolmanager(*arguments, **options)
-            self.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+            self.poolmanager.pool_classes_by_scheme = pools
 
         def proxy_manager_for(self, proxy, **options):
             manager = super().proxy_manager_for(proxy, **options)
-            manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+            manager.pool_classes_by_scheme = pools
             return manager
 
     return Adapter(pool_connections=LOOKAHEAD, pool_maxsize=LOOKAHEAD)
