@@ -2121,14 +2121,18 @@ def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> Non
             table.writerow([Path(os.path.relpath(image.path, image_dir)).as_posix(), image.label, image.split])
 
 
+def stem_of(key: str) -> str:
+    """Return `<class folder>/<file name up to _nohash_>`, which names near-identical pictures alike."""
+    folder, _, name = key.partition("/")
+    return f"{folder}/{name.split('_nohash_')[0]}"
+
+
 def percentage_hash(key: str) -> float:
     """Return where in [0, 100] a picture falls when the set is split: always the same, whatever else is there.
 
-    Names that agree up to `_nohash_` fall together, so that near-identical pictures stay on one side.
+    Pictures of one stem fall together, so that near-identical ones stay on one side.
     """
-    folder, _, name = key.partition("/")
-    hashed = f"{folder}/{name.split('_nohash_')[0]}"
-    digest = hashlib.sha1(os.fsencode(hashed), usedforsecurity=False).hexdigest()
+    digest = hashlib.sha1(os.fsencode(stem_of(key)), usedforsecurity=False).hexdigest()
     return int(digest, 16) % 2**27 * (100.0 / (2**27 - 1))
 
 
@@ -4228,8 +4232,7 @@ def groups_of(images: Sequence[Image], pairs: Sequence[tuple[int, int]]) -> np.n
 
     first_of, edges = {}, list(pairs)
     for row, image in enumerate(images):
-        folder, _, name = image.key.partition("/")
-        edges.append((first_of.setdefault((folder, name.split("_nohash_")[0]), row), row))
+        edges.append((first_of.setdefault(stem_of(image.key), row), row))
     ends = np.array(edges, np.intp).reshape(-1, 2).T
     links = coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(len(images), len(images)))
     return connected_components(links, directed=False)[1]
