@@ -1017,13 +1017,11 @@ class Web:
         """Return the host of an address. Raises Refusal, or ValueError, for one that must not be fetched."""
         import requests
 
-        try:
-            parts = urllib.parse.urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            if not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
-                raise ValueError
-        except KeyError:
-            raise Refusal("no http or https address") from None
+        parts = urllib.parse.urlsplit(url)
+        usual_port = {"http": 80, "https": 443}.get(parts.scheme)
+        if not usual_port or not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
+            raise Refusal("no http or https address")
+        port = parts.port or usual_port
         try:
             places = {place[4][0] for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
         except (OSError, UnicodeError):
