@@ -698,7 +698,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
-    if flags.crawl and not flags.crawl_count and not sys.stdin.isatty():
+    can_be_asked = sys.stdin is not None and sys.stdin.isatty()  # None where it was closed
+    if flags.crawl and not flags.crawl_count and not can_be_asked:
         parser.error("--crawl_count: say how many pictures of each class are wanted")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")

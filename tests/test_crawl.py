@@ -1167,6 +1167,15 @@ def test_a_count_is_needed_off_a_terminal(tmp_path):
 
 
 @POSIX
+def test_a_count_is_needed_without_a_stdin(tmp_path):
+    shell = 'exec "$0" "$@" <&-'  # as some services start what they start
+    command = ["sh", "-c", shell, sys.executable, str(ROOT / "retrain.py"), "--crawl", "names.txt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert "--crawl_count" in done.stderr and "Traceback" not in done.stderr
+
+
+@POSIX
 def test_a_count_is_asked_for_on_a_terminal(server, tmp_path):
     import pty
 
