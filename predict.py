@@ -9,6 +9,7 @@ second. A graph that stands alone, ours or one of the classic script's, is run b
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import functools
@@ -18,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from retrain import (
     BOTTLENECK_NODE,
@@ -50,6 +52,10 @@ from retrain import (
     whole_file,
 )
 
+if TYPE_CHECKING:  # only to name them
+    import numpy as np
+    from tensorflow import Tensor
+
 # A function from a picture's path to its scores, float32 [labels], and its bottleneck, float32 [n], or None where that
 # can't be had. It raises ImageError.
 Scorer = Callable[[Path], tuple]
@@ -66,7 +72,7 @@ class Classifier:
     workers: list[Scorer]
     familiar: Familiar | None = None
 
-    def unsure(self, scores, bottleneck) -> bool:
+    def unsure(self, scores: np.ndarray, bottleneck: np.ndarray | None) -> bool:
         """Tell whether a picture is not to be named, since it is unlike those of the training, or no score is high."""
         if self.familiar is None or bottleneck is None:
             return False
@@ -169,7 +175,7 @@ def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
 
     wanted = [f"{outputs[-1]}:0", *(f"{node.name}:0" for node in graph.node if node.name == BOTTLENECK_NODE)]
 
-    def imported(pixels):
+    def imported(pixels: Tensor) -> list[Tensor]:
         return tf.import_graph_def(graph, {f"{JPEG_NODE}:0": pixels}, wanted, name="")
 
     # Fed behind its decoder, the graph sees the pictures as training saw them: all formats, upright.
@@ -291,7 +297,7 @@ def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> Non
         temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def parse_flags(arguments: Sequence[str] | None):
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = Parser(
         prog="predict.py", allow_abbrev=False, description="Name pictures with what retrain.py has trained."
@@ -309,7 +315,7 @@ def parse_flags(arguments: Sequence[str] | None):
     return parser.parse_args(arguments)
 
 
-def run(flags) -> int:
+def run(flags: argparse.Namespace) -> int:
     """Name the pictures; return 1 if one of them could not be read, else 0."""
     paths = find_images(flags.pictures + flags.image or ["test_images"])
     classifier = load_classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)

@@ -56,14 +56,25 @@ import urllib.robotparser
 import uuid
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
+    from multiprocessing.connection import Connection
+
+    from requests import Response
+    from requests.adapters import HTTPAdapter
+    from tensorflow import Tensor
+    from tensorflow.core.framework.graph_pb2 import GraphDef
+    from tqdm import tqdm
 
 started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
 
 
-def leave_at_once(signal_number: int, frame) -> None:
+def leave_at_once(signal_number: int, frame: object) -> None:
     """End a process that has done nothing yet."""
     print(f"{Path(sys.argv[0]).name}: stopped.", file=sys.stderr, flush=True)
     os._exit(128 + signal_number)
@@ -98,7 +109,7 @@ log = logging.getLogger("retrain")
 # What is read, by the names that Pillow gives to formats.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 # pandas, which TensorFlow and cleanlab load, looks for a package of this name, and would take our folder for it.
-sys.modules.setdefault("bottleneck", None)
+sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]  # None: there is none
 # Large pictures and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -115,7 +126,7 @@ class Stopped(KeyboardInterrupt):
     """The process was asked to end, by SIGTERM; handled like Ctrl-C."""
 
 
-def stop(signal_number: int, frame) -> None:
+def stop(signal_number: int, frame: object) -> None:
     """End the process in an orderly way when it is asked to."""
     raise Stopped
 
@@ -225,7 +236,7 @@ class Journal:
                 values.append(json.loads(line))
         return values
 
-    def append(self, value) -> None:
+    def append(self, value: object) -> None:
         """Add a line, at once and whole. Raises UserError."""
         line = json.dumps(value, ensure_ascii=False) + "\n"
         with self.lock:
@@ -248,7 +259,7 @@ class PlainLines:
         sys.stderr.flush()
 
 
-def progress_bar(doing: str, total: int, unit: str, **options):
+def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tqdm:
     """Return a tqdm bar with rate and time left; off a terminal it prints a plain line every ten seconds."""
     from tqdm import tqdm
 
@@ -281,8 +292,8 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple
     An exception in a worker is raised here.
     """
     items = list(items)
-    waiting, lock, finished = iter(items), threading.Lock(), queue.SimpleQueue()
-    stopped = threading.Event()
+    waiting, lock, stopped = iter(items), threading.Lock(), threading.Event()
+    finished: queue.SimpleQueue[tuple] = queue.SimpleQueue()
 
     def work(worker: Callable) -> None:
         while not stopped.is_set():
@@ -311,11 +322,11 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple
             thread.join(timeout=max(0, deadline - time.monotonic()))
 
 
-def answer(work: Callable, arguments: Sequence, pipe) -> None:
+def answer(work: Callable, arguments: Sequence, pipe: Connection) -> None:
     """Send (result, error) of the work: what the process does that in_child starts, and which ends with that one."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        result = work(*arguments), None
+        result: tuple[Any, Exception | None] = work(*arguments), None
     except Exception as error:
         result = None, error
     with contextlib.suppress(BrokenPipeError):  # nobody is left to be answered
@@ -331,7 +342,7 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def in_child(what: str, seconds: float, forked: bool, work: Callable, *arguments):
+def in_child(what: str, seconds: float, forked: bool, work: Callable, *arguments: object) -> Any:
     """Return what `work` returns, or raise what it raises, in a process of its own, for native code that may crash.
 
     what: the beginning of a sentence about what is wrong if it does, or takes longer than so many seconds: a UserError.
@@ -339,7 +350,8 @@ def in_child(what: str, seconds: float, forked: bool, work: Callable, *arguments
     """
     import multiprocessing
 
-    context = multiprocessing.get_context("fork" if forked and sys.platform == "linux" else "spawn")
+    way = "fork" if forked and sys.platform == "linux" else "spawn"
+    context: Any = multiprocessing.get_context(way)  # Any: the type of all contexts has no Process
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(work, arguments, theirs), daemon=True)
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -393,7 +405,7 @@ def quiet_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def import_tensorflow():
+def import_tensorflow() -> ModuleType:
     """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
@@ -447,7 +459,7 @@ ARCHITECTURES = {"auto": (), "inception_v3": (), "starter": (), "vgg16": ("avg_p
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistyped flag with the one that was probably meant."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
@@ -459,7 +471,7 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float = math.inf, also: Sequence[float] = ()) -> Callable:
     """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all')."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -516,7 +528,15 @@ def ip_networks(text: str) -> tuple:
         raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
 
 
-def add_flag(group, name: str, default, kind: Callable, metavar: str, purpose: str, **options) -> None:
+def add_flag(
+    group: argparse._ActionsContainer,
+    name: str,
+    default: object,
+    kind: Callable,
+    metavar: str,
+    purpose: str,
+    **options: Any,
+) -> None:
     """Add a flag to a group of the parser; its default is told with its purpose, unless that is 'nothing'."""
     told = "" if default in (None, "", ()) or kind in (switch, source_named) else f" ({default})"
     if kind in (switch, ip_networks):
@@ -769,7 +789,7 @@ class Refusal(Exception):
     try again; status: the HTTP status, if that is why; facts: what is known of the file that came, for the record.
     """
 
-    def __init__(self, reason: str, passing: bool = False, again: bool | None = None, **more):
+    def __init__(self, reason: str, passing: bool = False, again: bool | None = None, **more: Any):
         super().__init__(reason)
         self.passing, self.again = passing, passing if again is None else again
         self.status, self.wait, self.facts = more.get("status", 0), more.get("wait", 0), more.get("facts", {})
@@ -797,7 +817,7 @@ class Answer:
         import bs4.dammit
 
         named = bs4.dammit.EncodingDetector.find_declared_encoding(self.body, is_html=True)
-        for encoding in (self.charset, named, "utf-8"):
+        for encoding in filter(None, (self.charset, named, "utf-8")):
             with contextlib.suppress(LookupError, UnicodeError, TypeError):
                 return self.body.decode(encoding)
         return self.body.decode("windows-1252", "replace")
@@ -836,7 +856,10 @@ class HostGate:
 
     def __init__(self, parallel: int, host_parallel: int, delay: float):
         self.parallel, self.host_parallel, self.delay = parallel, host_parallel, delay
-        self.delays, self.next_start, self.busy, self.trouble = {}, Counter(), Counter(), Counter()
+        self.delays: dict[str, float] = {}
+        self.next_start: dict[str, float] = defaultdict(float)
+        self.trouble: dict[str, float] = defaultdict(float)
+        self.busy: Counter[str] = Counter()
         self.changed = threading.Condition()
 
     def delay_of(self, host: str) -> float:
@@ -901,7 +924,7 @@ class LimitedReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:
         count = self.raw.readinto(buffer)
         self.left -= count or 0
         if self.left < 0:
@@ -915,7 +938,7 @@ class LimitedReader(io.RawIOBase):
         super().close()
 
 
-def guarded_adapter(allowed: Sequence, thread: threading.local):
+def guarded_adapter(allowed: Sequence, thread: threading.local) -> HTTPAdapter:
     """Return an adapter for requests whose connections check whom they reached, and keep to `thread.limits`.
 
     The name was resolved and checked before, but a hostile name server can answer the second time with another address:
@@ -925,14 +948,14 @@ def guarded_adapter(allowed: Sequence, thread: threading.local):
     import urllib3
 
     class LimitedResponse(http.client.HTTPResponse):
-        def __init__(self, *arguments, **options):
+        def __init__(self, *arguments: Any, **options: Any):
             super().__init__(*arguments, **options)
             self.fp = io.BufferedReader(LimitedReader(self.fp.detach(), *thread.limits))
 
-    class Guard:
+    class Guarded(urllib3.connection.HTTPConnection):
         response_class = LimitedResponse
 
-        def _new_conn(self):  # where urllib3 has a plain socket, before any TLS is spoken
+        def _new_conn(self) -> socket.socket:  # where urllib3 has a plain socket, before any TLS is spoken
             connected = super()._new_conn()
             try:
                 if not self.proxy:  # which stands where it likes; the address behind it was checked by name
@@ -942,20 +965,23 @@ def guarded_adapter(allowed: Sequence, thread: threading.local):
                 raise
             return connected
 
+    class GuardedTLS(Guarded, urllib3.connection.HTTPSConnection):
+        pass
+
     class HTTPPool(urllib3.HTTPConnectionPool):
-        ConnectionCls = type("HTTP", (Guard, urllib3.connection.HTTPConnection), {})
+        ConnectionCls = Guarded
 
     class HTTPSPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = type("HTTPS", (Guard, urllib3.connection.HTTPSConnection), {})
+        ConnectionCls = GuardedTLS
 
     pools = {"http": HTTPPool, "https": HTTPSPool}
 
     class Adapter(requests.adapters.HTTPAdapter):
-        def init_poolmanager(self, *arguments, **options):
+        def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
             super().init_poolmanager(*arguments, **options)
             self.poolmanager.pool_classes_by_scheme = pools
 
-        def proxy_manager_for(self, proxy, **options):
+        def proxy_manager_for(self, proxy: str, **options: Any) -> urllib3.ProxyManager:
             manager = super().proxy_manager_for(proxy, **options)
             manager.pool_classes_by_scheme = pools
             return manager
@@ -976,7 +1002,8 @@ class Web:
         self.settings, self.thread = settings, threading.local()
         host_parallel = settings.host_parallel or (2 if settings.host_delay else settings.parallel)
         self.gate = HostGate(settings.parallel, host_parallel, settings.host_delay)
-        self.robots, self.robots_lock = {}, threading.Lock()
+        self.robots: dict[str, tuple[threading.Lock, list]] = {}
+        self.robots_lock = threading.Lock()
         self.session = requests.Session()
         self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
         self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
@@ -989,14 +1016,15 @@ class Web:
 
         robots: whether robots.txt has a say. Raises Refusal.
         """
-        for pause in (*CRAWL_PAUSES, None):
+        for pause in CRAWL_PAUSES:
             try:
                 return self.follow(url, most_bytes, robots, headers or {})
             except Refusal as refusal:
-                if not refusal.again or pause is None or refusal.wait > LONGEST_WAIT:
+                if not refusal.again or refusal.wait > LONGEST_WAIT:
                     raise
                 if not refusal.wait:  # a host that names its own pause has got it already
                     time.sleep(pause * random.uniform(0.5, 1.5))
+        return self.follow(url, most_bytes, robots, headers or {})
 
     def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> Answer:
         """Return the answer as get does, in one try."""
@@ -1024,7 +1052,7 @@ class Web:
             raise Refusal("no http or https address")
         port = parts.port or usual_port
         try:
-            places = {place[4][0] for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
+            places = {str(place[4][0]) for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
         except (OSError, UnicodeError):
             if not requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)):  # which may know the name
                 raise Refusal("unknown host", passing=True) from None
@@ -1056,8 +1084,7 @@ class Web:
             if not 400 <= refusal.status < 500 or refusal.passing:
                 other = refusal.passing or str(refusal) == "private address"  # than a file that is no robots.txt
                 return Refusal(str(refusal) if other else "robots.txt can't be read", refusal.passing, again=False)
-            rules.disallow_all = refusal.status in (401, 403)
-            rules.allow_all = not rules.disallow_all
+            rules.parse(["User-agent: *", "Disallow: /"] if refusal.status in (401, 403) else [])
             return rules
         except (ValueError, OverflowError):
             return Refusal("robots.txt can't be read")
@@ -1070,9 +1097,10 @@ class Web:
         """Return the answer to one request, or where it redirects to. Raises Refusal."""
         started, timeout = time.monotonic(), self.settings.timeout
         self.thread.limits = most_bytes, started + PATIENCE * timeout
-        options = {"headers": headers, "stream": True, "timeout": timeout, "allow_redirects": False}
         try:
-            with self.session.get(url, **options) as response:
+            with self.session.get(
+                url, headers=headers, stream=True, timeout=timeout, allow_redirects=False
+            ) as response:
                 if target := self.session.get_redirect_target(response):
                     return urllib.parse.urljoin(url, target)
                 self.check_status(response, host)
@@ -1086,7 +1114,7 @@ class Web:
                 self.gate.note(host, time.monotonic() - started)
             raise refusal from None
 
-    def check_status(self, response, host: str) -> None:
+    def check_status(self, response: Response, host: str) -> None:
         """Raise Refusal unless the answer is what was asked for; give the host the pause that it asks for."""
         code = response.status_code
         if code == 200:
@@ -1107,7 +1135,7 @@ def seconds_of(retry_after: str) -> float:
     return 0.0
 
 
-def read_at_most(response, most_bytes: int) -> bytes:
+def read_at_most(response: Response, most_bytes: int) -> bytes:
     """Return the body of an answer. Raises Refusal when it is longer, whatever it says of its length."""
     declared, body = response.headers.get("Content-Length", ""), bytearray()
     if declared.isdecimal() and (len(declared) > 15 or int(declared) > most_bytes):
@@ -1149,9 +1177,13 @@ class Source:
 
     def __init__(self, name: str, argument: str, web: Web):
         self.name, self.web, self.address = name, web, argument or self.address
-        self.related = []  # words to search for instead, when it knows any
+        self.related: list[str] = []  # words to search for instead, when it knows any
 
-    def ask(self, url: str = "", robots: bool = False, headers: dict | None = None, **query) -> Answer:
+    def results(self, words: str) -> Iterator[list[Found]]:
+        """Yield what is found, page by page. Raises SourceError."""
+        raise NotImplementedError
+
+    def ask(self, url: str = "", robots: bool = False, headers: dict | None = None, **query: object) -> Answer:
         """Return a page of results, by default at the source's address. Raises SourceError.
 
         robots: whether robots.txt is asked. Search engines forbid their results to all robots; whoever names one here
@@ -1232,7 +1264,7 @@ class Bing(Source):
                 raise self.changed(answer.url, "a.iusc")
             yield self.read(answer.url, entries, self.found, "'murl' in the 'm' of its a.iusc")
 
-    def found(self, entry) -> Found:
+    def found(self, entry: Any) -> Found:
         """Return the result that a link of the page stands for."""
         facts = json.loads(entry["m"])
         return Found(facts["murl"], self.name, facts.get("purl"), title=plain(facts.get("t")))
@@ -1261,13 +1293,20 @@ class Baidu(Source):
     def found(self, entry: str) -> Found:
         """Return the result whose address an entry of the page's script begins with."""
         string = r'\s*("(?:[^"\\]|\\.)*")'
+
+        def told(before: str) -> str:
+            """Return the string behind this. Raises ValueError for one that is in no proper JSON, as some, or none."""
+            if match := re.search(before + string, entry):
+                return json.loads(match[1])
+            raise ValueError
+
         page, title = None, None
-        with contextlib.suppress(ValueError, TypeError):  # some are in no proper JSON
-            title = plain(json.loads(re.search(rf'"fromPageTitle":{string}', entry)[1]))
-        with contextlib.suppress(ValueError, TypeError):
-            page = json.loads(re.search(rf'"fromURL":{string}', entry)[1])
+        with contextlib.suppress(ValueError):
+            title = plain(told('"fromPageTitle":'))
+        with contextlib.suppress(ValueError):
+            page = told('"fromURL":')
         page = page if page and page.startswith("http") else None  # most are enciphered
-        return Found(json.loads(re.match(string, entry)[1]), self.name, page, title=title)
+        return Found(told("^"), self.name, page, title=title)
 
 
 class Page(Source):
@@ -1296,7 +1335,7 @@ class Page(Source):
 PICTURE_NAME = re.compile(r"[^?#]+\.(jpe?g|png|gif|bmp|webp)$", re.IGNORECASE)
 
 
-def largest_of(element) -> str | None:
+def largest_of(element: Any) -> str | None:
     """Return the address of the largest form of what an element of a web page shows, or links to; None for none.
 
     Pages that load their pictures as one scrolls keep the true address in a data- attribute, and a blank in `src`.
@@ -1349,8 +1388,8 @@ class List(Source):
 SOURCES = {"openverse": Openverse, "bing": Bing, "baidu": Baidu, "page": Page, "list": List}
 
 
-def parse_html(page: str):
-    """Return a web page as BeautifulSoup."""
+def parse_html(page: str) -> Any:
+    """Return a web page as BeautifulSoup, by whose types any attribute might be a list."""
     import bs4
 
     with warnings.catch_warnings():
@@ -1378,7 +1417,7 @@ def source_named(text: str) -> tuple[str, str]:
 def pages_of(sources: Sequence[Source], words: str, problems: list[SourceError]) -> Iterator[list[Found]]:
     """Yield what the sources find, page by page, one source after the other; note what went wrong with them."""
     for source in sources:
-        seen = set()
+        seen: set[str] = set()
         try:
             for page in itertools.islice(source.results(words), MOST_PAGES):
                 told = {found.url: found for found in page if isinstance(found.url, str)}
@@ -1406,7 +1445,8 @@ def look_at(path: Path, min_side: int, decode: Callable[[bytes], np.ndarray]) ->
     import imagehash
 
     data = path.read_bytes()
-    facts, reason, header = {"sha256": hashlib.sha256(data).hexdigest()}, "", None
+    facts: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
+    reason, header = "", None
     try:
         header = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         facts |= {"width": header.width, "height": header.height}
@@ -1424,9 +1464,9 @@ def look_at(path: Path, min_side: int, decode: Callable[[bytes], np.ndarray]) ->
         looks = "" if reason else str(imagehash.phash(PIL.Image.fromarray(decode(data)), hash_size=16))
     except ImageError as error:
         reason = str(error).split(" (")[0]
-    if reason:
-        raise Refusal(reason, facts=facts)
-    return Picture(path, facts["sha256"], ENDINGS[header.format], header.size, looks)
+    if reason or header is None:
+        raise Refusal(reason or "damaged", facts=facts)
+    return Picture(path, facts["sha256"], ENDINGS[header.format or ""], header.size, looks)
 
 
 class Manifest:
@@ -1439,7 +1479,9 @@ class Manifest:
 
     def __init__(self, folder: Path, settings: CrawlSettings):
         self.folder, self.journal, self.staging = folder, Journal(folder / MANIFEST), folder / ".crawl"
-        self.settings, self.entries, self.reasons = settings, {}, Counter()
+        self.settings = settings
+        self.entries: dict[str, dict] = {}
+        self.reasons: Counter[str | None] = Counter()
         for entry in self.journal.read():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 self.remember(checked_entry(entry))
@@ -1464,17 +1506,17 @@ class Manifest:
         entry = self.entries.get(url)
         if entry is None or entry["outcome"] == "failed":
             return False
-        limit = LIMITS.get(entry.get("reason"))
+        limit = LIMITS.get(entry.get("reason", ""))
         return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
 
     def remember(self, entry: dict) -> None:
         """Take an entry for what is known of its address."""
         earlier = self.entries.get(entry["url"])
-        self.reasons[earlier and earlier.get("reason")] -= 1
+        self.reasons[earlier.get("reason") if earlier else None] -= 1
         self.reasons[entry.get("reason")] += 1
         self.entries[entry["url"]] = entry
 
-    def record(self, found: Found, outcome: str, **facts) -> None:
+    def record(self, found: Found, outcome: str, **facts: Any) -> None:
         """Write down what became of an address, and remember it."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entry = {**dataclasses.asdict(found), "time": now, "outcome": outcome, **facts}
@@ -1501,7 +1543,7 @@ class Manifest:
         return Counter({reason: count for reason, count in self.reasons.items() if reason and count > 0})
 
 
-def checked_entry(entry) -> dict:
+def checked_entry(entry: Any) -> dict:
     """Return an entry of crawl.jsonl as it is. Raises ValueError, TypeError or KeyError for what is none."""
     if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
         if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
@@ -1515,8 +1557,11 @@ def checked_entry(entry) -> dict:
 class Gallery:
     """Every picture there is, of every class, to tell a new one from one that is there already."""
 
-    def __init__(self):
-        self.place_of, self.place_from, self.places, self.bits = {}, {}, [], np.zeros((64, 256), bool)
+    def __init__(self) -> None:
+        self.place_of: dict[str, str] = {}
+        self.place_from: dict[str, str] = {}
+        self.places: list[str] = []
+        self.bits = np.zeros((64, 256), bool)
 
     def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
         """Add the picture at `place`, `<class folder>/<file name>`, and the address that it came from, if any."""
@@ -1612,9 +1657,9 @@ def alike(folder: str) -> str:
     return label_of(unicodedata.normalize("NFKC", folder).casefold()).strip()
 
 
-def in_background(work: Callable, *arguments) -> concurrent.futures.Future:
+def in_background(work: Callable, *arguments: object) -> concurrent.futures.Future:
     """Start the work in a thread of its own, which nobody waits for when the program ends; return its future."""
-    future = concurrent.futures.Future()
+    future: concurrent.futures.Future = concurrent.futures.Future()
 
     def run() -> None:
         try:
@@ -1643,7 +1688,9 @@ class Job:
 
     @property
     def is_refused(self) -> bool:
-        return self.is_done and not self.future.exception() and self.future.result() is None
+        if self.future is None or not self.future.done():
+            return False
+        return not self.future.exception() and self.future.result() is None
 
 
 def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Path], Picture]) -> Picture | None:
@@ -1695,7 +1742,7 @@ def start_jobs(jobs: Iterable[Job], wanted: int, host_room: int, fetch: Callable
     return room
 
 
-def refuse_twin(found: Found, same: str, place: str, manifest: Manifest, **facts) -> None:
+def refuse_twin(found: Found, same: str, place: str, manifest: Manifest, **facts: Any) -> None:
     """Record that a picture is there already, at `place`."""
     elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
     manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
@@ -1703,7 +1750,7 @@ def refuse_twin(found: Found, same: str, place: str, manifest: Manifest, **facts
 
 def settle(job: Job, manifest: Manifest, gallery: Gallery) -> None:
     """Keep the picture of a job that is done, unless it is there already."""
-    if (picture := job.future.result()) is None:
+    if job.future is None or (picture := job.future.result()) is None:
         return
     if twin := gallery.twin(picture):
         refuse_twin(job.found, *twin, manifest, **picture.facts)
@@ -1720,7 +1767,9 @@ def crawl_class(pages: Iterator[list[Found]], manifest: Manifest, web: Web, gall
     Many are fetched at once, but whether to keep them is decided in the order of the results: so a run that was stopped
     and resumed keeps the same ones.
     """
-    wanted, jobs, taken, page, ended = web.settings.count, deque(), set(), None, False
+    wanted, page, ended = web.settings.count, None, False
+    jobs: deque[Job] = deque()
+    taken: set[str] = set()
     if manifest.kept >= wanted:
         return
     host_room = max(LOOKAHEAD_HOST, 2 * web.gate.host_parallel)
@@ -1827,7 +1876,7 @@ def crawl(
     with open_eyes(functools.partial(look_at, min_side=settings.min_side, decode=decode)) as look:
         try:
             for manifest, words in zip(manifests, classes.values(), strict=True):
-                problems = []
+                problems: list[SourceError] = []
                 asked = [SOURCES[name](":".join(filter(None, (name, told))), told, web) for name, told in sources]
                 crawl_class(pages_of(asked, words, problems), manifest, web, gallery, look)
                 related[manifest.folder.name] = [word for source in asked for word in source.related]
@@ -1870,7 +1919,7 @@ def open_eyes(look: Callable[[Path], Picture]) -> Iterator[Callable[[Path], Pict
 
 def lock_file(descriptor: int) -> None:
     """Lock an open file until it is closed, or the process ends. Raises OSError if another process has."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
@@ -1961,7 +2010,8 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     if not folders:
         raise UserError(f"{flag} {image_dir}: it holds no folders; put the pictures of each class into one of its own.")
     unread = [entry for entry in root.iterdir() if entry.is_file() and not is_hidden(entry)]
-    images, folder_of = [], {}
+    images: list[Image] = []
+    folder_of: dict[str, Path] = {}
     for folder in folders:
         label = label_of(folder.name)
         if label in folder_of:
@@ -2151,7 +2201,7 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
     for _, group in by_label:
         keys = sorted((image.key for image in group), key=lambda key: (places[key], key))
 
-        def of(split: str, keys=keys) -> list[str]:
+        def of(split: str, keys: list[str] = keys) -> list[str]:
             return [key for key in keys if splits[key] == split]
 
         if not of("training"):
@@ -2171,7 +2221,7 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     were the same to the bit on 2,296 photographs.
     """
     cmyk = image.mode == "CMYK"
-    wanted = {"colorspace": "CMYK" if cmyk else "RGB", "fastdct": True}
+    wanted: dict[str, Any] = {"colorspace": "CMYK" if cmyk else "RGB", "fastdct": True}
     if scale > 1:
         wanted |= {"min_width": math.ceil(image.width / scale), "min_height": math.ceil(image.height / scale)}
     try:
@@ -2238,7 +2288,7 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
 def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
     """Return the pixels [height, width, 3] turned as the EXIF orientation of the opened picture says."""
     try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG))
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # a broken EXIF block is no reason to lose the picture
         return pixels
     return pixels if turn is None else np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
@@ -2506,11 +2556,12 @@ class TensorFlowModel:
     def __init__(self, base: BaseModel):
         """Load the graph of `base`."""
         self.run = graph_function(load_graph(base.graph_path, base.trusted), BOTTLENECK_NODE)
-        self.running, self.waiting = threading.Lock(), deque()
+        self.running = threading.Lock()
+        self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]] = deque()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Return the features float32 [n] of resized pixels float32 [height, width, 3]."""
-        answer = concurrent.futures.Future()
+        answer: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
             while not answer.done():
@@ -2601,7 +2652,7 @@ def network_error(error: Exception) -> DownloadError:
     """Return what a network error comes to, in plain words; requests tells it in the names of its classes."""
     import requests
 
-    if isinstance(error, requests.HTTPError):
+    if isinstance(error, requests.HTTPError) and error.response is not None:
         code = error.response.status_code
         reason = f"the server answered {code} {error.response.reason}".rstrip()
         return DownloadError(reason, final=400 <= code < 500 and code not in (408, 425, 429))
@@ -2674,7 +2725,7 @@ def check_nodes(path: Path) -> None:
 class BoundedReader:
     """The unpacked bytes of an archive, for tarfile: not so many that they would fill the memory or take for ever."""
 
-    def __init__(self, file, most: int):
+    def __init__(self, file: gzip.GzipFile, most: int):
         self.file, self.most, self.tell = file, most, file.tell
 
     def seek(self, place: int) -> int:
@@ -2698,7 +2749,8 @@ def extract_graph(archive: Path, graph_path: Path, check: Callable[[Path], None]
     try:
         with (
             gzip.open(archive) as unpacked,
-            tarfile.open(fileobj=BoundedReader(unpacked, 8 * GRAPH_SIZE), mode="r:") as members,
+            # The reader has neither write nor close, which reading doesn't need.
+            tarfile.open(fileobj=BoundedReader(unpacked, 8 * GRAPH_SIZE), mode="r:") as members,  # type: ignore[call-overload]
         ):
             for member in members:
                 if member.name.removeprefix("./") == GRAPH_FILE and member.isreg() and member.size <= 4 * GRAPH_SIZE:
@@ -2747,6 +2799,7 @@ def download_base_model(model_dir: Path, model_url: str, patient: bool = True) -
             check(part)
             os.replace(part, graph_path)
 
+    sources: list[tuple[str, Callable[[Path], None], int | None]]
     sources = [(ARCHIVE_URL, check_release, ARCHIVE_SIZE), (GRAPH_URL, check_release, GRAPH_SIZE)]
     if model_url:
         sources = [(model_url, check_nodes, None)]
@@ -2814,7 +2867,7 @@ def choose_graph(architecture: str, model_dir: Path, model_url: str) -> tuple[st
         return "starter", find_starter(model_dir), warning
 
 
-def check_ops(graph, path: Path, also: str = "") -> None:
+def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     import_tensorflow()
     from tensorflow.python.framework import op_def_registry
@@ -2831,7 +2884,7 @@ def check_ops(graph, path: Path, also: str = "") -> None:
             )
 
 
-def read_graph(path: Path, trusted: bool = False):
+def read_graph(path: Path, trusted: bool = False) -> GraphDef:
     """Return the GraphDef of a file, as it is. Raises UserError for a file that is none.
 
     trusted: whether it may hold any operation; else UserError is raised for one that is not in PURE_OPS.
@@ -2849,7 +2902,7 @@ def read_graph(path: Path, trusted: bool = False):
     return graph
 
 
-def load_graph(path: Path, trusted: bool = False):
+def load_graph(path: Path, trusted: bool = False) -> GraphDef:
     """Return the GraphDef of a base model from image bytes to bottleneck, folded and fit for batches of any size.
 
     Raises UserError for a file that is no graph or lacks the expected nodes. trusted: see read_graph.
@@ -2873,7 +2926,7 @@ def load_graph(path: Path, trusted: bool = False):
     return graph
 
 
-def fold_batch_norm(graph):
+def fold_batch_norm(graph: GraphDef) -> GraphDef:
     """Return a GraphDef with batch normalisation folded into the convolutions before it, and without CheckNumerics.
 
     BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs:
@@ -2917,7 +2970,7 @@ def fold_batch_norm(graph):
     return folded
 
 
-def pool_after_convolving(graph):
+def pool_after_convolving(graph: GraphDef) -> GraphDef:
     """Return a GraphDef in which a 1x1 convolution fed by an average pooling of stride 1 comes before it instead.
 
     One averages over places, the other mixes channels, so their order makes no difference to the numbers; but there are
@@ -2926,7 +2979,8 @@ def pool_after_convolving(graph):
     tf = import_tensorflow()
     swapped = type(graph)()
     swapped.CopyFrom(graph)
-    nodes, users = {node.name: node for node in swapped.node}, {}
+    nodes = {node.name: node for node in swapped.node}
+    users: dict[str, list] = {}
     for node in swapped.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
@@ -2945,25 +2999,26 @@ def pool_after_convolving(graph):
     return swapped
 
 
-def graph_input_size(graph) -> tuple[int, int]:
+def graph_input_size(graph: GraphDef) -> tuple[int, int]:
     """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its pictures."""
     tf = import_tensorflow()
     nodes = {node.name: node for node in graph.node}
     size = nodes[nodes[RESIZED_NODE].input[1]]
-    return tuple(int(side) for side in tf.make_ndarray(size.attr["value"].tensor))
+    height, width = (int(side) for side in tf.make_ndarray(size.attr["value"].tensor))
+    return height, width
 
 
-def graph_bottleneck_size(graph) -> int:
+def graph_bottleneck_size(graph: GraphDef) -> int:
     """Return how many features a GraphDef of the Inception-v3 kind gives."""
     (shape,) = (node for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape")
     return int(import_tensorflow().make_ndarray(shape.attr["value"].tensor)[-1])
 
 
-def graph_function(graph, output: str, batch: int | None = None):
+def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Callable:
     """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a GraphDef's output."""
     tf = import_tensorflow()
 
-    def imported(pixels):
+    def imported(pixels: Tensor) -> Tensor:
         return tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, [f"{output}:0"], name="")[0]
 
     return tf.compat.v1.wrap_function(imported, [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)])
@@ -3038,7 +3093,7 @@ def load_base_model(
     return BaseModel(name, graph_path, lite_path, mark, lite.input_size, lite.output_size, trusted)
 
 
-def image_graph(network: Callable, input_size: tuple[int, int]):
+def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     """Return the frozen GraphDef, of the Inception-v3 kind, of a TensorFlow function.
 
     network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features float32 [n, bottleneck size].
@@ -3101,7 +3156,7 @@ def find_vgg16(layer: str, model_dir: Path) -> Path:
         ) from error
 
 
-def load_vgg16_weights(model, weights: Path) -> None:
+def load_vgg16_weights(model: Any, weights: Path) -> None:
     """Load a file of weights, by Keras 2 as Keras offers it or by Keras 3. Raises UserError for one that is neither."""
     with tempfile.TemporaryDirectory() as folder:
         renamed = Path(folder, "keras3.weights.h5")  # Keras 3 tells its own format by the name
@@ -3113,7 +3168,7 @@ def load_vgg16_weights(model, weights: Path) -> None:
     raise UserError(f"{weights} holds no weights of Keras' VGG16, or not all; put the right file there.")
 
 
-def vgg16_graph(layer: str, weights: Path):
+def vgg16_graph(layer: str, weights: Path) -> GraphDef:
     """Return the frozen GraphDef of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096]."""
     keras = import_tensorflow().keras
     with_top = "notop" not in weights.name
@@ -3165,11 +3220,11 @@ def find_hub_module(handle: str) -> Path:
         ) from error
 
 
-def hub_functions(module) -> Iterator[tuple[Callable, list, str]]:
+def hub_functions(module: Any) -> Iterator[tuple[Callable, list, str]]:
     """Yield the functions of a loaded module that could give features, their inputs' TensorSpecs, and their names."""
     tf = import_tensorflow()
 
-    def specs(function) -> list:
+    def specs(function: Any) -> list:
         return [
             spec for spec in tf.nest.flatten(function.structured_input_signature) if isinstance(spec, tf.TensorSpec)
         ]
@@ -3180,9 +3235,9 @@ def hub_functions(module) -> Iterator[tuple[Callable, list, str]]:
     for name in HUB_SIGNATURES:
         if name in module.signatures:
             function = module.signatures[name]
-            key = next(iter(function.structured_input_signature[1]), None)
+            key = next(iter(function.structured_input_signature[1]), "")
 
-            def call(pixels, function=function, key=key):
+            def call(pixels: Tensor, function: Any = function, key: str = key) -> Any:
                 return function(**{key: pixels})
 
             yield call, specs(function), f"its signature {name!r}"
@@ -3203,7 +3258,7 @@ def tf1_hub_functions(folder: Path) -> list[tuple[Callable, list, str]]:
             )
             tensors = [graph.get_tensor_by_name(info.name) for info in given.values()]
 
-            def call(pixels, frozen=frozen, tensors=tensors, output=output):
+            def call(pixels: Tensor, frozen: Any = frozen, tensors: list = tensors, output: str = output) -> Tensor:
                 return tf.import_graph_def(frozen, {tensors[0].name: pixels}, [output])[0]
 
             specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
@@ -3232,7 +3287,7 @@ def hub_network(functions: Iterable, handle: str, image_size: int) -> tuple[Call
         if image_size and size != (image_size, image_size):
             raise UserError(f"--image_size {image_size}: the module takes pictures of {size[0]} x {size[1]} only.")
 
-        def network(pixels, function=function):
+        def network(pixels: Tensor, function: Callable = function) -> Tensor:
             given = function(pixels / 255)  # the common image signatures ask for 0 to 1
             return given.get("default", next(iter(given.values()))) if isinstance(given, dict) else given
 
@@ -3259,7 +3314,7 @@ def check_hub_module(folder: Path) -> None:
             check_ops(part.graph_def, folder, VARIABLE_OPS)
 
 
-def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool = False):
+def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool = False) -> GraphDef:
     """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
     tf = import_tensorflow()
     if not trusted:
@@ -3314,7 +3369,7 @@ class Distortion:
         """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
         random = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
         enlarged = (1 + self.random_crop / 100) * random.uniform(1, 1 + self.random_scale / 100)
-        resized = resize_bilinear(pixels, tuple(int(side * enlarged) for side in size))
+        resized = resize_bilinear(pixels, (int(size[0] * enlarged), int(size[1] * enlarged)))
         top, left = (random.integers(have - want + 1) for have, want in zip(resized.shape, size, strict=False))
         cropped = resized[top : top + size[0], left : left + size[1]]
         if self.flip_left_right and random.integers(2):
@@ -3338,11 +3393,11 @@ class BottleneckStore:
         self.recipe = f"{base.fingerprint[:16]} {dataclasses.astuple(reading)}"
         self.index = Journal(self.folder / f"index_{base.name}.jsonl")
         self.skipped_path = self.folder / f"skipped_{base.name}.tsv"
-        self.records = {}
+        self.records: dict[str, list] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        for folder in [self.folder, *self.folder.glob("*"), *self.folder.glob("*-????????/*")]:
-            if folder.is_dir():
-                remove_leftovers(folder)
+        for place in [self.folder, *self.folder.glob("*"), *self.folder.glob("*-????????/*")]:
+            if place.is_dir():
+                remove_leftovers(place)
         for entry in self.index.read():
             with contextlib.suppress(ValueError, TypeError):  # it is no record
                 name, *record = entry
