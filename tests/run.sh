@@ -1,5 +1,5 @@
 #!/bin/sh
-# Lint and test everything, in an environment of its own:   sh tests/run.sh [flags of pytest]
+# Lint, type-check and test everything, in an environment of its own:   sh tests/run.sh [flags of pytest]
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -14,4 +14,5 @@ fi
 
 .venv-tests/bin/ruff check .
 .venv-tests/bin/ruff format --check .
+.venv-tests/bin/mypy
 .venv-tests/bin/python -m pytest "$@"
