@@ -3584,11 +3584,15 @@ class Head:
             named |= {f"hidden_{i}/weights": weights, f"hidden_{i}/biases": biases}
         return named
 
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Return the logits, float32 [rows, classes], for features [rows, n]."""
         for weights, biases in self.hidden:
             features = np.maximum(features @ weights + biases, 0)
-        return softmax(features @ self.weights + self.biases)
+        return features @ self.weights + self.biases
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
+        return softmax(self.logits(features))
 
     def cooled(self, temperature: float) -> Head:
         """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
@@ -4264,7 +4268,7 @@ def train_members(
     nothing, logits = Rows(features, np.array([], np.intp), np.array([], np.intp)), []
     for rows in members:
         head, _ = train_layers(Rows(features, rows, classes[rows]), nothing, class_count, silent)
-        logits.append(np.log(np.maximum(head.probabilities(features), 1e-30)))
+        logits.append(head.logits(features))
     return np.stack(logits)
 
 
@@ -4343,7 +4347,8 @@ def cross_validate(
         made = train_members(features, classes, members[some], class_count, settings)
         for (repeat, fold), of_all in zip(parts[some], made, strict=True):
             held_out = folds[repeat] == fold
-            logits[repeat, held_out] = np.nan_to_num(of_all[held_out])  # of a head that went astray
+            made_well = np.isfinite(of_all[held_out]).all(axis=1, keepdims=True)  # not by a head that went astray
+            logits[repeat, held_out] = np.where(made_well, of_all[held_out], 0)
     return CrossValidation(logits, classes, folds, len(np.unique(groups)))
 
 

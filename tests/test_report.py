@@ -59,6 +59,13 @@ def test_heads_trained_together_are_what_is_trained_one_by_one(normalise):
         np.testing.assert_allclose(retrain.softmax(logits), head.probabilities(features), atol=0.01)
 
 
+@pytest.mark.parametrize("astray", [np.nan, np.inf, -np.inf])
+def test_a_head_that_went_astray_has_no_opinion(monkeypatch, astray):
+    features, classes = clusters(10)
+    monkeypatch.setattr(retrain, "train_members", lambda *given: np.full((len(given[2]), 30, 3), [0, 1, astray]))
+    np.testing.assert_allclose(validate(features, classes).probabilities(0.1), 1 / 3)
+
+
 def test_fewer_components_leave_the_head_as_it_is():
     features, classes = clusters(40, size=300)
     some = np.arange(0, 120, 2)
