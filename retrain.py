@@ -4167,8 +4167,9 @@ class CrossValidation:
         right = float((self.logits.argmax(axis=2) == self.classes).mean())
         return Share(right, len(self.classes), self.group_count)
 
+    @functools.cached_property
     def confusion(self) -> np.ndarray:
-        """Return float [classes, classes]: how many pictures of the class of the row were taken for the column's."""
+        """How many pictures of the class of the row were taken for the column's: float [classes, classes]."""
         repeats, _, class_count = self.logits.shape
         counts = np.zeros((class_count, class_count))
         np.add.at(counts, (np.tile(self.classes, (repeats, 1)), self.logits.argmax(axis=2)), 1 / repeats)
@@ -5127,7 +5128,7 @@ def validation_as_json(report: Report) -> dict:
             {"label": label, "pictures": int(counts[c])} | {name: float(values[c]) for name, values in classes.items()}
             for c, label in enumerate(report.labels)
         ],
-        "confusion": validated.confusion().round(3).tolist(),
+        "confusion": validated.confusion.round(3).tolist(),
     }
 
 
@@ -5300,7 +5301,7 @@ def draw_headline(figure, report: Report, height: float, missing: set[str]) -> f
 
 def chosen_classes(report: Report) -> list[int]:
     """Return the classes for which there is room: all, or those with the most mistakes, in their order."""
-    confusion = report.examination.validated.confusion()
+    confusion = report.examination.validated.confusion
     wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
     return sorted(np.argsort(-wrong, kind="stable")[:MOST_CLASSES].tolist())
 
@@ -5318,9 +5319,9 @@ def draw_confusion(axes, report: Report, names: Sequence[str]) -> None:
     """Draw which classes are taken for which."""
     if report.examination.validated is None:
         return left_empty(axes, "What is taken for what", report)
-    rows = chosen_classes(report)
-    counts = report.examination.validated.confusion()[np.ix_(rows, rows)]
-    shares = counts / np.maximum(report.examination.validated.confusion().sum(axis=1)[rows, None], 1e-9)
+    rows, confusion = chosen_classes(report), report.examination.validated.confusion
+    counts = confusion[np.ix_(rows, rows)]
+    shares = counts / np.maximum(confusion.sum(axis=1)[rows, None], 1e-9)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), count in np.ndenumerate(counts):
         if count >= 0.05:
