@@ -3918,15 +3918,6 @@ def train_layers(
     return head_of(model), history
 
 
-def without_copies(rows: Rows, held_out: Iterable[Rows]) -> Rows:
-    """Return the rows but for those with the very features of a held-out one: copies of pictures that are to judge."""
-    judges = {features.tobytes() for others in held_out for features in others.features(np.arange(len(others.rows)))}
-    kept = np.array([rows.matrix[row].tobytes() not in judges for row in rows.rows], bool)
-    if not kept.all():
-        log.warning("%d coarse pictures are left out: they are copies of held-out ones.", (~kept).sum())
-    return Rows(rows.matrix, rows.rows[kept], rows.classes[kept])
-
-
 @dataclasses.dataclass(frozen=True)
 class TwoStages:
     """What training in two stages gives: heads and the scores of their training, by name.
@@ -4610,22 +4601,27 @@ SAME_PICTURE = 0.93
 MOST_PAIRS = 1000
 
 
-def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
-    """Return (cosine, row, later row) of rows [rows, n] that are alike, most alike first, MOST_PAIRS at most.
+def nearest_alike(rows: np.ndarray, others: np.ndarray) -> Iterator[tuple[float, int, int]]:
+    """Yield (cosine, row, other row) of unit vectors [rows, n] and others [others, n] that are alike.
 
-    Of the neighbours of each row only the nearest three: a class in which all are alike has no end of pairs.
+    Of the others only the nearest three of each row: a class in which all are alike has no end of pairs. If the others
+    are the rows themselves, none is alike to itself.
     """
-    directions, found = unit(features), []
-    for start in range(0, len(features), 1024):
-        cosines = directions[start : start + 1024] @ directions.T
-        rows = np.arange(len(cosines))
-        cosines[rows, start + rows] = -1
-        nearest = np.argpartition(-cosines, min(2, len(features) - 1), axis=1)[:, :3]
-        for row, others in zip(rows.tolist(), nearest.tolist(), strict=True):
-            for other in others:
-                if (cosine := float(cosines[row, other])) >= ALIKE:
-                    found.append((cosine, min(start + row, other), max(start + row, other)))
-    return sorted(set(found), reverse=True)[:MOST_PAIRS]
+    for start in range(0, len(rows) if len(others) else 0, 1024):
+        cosines = rows[start : start + 1024] @ others.T
+        if others is rows:
+            np.fill_diagonal(cosines[:, start:], -1)
+        nearest = np.argpartition(-cosines, min(2, len(others) - 1), axis=1)[:, :3]
+        found = np.take_along_axis(cosines, nearest, axis=1)
+        for i, j in np.argwhere(found >= ALIKE).tolist():
+            yield float(found[i, j]), start + i, int(nearest[i, j])
+
+
+def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
+    """Return (cosine, row, later row) of rows [rows, n] that are alike, most alike first, MOST_PAIRS at most."""
+    directions = unit(features)
+    found = {(cosine, min(both), max(both)) for cosine, *both in nearest_alike(directions, directions)}
+    return sorted(found, reverse=True)[:MOST_PAIRS]
 
 
 def crops(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
@@ -4660,17 +4656,15 @@ def near_duplicates(features: np.ndarray, images: Sequence[Image]) -> list[Pair]
 def without_twins(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
     """Return the coarse rows but for those that show what a held-out picture shows, which would make it an easy test.
 
-    features: float32 [images, n], the matrix of the rows.
+    They have its very features, or are alike and show the same; features: float32 [images, n], the matrix of the rows.
     """
-    directions = unit(features)
     held_out = [row for row, image in enumerate(images) if image.split in ("validation", "testing")]
-    alike = []
-    for row in held_out:
-        cosines = directions[coarse.rows] @ directions[row]
-        for nearest in np.argsort(-cosines)[:3]:
-            if cosines[nearest] >= ALIKE:
-                alike.append((float(cosines[nearest]), row, int(coarse.rows[nearest])))
-    twins = {pair.second for pair in same_pictures(alike, images)}
+    judges = {features[row].tobytes() for row in held_out}
+    twins = {row for row in coarse.rows.tolist() if features[row].tobytes() in judges}
+    others = [row for row in coarse.rows.tolist() if row not in twins]
+    near = nearest_alike(unit(features[held_out]), unit(features[others]))
+    alike = [(cosine, held_out[i], others[j]) for cosine, i, j in near]
+    twins |= {pair.second for pair in same_pictures(alike, images)}
     if not twins:
         return coarse
     log.warning("%d coarse pictures are left out, since they show the same as held-out ones.", len(twins))
@@ -5917,9 +5911,6 @@ def train_as_asked(
         train = train_head if settings.is_classic else train_layers
         return train(rows["training"], rows["validation"], len(labels), settings, after_step)
     counts = len(coarse_labels), len(labels)
-    coarse = without_copies(coarse, (rows["validation"], rows["testing"]))
-    if not len(coarse.rows):
-        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: it holds nothing but pictures of --image_dir.")
     stages = stages_of(flags, rows, coarse, coarse_labels == labels, counts, after_step)
     held_out = rows["testing"] if len(rows["testing"].rows) else rows["validation"]
     if len(held_out.rows):
@@ -5929,11 +5920,23 @@ def train_as_asked(
     return stages.heads["refined"], stages.histories["refined"]
 
 
-def coarse_rows(images, features, labels: Sequence[str]) -> tuple[Rows | None, list[str]]:
-    """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same."""
+def coarse_rows(
+    flags: argparse.Namespace, images: Sequence[Image], features: np.ndarray, labels: Sequence[str]
+) -> tuple[Rows | None, list[str]]:
+    """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same.
+
+    Left out are those that show what is held out. Raises UserError if nothing remains.
+    """
+    if not flags.coarse_image_dir:
+        return None, []
     found = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
+    if not found:
+        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its pictures can be used.")
     ordered = list(labels) if set(found) == set(labels) else found
-    return (rows_of("coarse", images, features, ordered), ordered) if found else (None, [])
+    coarse = without_twins(rows_of("coarse", images, features, ordered), features, images)
+    if not len(coarse.rows):
+        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: it holds nothing but pictures of --image_dir.")
+    return coarse, ordered
 
 
 def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray) -> None:
@@ -5985,13 +5988,9 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
         path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
         write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
-    coarse, coarse_labels = coarse_rows(images, features, labels)
-    all_images, images = images, [image for image in images if image.split != "coarse"]  # which come first
+    coarse, coarse_labels = coarse_rows(flags, images, features, labels)
+    images = [image for image in images if image.split != "coarse"]  # which come first
     settings, material = settings_of(flags), None
-    if flags.coarse_image_dir and coarse is None:
-        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its pictures can be used.")
-    if coarse is not None:
-        coarse = without_twins(coarse, features, all_images)
     if not flags.no_report or (flags.head == "auto" and settings.is_classic and coarse is None):
         material = gather_material(images, features[: len(images)], known, settings)
     if material and flags.head == "auto" and coarse is None:

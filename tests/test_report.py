@@ -112,6 +112,26 @@ def test_coarse_pictures_that_show_what_is_held_out_are_left_out(tmp_path):
     assert retrain.without_twins(coarse, features, images).rows.tolist() == [5, 11]  # the copies of training pictures
 
 
+def test_coarse_pictures_are_compared_by_features_and_by_looks(tmp_path, monkeypatch):
+    """Those of the very features go unseen; those of features that are alike only go if they show the same."""
+    random, images = np.random.default_rng(0), [Image(tmp_path / "gone.jpg", "x", "testing")]
+    for i in range(2):
+        scene = PIL.Image.fromarray(random.integers(0, 256, (9, 12, 3), np.uint8)).resize((240, 180))
+        scene.save(tmp_path / f"{i}.jpg", quality=95)
+        scene.resize((180, 135)).save(tmp_path / f"copy{i}.jpg", quality=60)
+        images.append(Image(tmp_path / f"{i}.jpg", "x", "validation"))
+    names = ["gone, too.jpg"] * 5 + ["copy0.jpg", "other.jpg", "copy1.jpg"]
+    PIL.Image.fromarray(random.integers(0, 256, (180, 240, 3), np.uint8)).save(tmp_path / "other.jpg")
+    images += [Image(tmp_path / name, "x", "coarse") for name in names]
+    features = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 1, 1, 1, 1, 2, 2]]
+    features[8:] += np.float32(0.1) * random.normal(size=(3, 3)).astype(np.float32)
+    coarse = retrain.Rows(features, np.arange(3, 11), np.zeros(8, np.intp))
+    told = []
+    monkeypatch.setattr(retrain.log, "warning", lambda *given: told.append(given[1:]))
+    assert retrain.without_twins(coarse, features, images).rows.tolist() == [9]
+    assert told == [(7,)]
+
+
 def test_groups_are_of_near_duplicates_and_of_names_before_nohash():
     names = ["a/tom_nohash_1.jpg", "a/tom_nohash_2.jpg", "a/other.jpg", "b/tom_nohash_1.jpg", "b/x.jpg"]
     groups = retrain.groups_of([Image(Path(name), name[0]) for name in names], [(2, 4)])
