@@ -4619,9 +4619,11 @@ def nearest_alike(rows: np.ndarray, others: np.ndarray) -> Iterator[tuple[float,
 
 def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
     """Return (cosine, row, later row) of rows [rows, n] that are alike, most alike first, MOST_PAIRS at most."""
-    directions = unit(features)
-    found = {(cosine, min(both), max(both)) for cosine, *both in nearest_alike(directions, directions)}
-    return sorted(found, reverse=True)[:MOST_PAIRS]
+    directions, found = unit(features), {}
+    for cosine, *both in nearest_alike(directions, directions):
+        pair = min(both), max(both)
+        found[pair] = max(cosine, found.get(pair, -1.0))  # from both sides it may differ in the last bit
+    return sorted(((cosine, *pair) for pair, cosine in found.items()), reverse=True)[:MOST_PAIRS]
 
 
 def crops(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
