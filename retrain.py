@@ -5048,6 +5048,10 @@ class ReportFiles:
     def doubtful(self) -> Path:
         return self.picture.with_suffix(".tsv")
 
+    @property
+    def paths(self) -> tuple[Path, Path, Path]:
+        return self.picture, self.numbers, self.doubtful
+
 
 def share_as_json(share: Share | None) -> dict | None:
     """Return a share with its interval."""
@@ -5745,40 +5749,107 @@ def with_distortions(training: Rows, variants: np.ndarray) -> Rows:
     return Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + variants.shape[1]))
 
 
-def check_outputs(flags: argparse.Namespace) -> None:
-    """Raise UserError, before the long work rather than after it, for an output that can't be written."""
-    folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "intermediate_output_graphs_dir", "quarantine"]
-    tables = ["write_split_file", "two_stage_picture", "output_report"]
-    for name in ["output_graph", "output_labels", "checkpoint_path", *tables, *folders]:
-        if not getattr(flags, name):
+# Flags that name folders of pictures, and those that name lists.
+PICTURE_FOLDERS = ("image_dir", "validation_dir", "test_dir", "coarse_image_dir")
+LISTS = ("exclude", "split_file", "crawl", "crawl_source")
+
+
+def files_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Return (flag, path) of each file that the run writes where a flag says, or beside it."""
+    graph, checkpoint = OutputFiles(Path(flags.output_graph)), flags.checkpoint_path
+    table = {
+        "output_graph": [graph.graph, graph.lite, graph.facts],
+        "output_labels": [flags.output_labels],
+        "output_report": () if flags.no_report else ReportFiles(Path(flags.output_report)).paths,
+        "two_stage_picture": [flags.two_stage_picture] if flags.coarse_image_dir else (),
+        "write_split_file": [flags.write_split_file],
+    }
+    if checkpoint:
+        table["checkpoint_path"] = [f"{checkpoint}{ending}" for ending in ("", ".index", ".data-00000-of-00001")]
+        table["checkpoint_path"].append(Path(checkpoint).parent / "checkpoint")
+    return [(name, Path(path)) for name, paths in table.items() for path in paths if path]
+
+
+def folders_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Return (flag, path) of each folder that the run writes into."""
+    names = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "quarantine"]
+    if flags.intermediate_store_frequency:
+        names.append("intermediate_output_graphs_dir")
+    return [(name, Path(getattr(flags, name))) for name in names if getattr(flags, name)]
+
+
+def files_read(flags: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Return (flag, path) of each file that the run may read, lists and base models, but for pictures."""
+    read = [(name, getattr(flags, name)) for name in LISTS if name != "crawl_source"]
+    read += [("crawl_source", path) for source, path in flags.crawl_source or () if source == "list"]
+    models = GRAPH_FILE, ARCHIVE_FILE, STARTER_FILE, *VGG16_FILES
+    read += [("model_dir", os.path.join(flags.model_dir, name)) for name in models]
+    read.append(("architecture", Path(__file__).with_name("inception_model") / STARTER_FILE))
+    read.append(("tfhub_module", flags.tfhub_module and os.path.join(flags.tfhub_module, "saved_model.pb")))
+    return [(name, Path(path)) for name, path in read if path]
+
+
+def place_of_file(path: Path) -> Path:
+    """Return what two names of one file have in common: the path behind links, in one case where case doesn't count."""
+    return Path(os.path.normcase(os.path.realpath(path)))
+
+
+def check_writable(name: str, path: Path, is_folder: bool) -> None:
+    """Raise UserError if a file or folder, by the name of its flag, can't be written."""
+    path = path.absolute()
+    if not is_folder and path.is_dir():
+        raise UserError(f"--{name} {path}: a folder of that name lies there; name another file.")
+    places = [path, *path.parents] if is_folder else path.parents
+    place = next(place for place in places if place.exists())
+    if not place.is_dir():
+        raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
+
+
+def check_apart(flags: argparse.Namespace) -> None:
+    """Raise UserError if what the run writes would take the place of something else that it writes or reads."""
+    written, folders, read = files_written(flags), folders_written(flags), files_read(flags)
+    pictures = [(name, Path(getattr(flags, name))) for name in PICTURE_FOLDERS if getattr(flags, name)]
+    readers = {place_of_file(path): name for name, path in reversed(read)}
+    classes = {place_of_file(path): name for name, path in pictures}
+    writers = {}
+    for name, path in written:
+        if path.exists() and not path.is_file():  # a device, such as /dev/null, which may take more than one
             continue
-        path = Path(getattr(flags, name)).absolute()
-        places = [path, *path.parents] if name in folders else path.parents
-        place = next(place for place in places if place.exists())
-        if name not in folders and path.is_dir():
-            raise UserError(f"--{name} {path}: a folder of that name lies there; name another file.")
-        if not place.is_dir():
-            raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
-        if not os.access(place, os.W_OK):
-            raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
+        place = place_of_file(path)
+        if reader := readers.get(place) or (path.is_file() and classes.get(place.parent.parent)):
+            remedy = "save the list under another name" if reader in LISTS else "name another file"
+            raise UserError(
+                f"--{name} would write {path}, which --{reader} reads, so this run would replace it; {remedy}."
+            )
+        if place in writers:
+            raise UserError(f"--{writers[place]} and --{name} would both write {path}; name another file for one.")
+        writers[place] = name
+    for name, path in folders:
+        if writer := writers.get(place_of_file(path)):
+            raise UserError(f"--{writer} and --{name} would both write {path}; name another place for one.")
+    replaced = flags.saved_model_dir and place_of_file(Path(flags.saved_model_dir))
+    for name, path in [*written, *folders, *read, *pictures] if replaced else ():
+        if name != "saved_model_dir" and place_of_file(path).is_relative_to(replaced):
+            raise UserError(f"--{name} {path}: it lies in --saved_model_dir, which is replaced; name another place.")
+
+
+def check_outputs(flags: argparse.Namespace) -> None:
+    """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
+    check_writable("output_graph", Path(flags.output_graph), is_folder=False)  # or there are no files beside it
+    for name, path in files_written(flags):
+        check_writable(name, path, is_folder=False)
+    for name, path in folders_written(flags):
+        check_writable(name, path, is_folder=True)
     if flags.saved_model_dir:
         check_saved_model_dir(Path(flags.saved_model_dir))
-    files = OutputFiles(Path(flags.output_graph))
-    base_graph = Path(flags.model_dir, GRAPH_FILE)
-    report = ReportFiles(Path(flags.output_report))
-    graphs = files.graph, files.lite, files.facts, flags.output_labels, base_graph
-    written = [os.path.realpath(path) for path in (*graphs, report.picture, report.numbers, report.doubtful)]
-    if len(set(written)) < len(written):
-        raise UserError(
-            "--output_graph, --output_labels and --output_report: two of the files to be written, or the base model, "
-            "are one."
-        )
-    if flags.exclude and os.path.realpath(flags.exclude) in written:
-        raise UserError(f"--exclude {flags.exclude}: this run would replace it; save the list under another name.")
-    for name in ("image_dir", "validation_dir", "test_dir", "coarse_image_dir"):
+    check_apart(flags)
+    for name in PICTURE_FOLDERS:
         folder = flags.quarantine and getattr(flags, name)
         if folder and Path(flags.quarantine, "x").resolve().is_relative_to(Path(folder).resolve()):
             raise UserError(f"--quarantine {flags.quarantine}: it lies in --{name}; name a folder elsewhere.")
+    files = OutputFiles(Path(flags.output_graph))
     if (files.facts.is_file() and not is_ours(files.facts)) or (files.lite.is_file() and not files.facts.is_file()):
         raise UserError(f"--output_graph {files.graph}: {files.facts} or {files.lite} is not ours; name another file.")
 

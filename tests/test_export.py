@@ -390,6 +390,77 @@ def test_outputs_do_not_take_the_place_of_others(train, tmp_path, capsys, small_
     assert not (tmp_path / "o.pb").exists()
 
 
+STAGES = ("--coarse_image_dir", "pictures")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--write_split_file", "output_labels.txt"), "--output_labels and --write_split_file would both write"),
+        (("--write_split_file", "output_report.tsv"), "--output_report and --write_split_file would both write"),
+        (("--write_split_file", "link.pb"), "--output_graph and --write_split_file would both write link.pb"),
+        (
+            ("--write_split_file", "kept/checkpoint", "--checkpoint_path", "kept/head"),
+            "--write_split_file and --checkp",
+        ),
+        (("--checkpoint_path", "output_graph.pb"), "--output_graph and --checkpoint_path would both write"),
+        (("--checkpoint_path", "a", "--output_labels", "a.index"), "--output_labels and --checkpoint_path would both"),
+        ((*STAGES, "--two_stage_picture", "output_report.png"), "--output_report and --two_stage_picture would both"),
+        ((*STAGES, "--output_labels", "output_two_stage.png"), "--output_labels and --two_stage_picture would both"),
+        (
+            ("--write_split_file", "list.tsv", "--exclude", "list.tsv"),
+            "--write_split_file would write list.tsv, which --e",
+        ),
+        (
+            ("--write_split_file", "list.tsv", "--split_file", "list.tsv"),
+            "--write_split_file would write list.tsv, which",
+        ),
+        (
+            ("--output_labels", "list.tsv", "--crawl", "list.tsv", "--crawl_count", 1),
+            "--output_labels would write list.ts",
+        ),
+        (
+            ("--checkpoint_path", "list", "--exclude", "list.index"),
+            "--checkpoint_path would write list.index, which --e",
+        ),
+        (("--write_split_file", "model/inception-2015-12-05.tgz"), "--write_split_file would write model/incept"),
+        (("--output_labels", "hub/saved_model.pb", "--tfhub_module", "hub"), "--output_labels would write hub/saved"),
+        (
+            ("--write_split_file", "pictures/green/green_00.jpg"),
+            "--write_split_file would write pictures/green/green_0",
+        ),
+        (("--output_labels", "retrain_logs"), "--output_labels and --summaries_dir would both write retrain_logs"),
+        (
+            ("--saved_model_dir", "new", "--output_graph", "new/graph.pb"),
+            "--output_graph new/graph.pb: it lies in --saved",
+        ),
+        (("--saved_model_dir", "new", "--bottleneck_dir", "new"), "--bottleneck_dir new: it lies in --saved_model_dir"),
+        (
+            ("--saved_model_dir", "hub", "--tfhub_module", "hub"),
+            "--tfhub_module hub/saved_model.pb: it lies in --saved",
+        ),
+    ],
+    ids=lambda given: " ".join(map(str, given)) if isinstance(given, tuple) else "",
+)
+def test_no_output_takes_the_place_of_another_or_of_what_is_read(train, tmp_path, capsys, flags, said):
+    (tmp_path / "link.pb").symlink_to("output_graph.pb")
+    (tmp_path / "hub").mkdir()
+    for name in ("list.tsv", "list.index", "hub/saved_model.pb"):
+        (tmp_path / name).write_text("green/green_00.jpg\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train("--model_dir", "model", *flags) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"retrain.py: error: {said}")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_outputs_that_are_not_made_and_devices_are_in_nobodys_way(train, tmp_path):
+    (tmp_path / "output_report.tsv").write_text("green/green_00.jpg\n")
+    flags = ("--no_report", "--exclude", "output_report.tsv", "--output_labels", os.devnull)
+    assert train(*flags, "--two_stage_picture", "output_graph.pb", "--write_split_file", os.devnull) == 0
+    assert (tmp_path / "output_report.tsv").read_text() == "green/green_00.jpg\n"
+
+
 @pytest.mark.parametrize(
     "flag", ["--output_graph", "--output_labels", "--image_dir", "--model_dir", "--bottleneck_dir"]
 )
