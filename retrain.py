@@ -727,6 +727,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every picture does; leave out --validation_dir and --test_dir")
+    if flags.quarantine and flags.no_report:
+        parser.error("--quarantine copies the pictures that the report finds doubtful; leave out --no_report")
     check_base_model_flags(parser, flags)
     complete_head_flags(parser, flags)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
@@ -6029,6 +6031,14 @@ def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray
     log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
 
 
+def log_old_report(flags: argparse.Namespace) -> None:
+    """Say, after a run that wrote no report, that the one lying there is not about it."""
+    written = {place_of_file(path) for _, path in files_written(flags)}
+    paths = ReportFiles(Path(flags.output_report)).paths
+    if old := [str(path) for path in paths if path.is_file() and place_of_file(path) not in written]:
+        log.warning("The report that lies there (%s) is of an earlier run: --no_report writes none.", listed(old))
+
+
 def final_test(flags: argparse.Namespace, head: Head, testing: Rows, images, labels) -> Evaluation | None:
     """Try the head on the test images and print the classic lines; None without test images."""
     if not len(testing.rows):
@@ -6072,6 +6082,7 @@ def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, en
     test = final_test(flags, head, testing, images, labels)
     if flags.no_report:
         write_all(flags, base, base_graph, head, history, labels, test, None)
+        log_old_report(flags)
         return
     if coarse is None:
         if distortion != Distortion():

@@ -357,6 +357,30 @@ def test_temperature_leaves_the_classes_and_no_report_the_classic_graph(train, t
         assert before.argmax() == after.argmax()
 
 
+def test_no_report_tells_that_the_one_lying_there_is_of_an_earlier_run(train, capsys):
+    assert train("--no_report") == 0
+    assert "earlier run" not in capsys.readouterr().err
+    assert train() == 0
+    assert "earlier run" not in capsys.readouterr().err
+    before = {name: Path(name).read_bytes() for name in FILES}
+    assert train("--no_report") == 0
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "earlier run" in line]
+    assert f"({FILES[0]}, {FILES[1]} and {FILES[2]}) is of an earlier run" in told
+    assert {name: Path(name).read_bytes() for name in FILES} == before
+    for name in FILES:
+        Path(name).unlink()
+    assert train("--no_report", "--output_graph", "output_report.pb") == 0  # with facts in output_report.json
+    assert "earlier run" not in capsys.readouterr().err
+
+
+def test_a_quarantine_needs_the_report(train, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train("--no_report", "--quarantine", "look")
+    assert caught.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "--quarantine" in said and "leave out --no_report" in said
+
+
 def test_doubtful_pictures_are_copied_and_can_be_left_out(train, tmp_path, capsys):
     for i in range(3):
         picture((40, 180, 60), 50 + i).save(tmp_path / f"pictures/Red Things/wrong_{i}.jpg", quality=95)
