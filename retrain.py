@@ -5941,6 +5941,80 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
     return listed + list(images[len(listed) :])
 
 
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The usable images of --image_dir and what goes with it, their features float32 [images, n], and who does what.
+
+    rows: by split, in training with the distorted variants, if any; known: training and validation, without those.
+    coarse: the rows of stage one, if there are two, with their classes as places in `coarse_labels`.
+    """
+
+    images: list[Image]
+    features: np.ndarray
+    labels: list[str]
+    rows: dict[str, Rows]
+    known: Rows
+    coarse: Rows | None
+    coarse_labels: list[str]
+
+
+def distortion_of(flags: argparse.Namespace) -> Distortion | None:
+    """Return how training pictures are to be varied, or None if they aren't."""
+    asked = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
+    return asked if asked != Distortion() else None
+
+
+def distorted(
+    flags: argparse.Namespace, store: BottleneckStore, engine: Engine, training: Rows, images: Sequence[Image]
+) -> Rows:
+    """Return the training rows of the images with the distorted variants that the flags ask for, if any."""
+    distortion = distortion_of(flags)
+    if distortion is None:
+        return training
+    trained_on = [images[row] for row in training.rows]
+    variants, gone = compute_bottlenecks(store, trained_on, distortion, flags.distortions_per_image, engine)
+    if gone:
+        raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+    return with_distortions(training, variants)
+
+
+def coarse_rows(
+    flags: argparse.Namespace, images: Sequence[Image], features: np.ndarray, labels: Sequence[str]
+) -> tuple[Rows | None, list[str]]:
+    """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same.
+
+    Left out are those that show what is held out. Raises UserError if nothing remains.
+    """
+    if not flags.coarse_image_dir:
+        return None, []
+    found = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
+    if not found:
+        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its pictures can be used.")
+    ordered = list(labels) if set(found) == set(labels) else found
+    coarse = without_twins(rows_of("coarse", images, features, ordered), features, images)
+    if not len(coarse.rows):
+        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: it holds nothing but pictures of --image_dir.")
+    return coarse, ordered
+
+
+def dataset_of(
+    flags: argparse.Namespace,
+    store: BottleneckStore,
+    engine: Engine,
+    images: Sequence[Image],
+    features: np.ndarray,
+    labels: list[str],
+) -> Dataset:
+    """Return what the usable images and their features float32 [images, n] are for, as the flags say."""
+    images = split_images(flags, images, labels)
+    rows = {split: rows_of(split, images, features, labels) for split in ("training", "validation", "testing")}
+    known = joined(rows["training"], rows["validation"])
+    rows["training"] = distorted(flags, store, engine, rows["training"], images)
+    coarse, coarse_labels = coarse_rows(flags, images, features, labels)
+    images = [image for image in images if image.split != "coarse"]  # which come first
+    return Dataset(images, features[: len(images)], labels, rows, known, coarse, coarse_labels)
+
+
 def settings_of(flags: argparse.Namespace) -> TrainingSettings:
     """Return the flags of the room 'head'."""
     names = [field.name for field in dataclasses.fields(TrainingSettings) if hasattr(flags, field.name)]
@@ -5970,23 +6044,15 @@ def stages_of(
 
 
 def train_as_asked(
-    flags: argparse.Namespace,
-    settings: TrainingSettings,
-    rows: dict[str, Rows],
-    coarse: Rows | None,
-    coarse_labels,
-    labels,
-    after_step,
+    flags: argparse.Namespace, settings: TrainingSettings, data: Dataset, after_step: Callable[[int, Head], None]
 ) -> tuple[Head, list[Scores]]:
-    """Train the head that the flags ask for: the classic one, one with hidden layers, or one in two stages.
-
-    rows: by split; coarse: those of stage one, with their classes as places in `coarse_labels`, or None.
-    """
-    if coarse is None:
+    """Train the head that the flags ask for: the classic one, one with hidden layers, or one in two stages."""
+    rows = data.rows
+    if data.coarse is None:
         train = train_head if settings.is_classic else train_layers
-        return train(rows["training"], rows["validation"], len(labels), settings, after_step)
-    counts = len(coarse_labels), len(labels)
-    stages = stages_of(flags, rows, coarse, coarse_labels == labels, counts, after_step)
+        return train(rows["training"], rows["validation"], len(data.labels), settings, after_step)
+    counts = len(data.coarse_labels), len(data.labels)
+    stages = stages_of(flags, rows, data.coarse, data.coarse_labels == data.labels, counts, after_step)
     held_out = rows["testing"] if len(rows["testing"].rows) else rows["validation"]
     if len(held_out.rows):
         log_two_stages(stages, held_out)
@@ -5995,23 +6061,30 @@ def train_as_asked(
     return stages.heads["refined"], stages.histories["refined"]
 
 
-def coarse_rows(
-    flags: argparse.Namespace, images: Sequence[Image], features: np.ndarray, labels: Sequence[str]
-) -> tuple[Rows | None, list[str]]:
-    """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same.
+def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> Evaluation | None:
+    """Try the head on the test images and print the classic lines; None without test images."""
+    testing = data.rows["testing"]
+    if not len(testing.rows):
+        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
+        return None
+    test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
+    log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
+    if flags.print_misclassified_test_images:
+        log_misclassified(test, [data.images[row] for row in testing.rows], data.labels)
+    return test
 
-    Left out are those that show what is held out. Raises UserError if nothing remains.
-    """
-    if not flags.coarse_image_dir:
-        return None, []
-    found = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
-    if not found:
-        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its pictures can be used.")
-    ordered = list(labels) if set(found) == set(labels) else found
-    coarse = without_twins(rows_of("coarse", images, features, ordered), features, images)
-    if not len(coarse.rows):
-        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: it holds nothing but pictures of --image_dir.")
-    return coarse, ordered
+
+def examine_as_asked(
+    flags: argparse.Namespace, settings: TrainingSettings, data: Dataset, material: Material
+) -> Examination:
+    """Find out what the pictures tell of a head trained as the flags ask, and say how such heads differ from it."""
+    if data.coarse is not None:
+        return Examination(data.known.rows, material.pairs, "training in two stages is not cross-validated")
+    if distortion_of(flags):
+        log.info("Cross-validation and calibration, below, are of heads trained without the distorted variants.")
+    if not settings.is_classic:
+        log.info("Cross-validation trains the head %d times more; --no_report leaves that out.", FOLDS)
+    return examine(material, len(data.labels), settings, flags.coverage)
 
 
 def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray) -> None:
@@ -6039,65 +6112,43 @@ def log_old_report(flags: argparse.Namespace) -> None:
         log.warning("The report that lies there (%s) is of an earlier run: --no_report writes none.", listed(old))
 
 
-def final_test(flags: argparse.Namespace, head: Head, testing: Rows, images, labels) -> Evaluation | None:
-    """Try the head on the test images and print the classic lines; None without test images."""
-    if not len(testing.rows):
-        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
-        return None
-    test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
-    log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
-    if flags.print_misclassified_test_images:
-        log_misclassified(test, [images[row] for row in testing.rows], labels)
-    return test
-
-
-def learn(flags: argparse.Namespace, base: BaseModel, store: BottleneckStore, engine, images, features, labels) -> None:
+def learn(
+    flags: argparse.Namespace,
+    base: BaseModel,
+    store: BottleneckStore,
+    engine: Engine,
+    images: Sequence[Image],
+    features: np.ndarray,
+    labels: list[str],
+) -> None:
     """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it."""
-    images = split_images(flags, images, labels)
-    rows = {split: rows_of(split, images, features, labels) for split in ("training", "validation", "testing")}
-    testing = rows["testing"]
-    known = joined(rows["training"], rows["validation"])
-    distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
-    if distortion != Distortion():
-        trained_on = [images[row] for row in rows["training"].rows]
-        variants, gone = compute_bottlenecks(store, trained_on, distortion, flags.distortions_per_image, engine)
-        if gone:
-            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-        rows["training"] = with_distortions(rows["training"], variants)
-
+    data = dataset_of(flags, store, engine, images, features, labels)
     base_graph = load_graph(base.graph_path, base.trusted)
 
     def after_step(step: int, head: Head) -> None:
         path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
         write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
-    coarse, coarse_labels = coarse_rows(flags, images, features, labels)
-    images = [image for image in images if image.split != "coarse"]  # which come first
     settings, material = settings_of(flags), None
-    if not flags.no_report or (flags.head == "auto" and settings.is_classic and coarse is None):
-        material = gather_material(images, features[: len(images)], known, settings)
-    if material and flags.head == "auto" and coarse is None:
+    is_chosen = flags.head == "auto" and settings.is_classic and data.coarse is None
+    if is_chosen or not flags.no_report:
+        material = gather_material(data.images, data.features, data.known, settings)
+    if is_chosen:
         settings = choose_settings(material, len(labels), settings)
-    head, history = train_as_asked(flags, settings, rows, coarse, coarse_labels, labels, after_step)
-    test = final_test(flags, head, testing, images, labels)
+    head, history = train_as_asked(flags, settings, data, after_step)
+    test = final_test(flags, head, data)
     if flags.no_report:
         write_all(flags, base, base_graph, head, history, labels, test, None)
         log_old_report(flags)
         return
-    if coarse is None:
-        if distortion != Distortion():
-            log.info("Cross-validation and calibration, below, are of heads trained without the distorted variants.")
-        if not settings.is_classic:
-            log.info("Cross-validation trains the head %d times more; --no_report leaves that out.", FOLDS)
-        examination = examine(material, len(labels), settings, flags.coverage)
-    else:
-        examination = Examination(known.rows, material.pairs, "training in two stages is not cross-validated")
+    examination = examine_as_asked(flags, settings, data, material)
+    testing = data.rows["testing"]
     whole = test and evaluate(head, testing, -1, None)  # each picture once, whatever --test_batch_size
-    report = make_report(labels, images, history, examination, head, testing, whole)
+    report = make_report(labels, data.images, history, examination, head, testing, whole)
     log_report(report, ReportFiles(Path(flags.output_report)).doubtful)
     head = head.cooled(examination.temperature)
     write_all(flags, base, base_graph, head, history, labels, test, examination)
-    write_report(flags, report, features[: len(images)])
+    write_report(flags, report, data.features)
 
 
 def ask_for_count() -> int:
