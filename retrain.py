@@ -64,11 +64,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
     from multiprocessing.connection import Connection
+    from types import ModuleType
 
+    from keras import Layer as KerasLayer
+    from keras import Model as KerasModel
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from requests import Response
     from requests.adapters import HTTPAdapter
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
+    from tensorflow.core.framework.node_def_pb2 import NodeDef
+    from tensorflow.core.framework.summary_pb2 import Summary
     from tqdm import tqdm
 
 started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
@@ -3806,7 +3813,7 @@ def train_head(
 FEATURE_POWER = 256
 
 
-def build_layers(features: np.ndarray, class_count: int, settings: TrainingSettings):
+def build_layers(features: np.ndarray, class_count: int, settings: TrainingSettings) -> KerasModel:
     """Return an untrained Keras model over hidden layers to logits [n, classes], for such features as [rows, n].
 
     The features are brought to one scale, so that one learning rate suits all base models.
@@ -3814,7 +3821,7 @@ def build_layers(features: np.ndarray, class_count: int, settings: TrainingSetti
     keras = import_tensorflow().keras
     seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
 
-    def dense(units: int):
+    def dense(units: int) -> KerasLayer:
         return keras.layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
 
     power = float(np.einsum("ij,ij->", features, features)) / len(features)
@@ -3827,7 +3834,7 @@ def build_layers(features: np.ndarray, class_count: int, settings: TrainingSetti
     return keras.Sequential([*layers, dense(class_count)])
 
 
-def head_of(model) -> Head:
+def head_of(model: KerasModel) -> Head:
     """Return what a Keras model of `build_layers` has learnt, scale and normalisation folded into the dense layers."""
     layers = import_tensorflow().keras.layers
     dense, scale = [], np.float32(model.layers[0].scale)
@@ -3844,7 +3851,7 @@ def head_of(model) -> Head:
     return Head(weights, biases, tuple(hidden))
 
 
-def keras_step(model, settings: TrainingSettings) -> Callable:
+def keras_step(model: KerasModel, settings: TrainingSettings) -> Callable:
     """Return a function that trains a Keras model by one batch: features [n, size], classes [n], their weights [n]."""
     tf = import_tensorflow()
     rate, optimizers = float(settings.learning_rate), tf.keras.optimizers
@@ -3857,7 +3864,7 @@ def keras_step(model, settings: TrainingSettings) -> Callable:
     optimizer.build(model.trainable_variables)
 
     @tf.function
-    def train(features, classes, weights):
+    def train(features: Tensor, classes: Tensor, weights: Tensor) -> None:
         with tf.GradientTape() as tape:
             logits = model(features, training=True)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(classes, logits)
@@ -3897,7 +3904,7 @@ def train_layers(
     class_count: int,
     settings: TrainingSettings,
     after_step: Callable[[int, Head], None] = lambda step, head: None,
-    model=None,
+    model: KerasModel | None = None,
     rehearsed: Rows | None = None,
 ) -> tuple[Head, list[Scores]]:
     """Train hidden layers and a softmax layer by Keras; takes and returns what `train_head` does.
@@ -3932,7 +3939,9 @@ class TwoStages:
     histories: dict[str, list[Scores]]
 
 
-def with_new_output(model, features: np.ndarray, class_count: int, settings: TrainingSettings):
+def with_new_output(
+    model: KerasModel, features: np.ndarray, class_count: int, settings: TrainingSettings
+) -> KerasModel:
     """Return a Keras model with the hidden layers of `model`, and an output layer that begins anew.
 
     features: those that `model` was built for, which its scale comes from.
@@ -3977,7 +3986,7 @@ def train_two_stages(
     return TwoStages(heads, {name: history for name, (_, history) in trained.items()})
 
 
-def summary_of(scores: Scores):
+def summary_of(scores: Scores) -> Summary:
     """Return the TensorBoard summary of an evaluation: accuracy, cross entropy and histograms."""
     summary = import_tensorflow().compat.v1.Summary()
     summary.value.add(tag="accuracy", simple_value=scores.accuracy)
@@ -3998,7 +4007,7 @@ def write_summaries(history: Sequence[Scores], folder: Path) -> None:
         write_events(folder / split, [(scores.step, summary_of(scores)) for scores in history if scores.split == split])
 
 
-def write_events(folder: Path, summaries: Iterable[tuple[int, object]]) -> None:
+def write_events(folder: Path, summaries: Iterable[tuple[int, Summary]]) -> None:
     """Write (step, TensorBoard summary) into a folder, in place of an earlier run's."""
     tf = import_tensorflow()
     with writing_by_tensorflow(folder):
@@ -4071,7 +4080,7 @@ def log_two_stages(stages: TwoStages, held_out: Rows) -> None:
             log.info("  %s: other classes, so it can't tell", told)
 
 
-def import_matplotlib():
+def import_matplotlib() -> ModuleType:
     """Import matplotlib's figures, which only the pictures of training need."""
     try:
         import matplotlib.figure
@@ -4240,7 +4249,7 @@ def train_heads(
     return features @ weights + biases
 
 
-def one_thread():
+def one_thread() -> contextlib.AbstractContextManager:
     """Return a context in which numpy and scikit-learn use one thread: several halve the speed of small products."""
     import sklearn.cluster  # noqa: F401  (only what is loaded already is limited)
     from threadpoolctl import threadpool_limits
@@ -4286,7 +4295,8 @@ def groups_of(images: Sequence[Image], pairs: Sequence[tuple[int, int]]) -> np.n
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    first_of, edges = {}, list(pairs)
+    first_of: dict[str, int] = {}
+    edges = list(pairs)
     for row, image in enumerate(images):
         edges.append((first_of.setdefault(stem_of(image.key), row), row))
     ends = np.array(edges, np.intp).reshape(-1, 2).T
@@ -4302,7 +4312,7 @@ def held_out_folds(classes: np.ndarray, groups: np.ndarray, repeats: int, seed: 
     from sklearn.model_selection import StratifiedKFold
 
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
-    count = min(FOLDS, int(np.bincount(classes[first]).max()))
+    count = min(FOLDS, int(np.max(np.bincount(classes[first]))))
     if count < 2:
         return None
     folds = np.zeros((repeats, len(first)), np.intp)
@@ -4380,7 +4390,7 @@ def learning_curve(
     classes, class_count = validated.classes, validated.logits.shape[2]
     training_share = 1 - 1 / (validated.folds[0].max() + 1)
     counts = np.bincount(classes, minlength=class_count)
-    sizes = [size for size in CURVE_SIZES if size < 0.6 * counts.max()]
+    sizes = [size for size in CURVE_SIZES if size < 0.6 * np.max(counts)]
     affordable = affordable_heads(settings, len(classes), features.shape[1], class_count)
     draws = min(DRAWS, (affordable - FOLDS * len(validated.logits)) // max(1, len(sizes)))
     random = np.random.default_rng(settings.random_seed or 0)
@@ -4621,7 +4631,8 @@ def nearest_alike(rows: np.ndarray, others: np.ndarray) -> Iterator[tuple[float,
 
 def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
     """Return (cosine, row, later row) of rows [rows, n] that are alike, most alike first, MOST_PAIRS at most."""
-    directions, found = unit(features), {}
+    directions = unit(features)
+    found: dict[tuple[int, int], float] = {}
     for cosine, *both in nearest_alike(directions, directions):
         pair = min(both), max(both)
         found[pair] = max(cosine, found.get(pair, -1.0))  # from both sides it may differ in the last bit
@@ -4930,7 +4941,7 @@ def about_validation(report: Report) -> Iterator[str]:
         f"Cross-validated accuracy = {share.value:.1%} ({low:.1%} to {high:.1%}, N={share.count}): of the pictures for "
         f"training and validation, each named by heads that were trained without it."
     )
-    if report.headline[0] != "test":
+    if report.headline != ("test", report.tested):
         few = f"{report.tested.count} test pictures are too few" if report.tested else "there are no test pictures"
         yield f"This is the figure to believe, since {few}."
     classes = class_figures(validated)
@@ -4943,9 +4954,9 @@ def about_validation(report: Report) -> Iterator[str]:
 def about_more_pictures(report: Report) -> Iterator[str]:
     """Say what twice as many pictures would bring, overall and for the classes that lag."""
     validated, curve = report.examination.validated, report.examination.curve
-    if validated is None or len(curve.sizes) < 2:
+    if validated is None or curve is None or len(curve.sizes) < 2:
         return
-    now, later = expected_gain(report.examination)
+    now, later = expected_gain(curve, len(validated.classes))
     size = curve.sizes[-1]
     if later - now < 0.005:
         yield f"More pictures would hardly help: twice the {size:.0f} per class, perhaps {later - now:+.1%}."
@@ -4961,11 +4972,10 @@ def about_more_pictures(report: Report) -> Iterator[str]:
         yield f"Twice as many would bring most where it lags: {listed(gains)}."
 
 
-def expected_gain(examination: Examination) -> tuple[float, float]:
-    """Return the cross-validated accuracy, and what it would likely be with twice as many pictures."""
-    curve = examination.curve
+def expected_gain(curve: LearningCurve, count: int) -> tuple[float, float]:
+    """Return the cross-validated accuracy on `count` pictures, and what it would likely be with twice as many."""
     shares = np.array([draws.mean() for draws in curve.accuracies])
-    return float(shares[-1]), doubled(curve.sizes, shares, len(examination.validated.classes))
+    return float(shares[-1]), doubled(curve.sizes, shares, count)
 
 
 def about_duplicates(report: Report) -> Iterator[str]:
@@ -4990,7 +5000,7 @@ def about_duplicates(report: Report) -> Iterator[str]:
 def about_doubts(report: Report, list_path: Path) -> Iterator[str]:
     """Say which pictures may lie in the wrong folder."""
     doubts, validated = report.examination.doubts, report.examination.validated
-    if not doubts:
+    if not doubts or validated is None:
         return
     if validated.accuracy.value < ENOUGH_TO_DOUBT:
         yield f"It errs too often to tell which pictures lie in the wrong folder; {list_path} lists where it differs."
@@ -5055,9 +5065,9 @@ class ReportFiles:
         return self.picture, self.numbers, self.doubtful
 
 
-def share_as_json(share: Share | None) -> dict | None:
+def share_as_json(share: Share) -> dict:
     """Return a share with its interval."""
-    return share and {"value": share.value, "interval_95": share.interval, "pictures": share.count}
+    return {"value": share.value, "interval_95": share.interval, "pictures": share.count}
 
 
 def report_as_json(report: Report) -> dict:
@@ -5078,6 +5088,7 @@ def report_as_json(report: Report) -> dict:
     training: step, split, accuracy, cross_entropy. Pictures are named by class folder and file.
     """
     examination, labels, images = report.examination, report.labels, report.images
+    validated = examination.validated
     return {
         "headline": report.headline and {"from": report.headline[0], **share_as_json(report.headline[1])},
         "labels": labels,
@@ -5085,11 +5096,12 @@ def report_as_json(report: Report) -> dict:
         "test": report.tested
         and {
             "accuracy": share_as_json(report.tested),
-            "without_duplicates": share_as_json(report.untainted),
-            "calibration_error": dict(zip(("before", "after"), report.test_calibration, strict=True)),
+            "without_duplicates": report.untainted and share_as_json(report.untainted),
+            "calibration_error": report.test_calibration
+            and dict(zip(("before", "after"), report.test_calibration, strict=True)),
         },
-        "cross_validation": examination.validated and validation_as_json(report),
-        "learning_curve": examination.curve and curve_as_json(examination),
+        "cross_validation": validated and validation_as_json(validated, examination.temperature, labels),
+        "learning_curve": validated and examination.curve and curve_as_json(examination.curve, len(validated.classes)),
         "temperature": examination.temperature,
         "unsure": examination.familiar
         and {name: getattr(examination.familiar, name) for name in ("coverage", "least_similarity", "least_score")},
@@ -5116,10 +5128,9 @@ def picture_as_json(image: Image) -> dict:
     return {"picture": printable(image.key), "label": image.label}
 
 
-def validation_as_json(report: Report) -> dict:
+def validation_as_json(validated: CrossValidation, temperature: float, labels: Sequence[str]) -> dict:
     """Return the cross-validation's part of the report."""
-    validated, temperature = report.examination.validated, report.examination.temperature
-    classes, counts = class_figures(validated), np.bincount(validated.classes, minlength=len(report.labels))
+    classes, counts = class_figures(validated), np.bincount(validated.classes, minlength=len(labels))
     before, after = (calibration_error(validated.probabilities(t), validated.classes) for t in (1.0, temperature))
     return {
         "folds": int(validated.folds.max()) + 1,
@@ -5128,21 +5139,20 @@ def validation_as_json(report: Report) -> dict:
         "calibration_error": {"before": before, "after": after},
         "classes": [
             {"label": label, "pictures": int(counts[c])} | {name: float(values[c]) for name, values in classes.items()}
-            for c, label in enumerate(report.labels)
+            for c, label in enumerate(labels)
         ],
         "confusion": validated.confusion.round(3).tolist(),
     }
 
 
-def curve_as_json(examination: Examination) -> dict:
-    """Return the learning curve's part of the report."""
-    curve = examination.curve
+def curve_as_json(curve: LearningCurve, count: int) -> dict:
+    """Return the learning curve's part of the report, which was measured on `count` pictures."""
     return {
         "pictures_per_class": curve.sizes.tolist(),
         "accuracy": [float(draws.mean()) for draws in curve.accuracies],
         "standard_deviation": [float(draws.std()) for draws in curve.accuracies],
         "recall": [[None if np.isnan(share) else float(share) for share in point] for point in curve.recalls],
-        "twice_the_pictures": expected_gain(examination)[1],
+        "twice_the_pictures": expected_gain(curve, count)[1],
     }
 
 
@@ -5198,10 +5208,10 @@ def fonts_for(text: str) -> tuple[list[str], set[str]]:
 
     own = "DejaVu Sans"  # comes with matplotlib
     fonts, missing = [own], set(text) - set(string.printable)
-    files = {font_manager.findfont(own): own}
+    files = {str(font_manager.findfont(own)): own}
     for font in font_manager.fontManager.ttflist:
         if "Last Resort" not in font.name:  # matplotlib's, of which all letters are boxes
-            files.setdefault(font.fname, font.name)  # the first of a collection, of which others may be odd
+            files.setdefault(str(font.fname), font.name)  # the first of a collection, of which others may be odd
     for path, name in files.items():
         if not missing:
             break
@@ -5276,7 +5286,7 @@ def thumbnails_of(images: Sequence[Image], rows: Iterable[int], size: tuple[int,
     return {row: image for row, image in made.items() if image is not None}
 
 
-def draw_headline(figure, report: Report, height: float, missing: set[str]) -> float:
+def draw_headline(figure: Figure, report: Report, height: float, missing: set[str]) -> float:
     """Write the accuracy to believe across the top; return how many inches that takes."""
     lines = ["Nobody knows how good this is: there is no test."]
     if report.headline:
@@ -5301,14 +5311,13 @@ def draw_headline(figure, report: Report, height: float, missing: set[str]) -> f
     return 1.0 + 0.28 * (len(lines) - 1)
 
 
-def chosen_classes(report: Report) -> list[int]:
-    """Return the classes for which there is room: all, or those with the most mistakes, in their order."""
-    confusion = report.examination.validated.confusion
+def chosen_classes(confusion: np.ndarray) -> list[int]:
+    """Return the classes of a confusion matrix for which there is room: all, or those most mistaken, in their order."""
     wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
     return sorted(np.argsort(-wrong, kind="stable")[:MOST_CLASSES].tolist())
 
 
-def left_empty(axes, title: str, report: Report) -> None:
+def left_empty(axes: Axes, title: str, report: Report) -> None:
     """Say in a panel why there is nothing in it."""
     axes.set_title(title, loc="left", weight="bold")
     why = report.examination.unvalidated or "too few pictures, or too long a training"
@@ -5317,11 +5326,12 @@ def left_empty(axes, title: str, report: Report) -> None:
     axes.set_yticks([])
 
 
-def draw_confusion(axes, report: Report, names: Sequence[str]) -> None:
+def draw_confusion(axes: Axes, report: Report, names: Sequence[str]) -> None:
     """Draw which classes are taken for which."""
     if report.examination.validated is None:
         return left_empty(axes, "What is taken for what", report)
-    rows, confusion = chosen_classes(report), report.examination.validated.confusion
+    confusion = report.examination.validated.confusion
+    rows = chosen_classes(confusion)
     counts = confusion[np.ix_(rows, rows)]
     shares = counts / np.maximum(confusion.sum(axis=1)[rows, None], 1e-9)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -5339,7 +5349,7 @@ def draw_confusion(axes, report: Report, names: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-def draw_training(axes, report: Report, names: Sequence[str]) -> None:
+def draw_training(axes: Axes, report: Report, names: Sequence[str]) -> None:
     """Draw how the accuracy grew while the head was trained."""
     for split, colour in (("train", BLUE), ("validation", ORANGE)):
         scores = [scores for scores in report.history if scores.split == split]
@@ -5354,10 +5364,10 @@ def draw_training(axes, report: Report, names: Sequence[str]) -> None:
     axes.set_title("The training", loc="left", weight="bold")
 
 
-def draw_curve(axes, report: Report, names: Sequence[str]) -> None:
+def draw_curve(axes: Axes, report: Report, names: Sequence[str]) -> None:
     """Draw the accuracy against the pictures per class, and what twice as many are likely to bring."""
-    title, curve = "Would more pictures help?", report.examination.curve
-    if curve is None or len(curve.sizes) < 2:
+    title, curve, validated = "Would more pictures help?", report.examination.curve, report.examination.validated
+    if validated is None or curve is None or len(curve.sizes) < 2:
         return left_empty(axes, title, report)
     middle = np.array([100 * draws.mean() for draws in curve.accuracies])
     spread = np.array([100 * draws.std() for draws in curve.accuracies])
@@ -5366,7 +5376,7 @@ def draw_curve(axes, report: Report, names: Sequence[str]) -> None:
     )
     axes.plot(curve.sizes, middle, "o-", color=BLUE, label="measured, and its spread")
     ends = [curve.sizes[-1], 2 * curve.sizes[-1]]
-    later = 100 * expected_gain(report.examination)[1]
+    later = 100 * expected_gain(curve, len(validated.classes))[1]
     axes.plot(ends, [middle[-1], later], "o:", color=ORANGE, label="expected of twice as many")
     axes.set_xscale("log")
     ticks = [*curve.sizes, ends[1]]
@@ -5380,12 +5390,12 @@ def draw_curve(axes, report: Report, names: Sequence[str]) -> None:
     axes.set_title(title, loc="left", weight="bold")
 
 
-def draw_classes(axes, report: Report, names: Sequence[str]) -> None:
+def draw_classes(axes: Axes, report: Report, names: Sequence[str]) -> None:
     """Draw for each class how many of its pictures are found, and how many are right of those that get its name."""
     validated = report.examination.validated
     if validated is None:
         return left_empty(axes, "Class by class", report)
-    figures, rows = class_figures(validated), chosen_classes(report)
+    figures, rows = class_figures(validated), chosen_classes(validated.confusion)
     counts = np.bincount(validated.classes, minlength=len(names))
     for i, c in enumerate(rows):
         found = Share(float(figures["recall"][c]), int(counts[c]))
@@ -5405,7 +5415,9 @@ def draw_classes(axes, report: Report, names: Sequence[str]) -> None:
     axes.set_title("Class by class", loc="left", weight="bold")
 
 
-def draw_mistakes(figure, report: Report, names, shown: Sequence[Mistake], thumbnails: dict, height: float) -> None:
+def draw_mistakes(
+    figure: Figure, report: Report, names: Sequence[str], shown: Sequence[Mistake], thumbnails: dict, height: float
+) -> None:
     """Draw the worst mistakes as thumbnails, each with its label and what it was taken for."""
     if not shown:
         return
@@ -5436,7 +5448,7 @@ def write_evaluation_summaries(report: Report, features: np.ndarray, folder: Pat
 
     features: float32 [images, n]. An earlier run's are replaced.
     """
-    pictures = {}
+    pictures: dict[str, PIL.Image.Image] = {}
     if report.examination.validated:
         data = io.BytesIO()
         with drawing(report.labels, (7, 6)) as (figure, names, _):
@@ -5522,7 +5534,7 @@ class OutputFiles:
 HEAD_NODES = ("input/", "final_training_ops/")
 
 
-def graph_with_head(base_graph, head: Head, final_tensor_name: str):
+def graph_with_head(base_graph: GraphDef, head: Head, final_tensor_name: str) -> GraphDef:
     """Return the frozen GraphDef from the bytes of a picture (`DecodeJpeg/contents:0`) to its scores.
 
     The nodes of the head have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
@@ -5535,7 +5547,7 @@ def graph_with_head(base_graph, head: Head, final_tensor_name: str):
     graph.CopyFrom(base_graph)
     scope, float32 = "final_training_ops", tf.float32.as_datatype_enum
 
-    def add(op: str, name: str, *inputs: str, typed: str = "T"):
+    def add(op: str, name: str, *inputs: str, typed: str = "T") -> NodeDef:
         node = graph.node.add(op=op, name=name, input=inputs)
         node.attr[typed].type = float32
         return node
@@ -5582,7 +5594,7 @@ def lite_with_head(lite: bytes, head: Head) -> bytes:
         network.tensors.append(added)
         return len(network.tensors) - 1
 
-    def operator(kind: str, options, inputs: Sequence[int], output: int) -> None:
+    def operator(kind: str, options: object, inputs: Sequence[int], output: int) -> None:
         code = schema.OperatorCodeT()
         code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, kind)
         code.version = 1
@@ -5619,14 +5631,14 @@ def lite_with_head(lite: bytes, head: Head) -> bytes:
     return bytes(builder.Output())
 
 
-def write_graph(graph, path: Path) -> None:
+def write_graph(graph: GraphDef, path: Path) -> None:
     """Write a GraphDef as a frozen graph file."""
     with whole_file(path) as temporary:
         temporary.write_bytes(graph.SerializeToString(deterministic=True))
 
 
 def write_outputs(
-    files: OutputFiles, graph, lite: bytes | None, labels: Sequence[str], labels_path: Path, facts: dict
+    files: OutputFiles, graph: GraphDef, lite: bytes | None, labels: Sequence[str], labels_path: Path, facts: dict
 ) -> None:
     """Write the graph, its .tflite, its labels, and last the facts that tie them together by their SHA-256.
 
@@ -5662,7 +5674,7 @@ def check_saved_model_dir(folder: Path) -> None:
         raise UserError(f"--saved_model_dir {folder}: other files lie there, which would be lost; name a new folder.")
 
 
-def write_saved_model(graph, final_tensor_name: str, folder: Path) -> None:
+def write_saved_model(graph: GraphDef, final_tensor_name: str, folder: Path) -> None:
     """Write a SavedModel that serves `image_bytes`, strings [n], with `scores`, float32 [n, classes].
 
     It decodes JPEG, PNG, GIF and BMP, and doesn't know of EXIF orientations. An earlier SavedModel there is replaced.
@@ -5671,11 +5683,11 @@ def write_saved_model(graph, final_tensor_name: str, folder: Path) -> None:
     network = graph_function(graph, final_tensor_name)
     size = graph_input_size(graph)
 
-    def decoded(data):
+    def decoded(data: Tensor) -> Tensor:
         pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
-    def serve(image_bytes):
+    def serve(image_bytes: Tensor) -> dict[str, Tensor]:
         pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
         return {"scores": network(pixels)}
 
@@ -5759,7 +5771,7 @@ LISTS = ("exclude", "split_file", "crawl", "crawl_source")
 def files_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
     """Return (flag, path) of each file that the run writes where a flag says, or beside it."""
     graph, checkpoint = OutputFiles(Path(flags.output_graph)), flags.checkpoint_path
-    table = {
+    table: dict[str, Sequence[str | Path | None]] = {
         "output_graph": [graph.graph, graph.lite, graph.facts],
         "output_labels": [flags.output_labels],
         "output_report": () if flags.no_report else ReportFiles(Path(flags.output_report)).paths,
@@ -5767,8 +5779,8 @@ def files_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
         "write_split_file": [flags.write_split_file],
     }
     if checkpoint:
-        table["checkpoint_path"] = [f"{checkpoint}{ending}" for ending in ("", ".index", ".data-00000-of-00001")]
-        table["checkpoint_path"].append(Path(checkpoint).parent / "checkpoint")
+        parts = [f"{checkpoint}{ending}" for ending in ("", ".index", ".data-00000-of-00001")]
+        table["checkpoint_path"] = [*parts, Path(checkpoint).parent / "checkpoint"]
     return [(name, Path(path)) for name, paths in table.items() for path in paths if path]
 
 
@@ -5815,7 +5827,7 @@ def check_apart(flags: argparse.Namespace) -> None:
     pictures = [(name, Path(getattr(flags, name))) for name in PICTURE_FOLDERS if getattr(flags, name)]
     readers = {place_of_file(path): name for name, path in reversed(read)}
     classes = {place_of_file(path): name for name, path in pictures}
-    writers = {}
+    writers: dict[Path, str] = {}
     for name, path in written:
         if path.exists() and not path.is_file():  # a device, such as /dev/null, which may take more than one
             continue
@@ -5865,11 +5877,18 @@ def is_ours(facts: Path) -> bool:
 
 
 def write_all(
-    flags: argparse.Namespace, base: BaseModel, base_graph, head: Head, history, labels, test, examination
+    flags: argparse.Namespace,
+    base: BaseModel,
+    base_graph: GraphDef,
+    head: Head,
+    history: list[Scores],
+    labels: list[str],
+    test: Evaluation | None,
+    examination: Examination | None,
 ) -> None:
     """Write the graph with what belongs to it, and then the other formats and logs that were asked for.
 
-    history: the Scores of the training; test: the Evaluation on the test images, examination: the Examination, or None.
+    test: how the final test went, examination: what else the pictures tell of the head; None without the one or other.
     """
     files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
     saved_model_dir = Path(flags.saved_model_dir or "none").absolute()
@@ -6129,15 +6148,15 @@ def learn(
         path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
         write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
-    settings, material = settings_of(flags), None
+    settings = settings_of(flags)
     is_chosen = flags.head == "auto" and settings.is_classic and data.coarse is None
-    if is_chosen or not flags.no_report:
-        material = gather_material(data.images, data.features, data.known, settings)
-    if is_chosen:
+    is_examined = is_chosen or not flags.no_report
+    material = gather_material(data.images, data.features, data.known, settings) if is_examined else None
+    if material and is_chosen:
         settings = choose_settings(material, len(labels), settings)
     head, history = train_as_asked(flags, settings, data, after_step)
     test = final_test(flags, head, data)
-    if flags.no_report:
+    if material is None or flags.no_report:
         write_all(flags, base, base_graph, head, history, labels, test, None)
         log_old_report(flags)
         return
