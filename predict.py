@@ -73,7 +73,10 @@ class Classifier:
     familiar: Familiar | None = None
 
     def unsure(self, scores: np.ndarray, bottleneck: np.ndarray | None) -> bool:
-        """Tell whether a picture is not to be named, since it is unlike those of the training, or no score is high."""
+        """Tell whether a picture is not to be named, since it is unlike those of the training, or no score is high.
+
+        scores: float32 [classes]; bottleneck: float32 [n]. Raises UserError if `familiar` is of another base model.
+        """
         if self.familiar is None or bottleneck is None:
             return False
         if len(bottleneck) != self.familiar.exemplars.shape[1]:
@@ -135,7 +138,7 @@ def read_labels(path: Path) -> list[str]:
 def read_facts(files: OutputFiles) -> dict:
     """Return what retrain.py noted about the graph, or {} if that is another graph's.
 
-    `lite_is_whole` tells whether the .tflite beside it is there, and the graph's.
+    `lite_is_whole` tells whether the .tflite beside it is there, and the graph's. Raises UserError without a graph.
     """
     if not files.graph.is_file() and not files.lite.is_file():
         raise UserError(f"--graph {files.graph}: there is no such file; train first with retrain.sh, or name the file.")
@@ -164,7 +167,10 @@ def lite_workers(path: Path, reading: Reading, pictures: int, cores: int) -> lis
 
 
 def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
-    """Return a function from a picture to its scores by TensorFlow, for a graph of ours or of the classic script's."""
+    """Return a function from a picture to its scores by TensorFlow, for a graph of ours or of the classic script's.
+
+    Raises UserError for another kind of graph.
+    """
     tf = import_tensorflow()
     graph = read_graph(path, trusted)
     used = {name.split(":")[0] for node in graph.node for name in node.input}
@@ -216,7 +222,10 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Yield what each picture is taken for, in the order of `paths`."""
+    """Yield what each picture is taken for, in the order of `paths`.
+
+    Raises UserError if the graph gives another number of scores than there are labels.
+    """
 
     def attempt(worker: Scorer, path: Path) -> Prediction:
         if not path.is_file():

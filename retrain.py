@@ -259,10 +259,12 @@ class PlainLines:
     """A text stream for tqdm off a terminal: each state of the bar becomes a line, without carriage returns."""
 
     def write(self, text: str) -> None:
+        """Print a state of the bar."""
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self) -> None:
+        """Do as streams do."""
         sys.stderr.flush()
 
 
@@ -413,7 +415,10 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def import_tensorflow() -> ModuleType:
-    """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal."""
+    """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal.
+
+    Raises UserError if it is missing or can't be loaded.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         with quiet_stderr():
@@ -476,7 +481,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf, also: Sequence[float] = ()) -> Callable:
-    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all')."""
+    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all').
+
+    Like all types of flags here it raises argparse.ArgumentTypeError, of which argparse makes a sentence with the flag.
+    """
 
     def parse(text: str) -> float:
         try:
@@ -1300,7 +1308,7 @@ class Baidu(Source):
             yield self.read(answer.url, entries, self.found, '"objURL" that can be read')
 
     def found(self, entry: str) -> Found:
-        """Return the result whose address an entry of the page's script begins with."""
+        """Return the result whose address an entry of the page's script begins with; raise ValueError if none is."""
         string = r'\s*("(?:[^"\\]|\\.)*")'
 
         def told(before: str) -> str:
@@ -1583,7 +1591,7 @@ class Gallery:
 
     @staticmethod
     def bits_of(looks: str) -> np.ndarray:
-        """Return the 256 bits of a perceptual hash."""
+        """Return the bits, uint8 [256], of a perceptual hash in hexadecimal."""
         return np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8)).astype(bool)
 
     def twin(self, picture: Picture) -> tuple[str, str] | None:
@@ -1689,14 +1697,17 @@ class Job:
 
     @property
     def host(self) -> str:
+        """The server that the address names."""
         return self.found.url.partition("://")[2].partition("/")[0]
 
     @property
     def is_done(self) -> bool:
+        """Whether it was fetched, or given up."""
         return self.future is not None and self.future.done()
 
     @property
     def is_refused(self) -> bool:
+        """Whether it was fetched well, and is not wanted."""
         if self.future is None or not self.future.done():
             return False
         return not self.future.exception() and self.future.result() is None
@@ -1859,7 +1870,8 @@ def crawl(
 ) -> None:
     """Fill a folder of `crawl_dir` for each class with pictures from the sources, and print what came of it.
 
-    classes: {folder: search words}; sources: (name, argument) in the order of preference; decode: see look_at.
+    classes: {folder: search words}; sources: (name, argument) in the order of preference; decode: from the bytes of a
+    file to pixels uint8 [height, width, 3], see look_at.
     Raises UserError when nothing could be found, or a source was out of reach while pictures were missing.
     """
     for name, argument in sources:
@@ -2489,7 +2501,10 @@ class LiteModel:
         self.path, self.prepared = path, False
 
     def prepare(self) -> None:
-        """Lay out and pack the weights, which takes a tenth of a second, if that is not done yet."""
+        """Lay out and pack the weights, which takes a tenth of a second, if that is not done yet.
+
+        Raises UserError for a file that LiteRT can't run.
+        """
         if not self.prepared:
             try:
                 with quiet_stderr():
@@ -2499,10 +2514,14 @@ class LiteModel:
             self.prepared = True
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the first output, float32 [n], for pixels float32 [height, width, 3]."""
         return self.run(pixels)[0]
 
     def run(self, pixels: np.ndarray) -> list[np.ndarray]:
-        """Return all outputs, float32 [n] each: of a trained graph the scores and the bottleneck."""
+        """Return all outputs, float32 [n] each, for pixels float32 [height, width, 3]; raise UserError as `prepare`.
+
+        Those of a trained graph are the scores and the bottleneck.
+        """
         self.prepare()  # not before, so that the threads that still prepare theirs don't hold up those that have
         try:
             self.interpreter.set_tensor(self.input["index"], pixels[None])
@@ -2554,6 +2573,7 @@ class Engine:
 
     @property
     def cores(self) -> int:
+        """How many cores may be used."""
         return min(core_count(), self.cpu_threads or core_count())
 
 
@@ -2738,11 +2758,13 @@ class BoundedReader:
         self.file, self.most, self.tell = file, most, file.tell
 
     def seek(self, place: int) -> int:
+        """Go to a place. Raises DownloadError for one that an honest archive doesn't have."""
         if place > self.most:
             raise DownloadError("it unpacks to more bytes than it should hold", final=True)
         return self.file.seek(place)
 
     def read(self, size: int) -> bytes:
+        """Return the next bytes. Raises DownloadError for too many, and for a damaged archive."""
         if size > 1 << 24:  # tarfile reads headers in one piece, whatever they say of their size
             raise DownloadError("a header in it is larger than any honest one", final=True)
         try:
@@ -2833,7 +2855,10 @@ def download_base_model(model_dir: Path, model_url: str, patient: bool = True) -
 
 
 def find_graph(model_dir: Path, model_url: str, patient: bool = True) -> Path:
-    """Return the path of Inception-v3's graph: in `model_dir`, out of the archive lying there, or downloaded."""
+    """Return the path of Inception-v3's graph: in `model_dir`, out of the archive lying there, or downloaded.
+
+    Raises UserError if it can't be had.
+    """
     graph_path, archive_path = model_dir / GRAPH_FILE, model_dir / ARCHIVE_FILE
     if not graph_path.is_file() and archive_path.is_file():
         try:
@@ -2848,7 +2873,10 @@ def find_graph(model_dir: Path, model_url: str, patient: bool = True) -> Path:
 
 
 def find_starter(model_dir: Path) -> Path:
-    """Return the path of the starter's graph: in `model_dir`, or where it came with this script."""
+    """Return the path of the starter's graph: in `model_dir`, or where it came with this script.
+
+    Raises UserError if it is in neither.
+    """
     folders = [model_dir, Path(__file__).resolve().with_name("inception_model")]
     for folder in folders:
         if (folder / STARTER_FILE).is_file():
@@ -3148,7 +3176,10 @@ VGG16_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/
 
 
 def find_vgg16(layer: str, model_dir: Path) -> Path:
-    """Return the path of Keras' weights of VGG16 that suffice for a layer: in `model_dir`, or by its own download."""
+    """Return the path of Keras' weights of VGG16 that suffice for a layer: in `model_dir`, or by its own download.
+
+    Raises UserError if they can't be had.
+    """
     names = [name for name in VGG16_FILES if layer != "fc2" or "notop" not in name]
     for name in names:
         if (model_dir / name).is_file():
@@ -3205,7 +3236,10 @@ HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
 
 
 def find_hub_module(handle: str) -> Path:
-    """Return the SavedModel folder of a handle: a local folder, or what tensorflow_hub makes of an address."""
+    """Return the SavedModel folder of a handle: a local folder, or what tensorflow_hub makes of an address.
+
+    Raises UserError if there is no such thing.
+    """
     if Path(handle).is_dir():
         return Path(handle)
     if "://" not in handle:
@@ -3440,7 +3474,7 @@ class BottleneckStore:
             return None
 
     def save(self, image: Image, variant: str, record: list, values: np.ndarray) -> None:
-        """Keep the features of an image, made from it as `record` says."""
+        """Keep the features float32 [n] of an image, made from it as `record` says."""
         name = self.name(image, variant)
         path = self.folder / name
         with whole_file(path) as temporary:
@@ -3477,7 +3511,8 @@ def parse_bottleneck(text: str, size: int) -> np.ndarray:
 def extract(store: BottleneckStore, network: Callable, job: tuple) -> str | dict[str, np.ndarray]:
     """Compute and keep what is missing for one image; return it by variant, or the reason why the image can't be used.
 
-    job: the image, the settings of the distortion, and {variant: function from decoded to resized pixels}.
+    They are float32 [n], n the bottleneck size. job: the image, the settings of the distortion, and {variant: function
+    from decoded to resized pixels}.
     """
     image, settings, variants = job
     try:
@@ -3499,7 +3534,10 @@ def extract(store: BottleneckStore, network: Callable, job: tuple) -> str | dict
 def variants_of(
     base: BaseModel, image: Image, distortion: Distortion | None, count: int
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Return what is computed for an image: {part of its file's name: function from decoded to resized pixels}."""
+    """Return what is computed for an image: {part of its file's name: function from decoded to resized pixels}.
+
+    Decoded are uint8 [height, width, 3], resized float32 [*input size, 3].
+    """
     if distortion is None:
         return {"": functools.partial(resize_bilinear, size=base.input_size)}
     names = [f"_distorted_{i}" for i in range(count)]
@@ -3587,7 +3625,10 @@ class Head:
         return len(self.hidden[0][0] if self.hidden else self.weights)
 
     def variables(self) -> dict[str, np.ndarray]:
-        """Return all its numbers under the classic script's names, and others for the hidden layers."""
+        """Return all its numbers under the classic script's names, and others for the hidden layers.
+
+        Weights are float32 [inputs, outputs], biases [outputs].
+        """
         named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
         for i, (weights, biases) in enumerate(self.hidden):
             named |= {f"hidden_{i}/weights": weights, f"hidden_{i}/biases": biases}
@@ -3640,11 +3681,13 @@ class TrainingSettings:
         return not self.hidden_units and self.optimizer == "sgd"
 
     def is_evaluated(self, step: int) -> bool:
+        """Tell whether the three classic lines are due after a step."""
         if not self.eval_step_interval:  # not a flag's value: what is trained for the report alone
             return False
         return step % self.eval_step_interval == 0 or step == self.how_many_training_steps - 1
 
     def is_stored(self, step: int) -> bool:
+        """Tell whether an intermediate graph is due after a step."""
         return step > 0 and self.intermediate_store_frequency > 0 and step % self.intermediate_store_frequency == 0
 
 
@@ -3944,7 +3987,7 @@ def with_new_output(
 ) -> KerasModel:
     """Return a Keras model with the hidden layers of `model`, and an output layer that begins anew.
 
-    features: those that `model` was built for, which its scale comes from.
+    features: those [rows, n] that `model` was built for, which its scale comes from.
     """
     fresh = build_layers(features, class_count, settings)
     for ours, theirs in zip(fresh.layers[:-1], model.layers[:-1], strict=True):
@@ -4081,7 +4124,7 @@ def log_two_stages(stages: TwoStages, held_out: Rows) -> None:
 
 
 def import_matplotlib() -> ModuleType:
-    """Import matplotlib's figures, which only the pictures of training need."""
+    """Import matplotlib's figures, which only the pictures of training need. Raises UserError if they are missing."""
     try:
         import matplotlib.figure
     except ImportError as error:
@@ -4264,7 +4307,10 @@ def train_members(
     class_count: int,
     settings: TrainingSettings,
 ) -> np.ndarray:
-    """Train the head that `settings` describe on each of several sets of rows: see `train_heads`."""
+    """Train the head that `settings` describe on each of several sets of rows; takes and gives what `train_heads` does.
+
+    features: [rows, n]; classes: int [rows]; members: int [rows of it] each; the logits are [members, rows, classes].
+    """
     if settings.is_classic:
         return train_heads(features, classes, members, class_count, settings)
     silent = dataclasses.replace(settings, eval_step_interval=0, intermediate_store_frequency=0)
@@ -4415,7 +4461,7 @@ def learning_curve(
 
 
 def nan_mean(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean of arrays where they are numbers, and NaN where none is."""
+    """Return the mean of arrays of one shape [...] where they are numbers, and NaN where none is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return np.nanmean(values, axis=0)
@@ -5054,14 +5100,17 @@ class ReportFiles:
 
     @property
     def numbers(self) -> Path:
+        """The numbers, as JSON."""
         return self.picture.with_suffix(".json")
 
     @property
     def doubtful(self) -> Path:
+        """The list of doubtful pictures."""
         return self.picture.with_suffix(".tsv")
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
+        """All files of the report."""
         return self.picture, self.numbers, self.doubtful
 
 
@@ -5312,7 +5361,7 @@ def draw_headline(figure: Figure, report: Report, height: float, missing: set[st
 
 
 def chosen_classes(confusion: np.ndarray) -> list[int]:
-    """Return the classes of a confusion matrix for which there is room: all, or those most mistaken, in their order."""
+    """Return the classes of a confusion matrix [true, named] for which there is room: all, or those most mistaken."""
     wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
     return sorted(np.argsort(-wrong, kind="stable")[:MOST_CLASSES].tolist())
 
@@ -5474,7 +5523,7 @@ def write_evaluation_summaries(report: Report, features: np.ndarray, folder: Pat
 
 
 def write_projector(report: Report, features: np.ndarray, folder: Path) -> None:
-    """Write the bottlenecks of up to MOST_PROJECTED images as TensorBoard's projector reads them.
+    """Write the bottlenecks [images, n] of up to MOST_PROJECTED images as TensorBoard's projector reads them.
 
     Its files need no package: points and what they are called as tables, thumbnails on one sheet, and which is which.
     """
@@ -5524,10 +5573,12 @@ class OutputFiles:
 
     @property
     def lite(self) -> Path:
+        """The same network for LiteRT."""
         return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".tflite")
 
     @property
     def facts(self) -> Path:
+        """What predict.py needs beyond the network, as JSON."""
         return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".json")
 
 
@@ -5986,7 +6037,10 @@ def distortion_of(flags: argparse.Namespace) -> Distortion | None:
 def distorted(
     flags: argparse.Namespace, store: BottleneckStore, engine: Engine, training: Rows, images: Sequence[Image]
 ) -> Rows:
-    """Return the training rows of the images with the distorted variants that the flags ask for, if any."""
+    """Return the training rows of the images with the distorted variants that the flags ask for, if any.
+
+    Raises UserError for images that can't be read any more.
+    """
     distortion = distortion_of(flags)
     if distortion is None:
         return training
@@ -6002,6 +6056,7 @@ def coarse_rows(
 ) -> tuple[Rows | None, list[str]]:
     """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same.
 
+    features: float32 [images, n].
     Left out are those that show what is held out. Raises UserError if nothing remains.
     """
     if not flags.coarse_image_dir:
@@ -6171,7 +6226,7 @@ def learn(
 
 
 def ask_for_count() -> int:
-    """Return how many pictures of each class the person at the terminal wants."""
+    """Return how many pictures of each class the person at the terminal wants; raise UserError if nobody is there."""
     while True:
         try:
             return number(int, 1)(input("How many pictures of each class are wanted? ").strip())
