@@ -64,7 +64,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
     from multiprocessing.connection import Connection
-    from types import ModuleType
 
     from keras import Layer as KerasLayer
     from keras import Model as KerasModel
