@@ -24,6 +24,7 @@ import datetime
 import difflib
 import email.utils
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -36,6 +37,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import queue
 import random
 import re
@@ -50,6 +52,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import urllib.robotparser
@@ -57,9 +60,8 @@ import uuid
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
@@ -69,6 +71,9 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
     from keras import Model as KerasModel
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pyarrow import Table
+    from pyarrow.fs import FileSystem
+    from ray import ObjectRef
     from requests import Response
     from requests.adapters import HTTPAdapter
     from tensorflow import Tensor
@@ -114,10 +119,16 @@ except ImportError as missing:
 log = logging.getLogger("retrain")
 # What is read, by the names that Pillow gives to formats.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
-# pandas, which TensorFlow and cleanlab load, looks for a package of this name, and would take our folder for it.
-sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]  # None: there is none
 # Large pictures and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
+
+
+def hide_bottleneck_folder() -> None:
+    """Keep pandas, which TensorFlow, cleanlab and Ray Data load, from taking our folder `bottleneck` for a package."""
+    sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]  # None: there is none
+
+
+hide_bottleneck_folder()
 
 
 class UserError(Exception):
@@ -157,7 +168,8 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
-        if signal.getsignal(signal.SIGINT) is leave_at_once:
+        # By its name, since the script and the module `retrain` each have one of their own.
+        if getattr(signal.getsignal(signal.SIGINT), "__name__", "") == leave_at_once.__name__:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = work() or 0
@@ -197,22 +209,27 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
     """
-    given, path = path, Path(os.path.realpath(path))  # a link stays a link, to the new file
-    temporary = path.with_name(f".retrain-{uuid.uuid4().hex}.tmp")
+    # Plain strings, and few questions to the disk: there are as many files as pictures.
+    given, path = path, os.fspath(path)
+    if os.path.islink(path):  # it stays a link, to the new file
+        path = os.path.realpath(path)
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".retrain-{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
+        if folder and not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
+        if os.path.isdir(path):
             raise UserError(f"{given} could not be written (it is a folder).")
-        if path.exists() and not path.is_file():  # /dev/stdout, /dev/null: a device, which nothing may replace
-            yield path
+        if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, /dev/null: nothing may replace a device
+            yield Path(path)
         else:
-            yield temporary
+            yield Path(temporary)
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{given} could not be written ({error.strerror or error}).") from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            os.unlink(temporary)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -252,6 +269,13 @@ class Journal:
             except OSError as error:
                 raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
             self.torn = False
+
+    def __getstate__(self) -> dict:
+        """Return what other processes of this machine need to append, too."""
+        return vars(self) | {"path": Path(os.path.abspath(self.path)), "lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state | {"lock": threading.RLock()})
 
 
 class PlainLines:
@@ -293,7 +317,7 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Iterator[tuple]:
+def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tuple, None, None]:
     """Yield (item, result) as they are finished; each worker is a function of its own thread, for it alone.
 
     The workers spend their time in code that releases the interpreter lock (decoding, the network), so threads do.
@@ -413,7 +437,7 @@ def quiet_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def import_tensorflow() -> ModuleType:
+def import_tensorflow() -> types.ModuleType:
     """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal.
 
     Raises UserError if it is missing or can't be loaded.
@@ -428,6 +452,107 @@ def import_tensorflow() -> ModuleType:
     return tensorflow
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says, without what it goes on to explain."""
+    return str(error).strip().partition("\n")[0].rstrip(".:")
+
+
+def import_ray() -> types.ModuleType:
+    """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
+
+    Raises UserError if they are missing.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"--ray_address needs Ray ({error}): pip install -r requirements-ray.txt") from error
+    logger = logging.getLogger("ray.data")
+    logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
+    # A handler that keeps records, as test runners have, would keep the errors of lost blocks, those the processes that
+    # they are about, and those the processors: what was lost would wait for ever to be done again.
+    logger.propagate = False
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # is more than a few pictures need
+    return ray
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str) -> Iterator[None]:
+    """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
+
+    This file goes along, as the module `retrain`, so that the nodes need no copy of it. Raises UserError.
+    """
+    ray = import_ray()
+    options = {"num_cpus": core_count(), "include_dashboard": False} if address == "local" else {}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        if ":" in address:  # Ray itself would go on trying for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        with quiet_stderr():  # where it tells that it will be quiet
+            ray.init(
+                address,
+                runtime_env={
+                    "py_modules": [__file__],
+                    "worker_process_setup_hook": f"{__name__}.{hide_bottleneck_folder.__name__}",
+                },
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                **options,
+            )
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
+            "`ray start --head`, or use --ray_address local."
+        ) from error
+    finally:
+        if in_main_thread:  # Ray puts its own in place, which would end us without a sentence
+            signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def memory_size() -> int:
+    """Return how many bytes of memory this process may fill."""
+    if not hasattr(os, "sysconf"):  # Windows, which tells only by ways of its own
+        return 8 << 30
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # a container's
+        with contextlib.suppress(OSError, ValueError):  # "max" for none
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes)
+
+
+def fits_in_memory(size: int) -> bool:
+    """Tell whether so many bytes of features may be in memory all at once, and copied there: a quarter of it."""
+    return size <= memory_size() // 4
+
+
+def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
+    """Return an uninitialized float32 matrix [*shape], in a nameless file of `folder` if memory is short.
+
+    Raises UserError when the disk has no room for it.
+    """
+    size = 4 * math.prod(shape)
+    if fits_in_memory(size):
+        return np.empty(shape, np.float32)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
+            if hasattr(os, "posix_fallocate"):  # else a full disk would kill us later, in the middle of a line
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, np.float32, "w+", shape=tuple(shape))
+    except OSError as error:
+        raise UserError(
+            f"--bottleneck_dir {folder}: {size / 1e9:.1f} GB for all features could not be had there "
+            f"({error.strerror or error})."
+        ) from error
+
+
 @contextlib.contextmanager
 def writing_by_tensorflow(path: Path) -> Iterator[None]:
     """Turn what TensorFlow raises when it can't write to `path` into a UserError."""
@@ -438,7 +563,7 @@ def writing_by_tensorflow(path: Path) -> Iterator[None]:
         raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}).") from error
 
 
-def printable(text: str | os.PathLike) -> str:
+def printable(text: object) -> str:
     """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
     odd = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, and separators of lines and paragraphs
     escaped = (
@@ -534,6 +659,11 @@ def report_name(text: str) -> str:
     return text
 
 
+def is_store_url(text: str) -> bool:
+    """Tell whether an --image_dir is the address of an object store, such as s3://bucket/folder."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
+
+
 def ip_networks(text: str) -> tuple:
     """Read the value of --crawl_allow_private: addresses or networks, joined by commas, or `all`."""
     try:
@@ -594,7 +724,13 @@ def add_picture_flags(room: Callable) -> None:
     """Add the flags of the rooms from images to bottlenecks."""
     percentage, share = number(int, 0, 100), number(int, 0, 99)
     flag = room("images")
-    flag("--image_dir", "data", name_of_file, "DIR", "folder that holds one folder of pictures per class")
+    flag(
+        "--image_dir",
+        "data",
+        name_of_file,
+        "DIR",
+        "holds a folder of pictures per class; or s3://, gs://, hdfs://",
+    )
     flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
     flag("--validation_percentage", 10, share, "N", "percentage kept for validation")
     flag("--validation_dir", "", str, "DIR", "validate on these pictures, with the same class folders as --image_dir")
@@ -617,6 +753,8 @@ def add_picture_flags(room: Callable) -> None:
     flag("--cpu_threads", 0, number(int, 1, also=[0]), "N", "how many cores to use; 0 for all")
     flag = room("bottlenecks")
     flag("--bottleneck_dir", "bottleneck", name_of_file, "DIR", "where the features are kept, a file per picture")
+    flag("--ray_address", "", str, "ADDR", "compute them on a Ray cluster: auto, host:port, or local for this machine")
+    flag("--ray_shared_files", False, switch, "BOOL", "its nodes find the pictures at the same paths as this machine")
     flag("--flip_left_right", False, switch, "BOOL", "also train on pictures flipped at random")
     flag("--random_crop", 0, share, "N", "also train on pictures with a margin of N %% cropped away at random")
     flag("--random_scale", 0, number(int, 0, 1000), "N", "also train on pictures enlarged at random by up to N %%")
@@ -726,6 +864,23 @@ def complete_head_flags(parser: Parser, flags: argparse.Namespace) -> None:
             setattr(flags, name, usual_rate)
 
 
+def check_cluster_flags(parser: Parser, flags: argparse.Namespace) -> None:
+    """End with a sentence for flags that don't fit a Ray cluster, or pictures in an object store."""
+    stored = is_store_url(flags.image_dir)
+    if stored and (not flags.ray_address or (flags.crawl and not flags.crawl_dir)):
+        parser.error("--image_dir: an object store is read by a Ray cluster, and not crawled into; add --ray_address")
+    for name in ("validation_dir", "test_dir", "coarse_image_dir"):
+        if is_store_url(getattr(flags, name)):
+            parser.error(f"--{name}: only the --image_dir may lie in an object store")
+    for name in ("validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file"):
+        if stored and getattr(flags, name):
+            parser.error(f"--{name}: it needs an --image_dir that is a folder, not an object store")
+    if flags.ray_shared_files and not flags.ray_address:
+        parser.error("--ray_shared_files: there are no nodes without --ray_address")
+    if flags.ray_address.startswith("ray://"):
+        parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
+
+
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
@@ -739,6 +894,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
     if flags.crawl and not flags.crawl_only and flags.crawl_dir not in ("", flags.image_dir, flags.coarse_image_dir):
         parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
+    check_cluster_flags(parser, flags)
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every picture does; leave out --validation_dir and --test_dir")
     if flags.quarantine and flags.no_report:
@@ -1993,11 +2149,47 @@ UPRIGHT = {
 }
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class StoredPath:
+    """A file or folder of an object store, with what the rooms ask of a path: its names, size, time and content."""
+
+    url: str  # of the whole --image_dir, as pyarrow or fsspec understands it
+    place: str  # the path in that store
+    size: int = 0  # bytes
+    changed: int = 0  # nanoseconds since 1970
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(self.place).name
+
+    @property
+    def parent(self) -> PurePosixPath:
+        """The folder."""
+        return PurePosixPath(self.place).parent
+
+    def __str__(self) -> str:
+        return f"{self.url.split('://')[0]}://{self.place}"  # without the passwords and options that a URL may hold
+
+    def is_file(self) -> bool:
+        """Tell that what was listed is there; else reading it tells."""
+        return True
+
+    def stat(self) -> types.SimpleNamespace:
+        """Return what the store's listing told, without asking it again."""
+        return types.SimpleNamespace(st_size=self.size, st_mtime_ns=self.changed)
+
+    def read_bytes(self, most: int, file_system: FileSystem | None = None) -> bytes:
+        """Return the content, `most` bytes of it, from a file system if it is open already. Raises OSError."""
+        with (file_system or open_store(self.url)[0]).open_input_file(self.place) as file:
+            return file.read(min(most, file.size()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Image:
     """One picture: where it lies, the class that its folder names, and what it is used for."""
 
-    path: Path
+    path: Path | StoredPath
     label: str
     split: str = "training"  # or "validation", "testing", or "coarse": stage one of two
     place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
@@ -2016,6 +2208,65 @@ class Reading:
     exact_decode: bool = False
 
 
+@functools.cache
+def open_store(url: str) -> tuple:
+    """Return the file system (of pyarrow) of an object store's address, and the folder's path in it. Raises UserError.
+
+    What pyarrow doesn't know, fsspec may: it knows many stores, each by a package of its own.
+    """
+    import pyarrow.fs
+
+    try:
+        with contextlib.suppress(pyarrow.ArrowInvalid):  # an address that it has no file system for
+            return pyarrow.fs.FileSystem.from_uri(url)
+        import fsspec
+
+        file_system, place = fsspec.core.url_to_fs(url)
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system)), place
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"--image_dir {url}: there is no way to such an object store ({first_line(error)}).") from error
+
+
+def stored_entries(folder: StoredPath) -> list[tuple[StoredPath, str]] | str:
+    """Return the entries of a folder of an object store and their kinds, see entries_here, or why that can't be."""
+    from pyarrow.fs import FileSelector, FileType
+
+    kinds = {FileType.File: "file", FileType.Directory: "folder"}
+    try:
+        listed = open_store(folder.url)[0].get_file_info(FileSelector(folder.place))
+    except (OSError, UserError) as error:
+        return first_line(error)
+    entries = [
+        (StoredPath(folder.url, info.path, info.size or 0, info.mtime_ns or 0), kinds.get(info.type, ""))
+        for info in listed
+        if info.path.rstrip("/") != folder.place.rstrip("/")  # some stores keep an empty object for the folder itself
+    ]
+    return sorted(entries)
+
+
+def entries_in_store(folders: Sequence[StoredPath]) -> list[list[tuple[StoredPath, str]]]:
+    """Do the same as entries_here for folders of an object store, all at once on the nodes of the Ray cluster.
+
+    Raises UserError for one that can't be listed.
+    """
+    ray = import_ray()
+    listing = ray.remote(stored_entries)
+    answers = ray.get([listing.remote(folder) for folder in folders])
+    for folder, answer in zip(folders, answers, strict=True):
+        if isinstance(answer, str):
+            raise UserError(f"--image_dir: {folder} could not be listed ({answer}).")
+    return answers
+
+
+def entries_here(folders: Sequence[Path]) -> list[list[tuple[Path, str]]]:
+    """Return for each folder its entries in the order of their names, and their kinds: file, folder or ''."""
+
+    def kind(path: Path) -> str:
+        return "file" if path.is_file() else "folder" if path.is_dir() else ""
+
+    return [[(path, kind(path)) for path in sorted(folder.iterdir())] for folder in folders]
+
+
 def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
     """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
 
@@ -2023,16 +2274,20 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     content, when it is decoded. Raises UserError for a folder from which no classifier could be trained, with less than
     two classes or `least` files of one, by the name of its flag.
     """
-    root = Path(image_dir)
-    if not root.is_dir():
-        raise UserError(f"{flag} {image_dir}: there is no such folder (looked for {root.resolve()}).")
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries_of: Callable = entries_here
+    root: Path | StoredPath = Path(image_dir)
+    if is_store_url(image_dir):
+        entries_of, root = entries_in_store, StoredPath(image_dir, open_store(image_dir)[1])
+    elif not Path(image_dir).is_dir():
+        raise UserError(f"{flag} {image_dir}: there is no such folder (looked for {Path(image_dir).resolve()}).")
+    (entries,) = entries_of([root])
+    folders = [entry for entry, kind in entries if kind == "folder" and not entry.name.startswith(".")]
     if not folders:
         raise UserError(f"{flag} {image_dir}: it holds no folders; put the pictures of each class into one of its own.")
-    unread = [entry for entry in root.iterdir() if entry.is_file() and not is_hidden(entry)]
+    unread = [entry for entry, kind in entries if kind == "file" and not is_hidden(entry)]
     images: list[Image] = []
-    folder_of: dict[str, Path] = {}
-    for folder in folders:
+    folder_of: dict[str, Path | StoredPath] = {}
+    for folder, entries in zip(folders, entries_of(folders), strict=True):
         label = label_of(folder.name)
         if label in folder_of:
             raise UserError(
@@ -2040,9 +2295,8 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
                 f"label {label!r}; rename or merge one of them."
             )
         folder_of[label] = folder
-        entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry))
-        images += [Image(entry, label) for entry in entries if entry.is_file()]
-        unread += [entry for entry in entries if not entry.is_file()]
+        images += [Image(entry, label) for entry, kind in entries if kind == "file" and not is_hidden(entry)]
+        unread += [entry for entry, kind in entries if kind != "file" and not is_hidden(entry)]
     if unread:
         told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
         log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
@@ -2050,7 +2304,7 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     return images
 
 
-def is_hidden(path: Path) -> bool:
+def is_hidden(path: Path | StoredPath) -> bool:
     """Tell whether a file or folder is none of the user's pictures by its name alone."""
     return path.name.startswith(".") or path.name.lower() in NOT_PICTURES
 
@@ -2137,7 +2391,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     It is a table of tabs: path (from image_dir, or absolute), label, and training, validation or testing. Raises
     UserError for a path that is no picture's, one named twice, another label or split, and classes with none to train.
     """
-    known = {os.path.normpath(image.path): image for image in images}
+    known = {os.path.normpath(str(image.path)): image for image in images}
     labels, found, left_out = dict.fromkeys(image.label for image in images), {}, dict(known)
     try:
         rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig", "surrogateescape")), delimiter="\t"))
@@ -2187,7 +2441,7 @@ def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> Non
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(["path", "label", "split"])
         for image in images:
-            table.writerow([Path(os.path.relpath(image.path, image_dir)).as_posix(), image.label, image.split])
+            table.writerow([Path(os.path.relpath(str(image.path), image_dir)).as_posix(), image.label, image.split])
 
 
 def stem_of(key: str) -> str:
@@ -2314,21 +2568,32 @@ def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
     return pixels if turn is None else np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
 
 
-def read_image(path: Path, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
+def read_bytes(path: Path | StoredPath, file_system: FileSystem | None = None) -> bytes:
+    """Return the content of a file. Raises ImageError for one that can't be read.
+
+    file_system: of the object store in which a StoredPath lies, if it is open already.
+    """
     try:
-        if not Path(path).is_file():  # a pipe or a device could be read for ever
+        if isinstance(path, StoredPath):  # whole at once: a store is asked, and paid, by the request
+            data = path.read_bytes(MOST_BYTES + 1, file_system)
+        elif not Path(path).is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
-        with open(path, "rb") as file:
-            data = file.read(64)
-            if BEGINNINGS.match(data):
-                file.seek(0)
-                data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest picture is")
+        else:
+            with open(path, "rb") as file:
+                data = file.read(64)
+                if BEGINNINGS.match(data):
+                    file.seek(0)
+                    data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
-    return decode_image(data, reading, input_size)
+    if len(data) > MOST_BYTES:
+        raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest picture is")
+    return data
+
+
+def read_image(path: Path | StoredPath, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
+    return decode_image(read_bytes(path), reading, input_size)
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -3420,6 +3685,12 @@ class Distortion:
         return np.ascontiguousarray(cropped * np.float32(brightness))
 
 
+def record_of(path: Path | StoredPath, recipe: str) -> list:
+    """Return what tells a picture, and how features are made of it, from what they may become. Raises OSError."""
+    now = path.stat()
+    return [now.st_size, now.st_mtime_ns, recipe]
+
+
 class BottleneckStore:
     """The bottleneck files of a base model, `<dir>/<class folder>/<image file name>_<architecture>.txt`.
 
@@ -3455,8 +3726,7 @@ class BottleneckStore:
 
     def record(self, image: Image, settings: str) -> list:
         """Return what a bottleneck file made now would be recorded with. Raises OSError for an image that is gone."""
-        now = image.path.stat()
-        return [now.st_size, now.st_mtime_ns, self.recipe + settings]
+        return record_of(image.path, self.recipe + settings)
 
     def load(self, image: Image, variant: str, settings: str) -> np.ndarray | None:
         """Return the features float32 [n] that are kept for an image, or None if there are none that are still good."""
@@ -3472,19 +3742,23 @@ class BottleneckStore:
         except (OSError, ValueError):
             return None
 
-    def save(self, image: Image, variant: str, record: list, values: np.ndarray) -> None:
-        """Keep the features float32 [n] of an image, made from it as `record` says."""
-        name = self.name(image, variant)
-        path = self.folder / name
+    def save(self, name: str, record: list, text: bytes) -> None:
+        """Keep features made as `record` says, in the bottleneck file of that name; text: see bottleneck_text."""
+        path = os.path.join(self.folder, name)
         with whole_file(path) as temporary:
-            temporary.write_text(",".join([f"{value:.9g}" for value in values.tolist()]), "ascii")
+            temporary.write_bytes(text)
             # The old file goes and the record comes before the new file: a run killed in between leaves no file, never
             # one that the record doesn't fit.
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             self.index.append([name, *record])
             self.records[name] = record
 
-    def write_skipped(self, skipped: dict[Path, str]) -> None:
+    def __getstate__(self) -> dict:
+        """Return what other processes of this machine need to save: not the records, of which there may be millions."""
+        return vars(self) | {"folder": Path(os.path.abspath(self.folder)), "records": {}}
+
+    def write_skipped(self, skipped: dict[Path | StoredPath, str]) -> None:
         """List the files that were skipped, with their reasons, beside the bottlenecks."""
         if not skipped:
             self.skipped_path.unlink(missing_ok=True)
@@ -3492,6 +3766,11 @@ class BottleneckStore:
         with whole_file(self.skipped_path) as temporary:
             lines = [f"{printable(path)}\t{printable(reason)}\n" for path, reason in skipped.items()]
             temporary.write_text("".join(lines), "utf-8")
+
+
+def bottleneck_text(values: np.ndarray) -> bytes:
+    """Return what a bottleneck file holds for features float32 [n]: as many digits as bring back the same floats."""
+    return ",".join([f"{value:.9g}" for value in values.tolist()]).encode("ascii")
 
 
 def parse_bottleneck(text: str, size: int) -> np.ndarray:
@@ -3507,6 +3786,17 @@ def parse_bottleneck(text: str, size: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def features_of(network: Callable, pixels: np.ndarray, variants: dict[str, Callable]) -> dict[str, np.ndarray]:
+    """Return the features float32 [n] of decoded pixels by variant. Raises ImageError if they are not finite.
+
+    network: function from resized pixels to features; variants: {name: function from decoded to resized pixels}.
+    """
+    features = {variant: network(resized(pixels)) for variant, resized in variants.items()}
+    if not all(np.isfinite(values).all() for values in features.values()):
+        raise ImageError("the base model gives no finite features for it")
+    return features
+
+
 def extract(store: BottleneckStore, network: Callable, job: tuple) -> str | dict[str, np.ndarray]:
     """Compute and keep what is missing for one image; return it by variant, or the reason why the image can't be used.
 
@@ -3516,18 +3806,248 @@ def extract(store: BottleneckStore, network: Callable, job: tuple) -> str | dict
     image, settings, variants = job
     try:
         record = store.record(image, settings)  # before it is read: if it changes meanwhile, it is redone next time
-        pixels = read_image(image.path, store.reading, store.base.input_size)
+        features = features_of(network, read_image(image.path, store.reading, store.base.input_size), variants)
     except ImageError as error:
         return str(error)
     except OSError as error:
         return f"it can't be read ({error.strerror or error})"
-    features = {}
-    for variant, resized in variants.items():
-        features[variant] = network(resized(pixels))
-        if not np.isfinite(features[variant]).all():
-            return "the base model gives no finite features for it"
-        store.save(image, variant, record, features[variant])
+    for variant, values in features.items():
+        store.save(store.name(image, variant), record, bottleneck_text(values))
     return features
+
+
+def extract_here(
+    store: BottleneckStore, jobs: Sequence[tuple], engine: Engine = Engine()
+) -> Generator[tuple, None, None]:
+    """Yield (job, result of extract) as they are finished, on this machine."""
+    workers = [functools.partial(extract, store, network) for network in networks(store.base, engine, len(jobs))]
+    return on_all_cores(workers, jobs)
+
+
+# So many pictures travel together at most, and so many bytes of them: their features are computed again when a node is
+# lost with them. More than the first number only where that still leaves every processor a hundred blocks, so that all
+# end at about one time.
+LARGE_BLOCK, LARGEST_BLOCK, BLOCK_BYTES = 64, 256, 64 << 20
+# How often a block is tried again whose process died, and then each of its pictures: more often than it takes Ray to
+# find out that a node is lost, half a minute.
+TRIES_OF_BLOCK, TRIES_OF_PICTURE = 2, 15
+# So many processes of this machine read pictures for the others, and so many write what the others computed.
+HELPERS = 4
+
+
+def block_size(jobs: Sequence[tuple], cores: int) -> int:
+    """Return how many of the jobs of extract should travel together to so many processors."""
+    sizes = [0]
+    for image, _, _ in jobs[:: math.ceil(len(jobs) / 100)]:  # some of them, for a mean
+        with contextlib.suppress(OSError):
+            sizes.append(image.path.stat().st_size)
+    most = max(min(LARGE_BLOCK, len(jobs) // (8 * cores)), min(LARGEST_BLOCK, len(jobs) // (100 * cores)))
+    return max(1, min(most, BLOCK_BYTES * len(sizes) // (sum(sizes) + 1)))
+
+
+def pickled_job(store: BottleneckStore, image: Image, settings: str, variants: dict[str, Callable]) -> bytes:
+    """Return a job of extract as it travels: (path, recipe, {file name: variant}), pickled: not every path is UTF-8."""
+    path = image.path if isinstance(image.path, StoredPath) else Path(os.path.abspath(image.path))
+    named = {store.name(image, variant): resized for variant, resized in variants.items()}
+    return pickle.dumps((path, store.recipe + settings, named))
+
+
+def read_job(job: bytes, file_system: FileSystem | None = None) -> bytes:
+    """Return a picture's job with the picture's bytes, or the reason why it can't be read; both sides are pickled.
+
+    job: see pickled_job. Returns (record, bytes, variants).
+    """
+    path, recipe, variants = pickle.loads(job)
+    try:
+        record = record_of(path, recipe)  # before it is read, as extract does
+        return pickle.dumps((record, read_bytes(path, file_system), variants))
+    except ImageError as error:
+        return pickle.dumps(str(error))
+    except OSError as error:
+        return pickle.dumps(f"it can't be read ({error.strerror or error})")
+
+
+def read_block(block: Table) -> Table:
+    """Return an Arrow table of rows and jobs with the pictures' bytes in it; where those lie, that is cheap."""
+    return block.set_column(1, "read", [[read_job(job) for job in block["job"].to_pylist()]])
+
+
+def write_block(block: Table, store: BottleneckStore) -> Table:
+    """Write the bottleneck files of an Arrow table of rows and results, and return it without their texts.
+
+    It is done beside the process that has the matrix, since Ray Data gives that one no rest, nor Python two threads.
+    """
+
+    def written(pickled: bytes) -> bytes:
+        result = pickle.loads(pickled)
+        if not isinstance(result, tuple):
+            return pickled
+        record, features, texts = result
+        try:
+            for name, text in texts.items():
+                store.save(name, record, text)
+        except UserError as error:
+            return pickle.dumps(error)
+        return pickle.dumps((record, features))
+
+    return block.set_column(1, "kept", [[written(result) for result in block["result"].to_pylist()]])
+
+
+def parcel_of(base: BaseModel, kind: str, gpus: float) -> tuple:
+    """Return what a cluster's workers need of a base model: (itself, which of its paths, that file's bytes, engine).
+
+    kind: of --engine; gpus: how many the cluster has.
+    """
+    with_tensorflow = kind == "tensorflow" or (kind == "auto" and gpus) or not base.lite_path
+    network_file = "graph_path" if with_tensorflow else "lite_path"
+    return base, network_file, getattr(base, network_file).read_bytes(), "tensorflow" if with_tensorflow else "litert"
+
+
+class ClusterWorker:
+    """A process on some node of a Ray cluster that does what extract does, but for the keeping of files."""
+
+    def __init__(self, parcel: ObjectRef):
+        """Load the network. parcel: reference to what parcel_of gives, and the address of an object store, or ''."""
+        (self.base, network_file, data, kind), self.reading, url = import_ray().get(parcel)
+        engine = choose_engine(kind, cpu_threads=1)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
+            path = Path(folder, network_file)
+            path.write_bytes(data)
+            if network_file == "lite_path":
+                check_seal(path)
+            at_once = networks(dataclasses.replace(self.base, **{network_file: path}), engine, LARGEST_BLOCK)
+        self.network = at_once[0]
+        self.network(np.zeros([*self.base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
+        self.computers = concurrent.futures.ThreadPoolExecutor(len(at_once))
+        self.read = functools.partial(read_job, file_system=open_store(url)[0] if url else None)
+        self.readers = concurrent.futures.ThreadPoolExecutor(8)  # a far store answers late, but many at once
+
+    def compute(self, read: bytes) -> str | tuple:
+        """Return (record, features by file name, their texts) of a picture that was read, or why it can't be used."""
+        job = pickle.loads(read)
+        if isinstance(job, str):
+            return job
+        record, data, variants = job
+        try:
+            features = features_of(self.network, decode_image(data, self.reading, self.base.input_size), variants)
+        except ImageError as error:
+            return str(error)
+        return record, features, {name: bottleneck_text(values) for name, values in features.items()}
+
+    def __call__(self, block: Table) -> Table:
+        """Return rows and pickled results for an Arrow table of rows and jobs (`job`) or pictures (`read`)."""
+        (_, column), contents = block.column_names, block.column(1).to_pylist()
+        try:
+            reads = contents if column == "read" else self.readers.map(self.read, contents)
+            results = [pickle.dumps(result) for result in self.computers.map(self.compute, reads)]
+        except Exception as error:  # it ends the run there, where it would be taken for a lost block here
+            results = [pickle.dumps(UserError(f"a worker of the cluster failed ({error!r})."))] * len(block)
+        return block.set_column(1, "result", [results])
+
+
+def job_blocks(store: BottleneckStore, jobs: dict[int, tuple], most: int) -> list[Table]:
+    """Return Arrow tables of rows and jobs as they travel, of so many jobs at most, from jobs of extract by row."""
+    import pyarrow
+
+    rows = list(jobs)
+    return [
+        pyarrow.table({"row": part, "job": [pickled_job(store, *jobs[row]) for row in part]})
+        for part in (rows[start : start + most] for start in range(0, len(rows), most))
+    ]
+
+
+def on_cluster(
+    store: BottleneckStore, jobs: dict[int, tuple], most: int, parcel: ObjectRef, read_here: bool, gpus: float
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (row, pickled result) of jobs by row, as they are finished; those of blocks that were lost are left out.
+
+    most: pictures in a block. If it is 1, no block waits for a process that another may kill. parcel: see
+    ClusterWorker. read_here: whether this machine reads the pictures and sends their bytes. gpus: for each process.
+    """
+    ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
+    # They mostly wait for the disk, so they hold no processor; without a limit, there would be one for each block.
+    here = {
+        "compute": ray.data.TaskPoolStrategy(HELPERS),
+        "num_cpus": 0,
+        "scheduling_strategy": ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        ),
+    }
+    block_count = math.ceil(len(jobs) / most)
+    data = ray.data.from_blocks(job_blocks(store, jobs, most))  # from_arrow has the cluster look at each of them first
+    if read_here:
+        data = data.map_batches(read_block, **here, **in_blocks)
+    free = int(ray.available_resources().get("CPU", 1))
+    pool = ray.data.ActorPoolStrategy(
+        min_size=1,
+        initial_size=max(1, min(free, block_count)),
+        max_tasks_in_flight_per_actor=1 if most == 1 else None,
+    )
+    data = data.map_batches(
+        ClusterWorker,
+        fn_constructor_args=[parcel],
+        compute=pool,
+        num_cpus=1,
+        num_gpus=gpus or None,
+        max_restarts=-1,
+        max_task_retries=TRIES_OF_PICTURE if most == 1 else TRIES_OF_BLOCK,
+        **in_blocks,
+    )
+    data = data.map_batches(write_block, fn_args=[store], **here, **in_blocks)
+    for block in data.iter_batches(**in_blocks):
+        yield from zip(block["row"].to_pylist(), block["kept"].to_pylist(), strict=True)
+
+
+def extract_on_cluster(
+    store: BottleneckStore, jobs: Sequence[tuple], shared_files: bool, engine: str = "auto"
+) -> Generator[tuple, None, None]:
+    """Yield (job, result of extract) as they are finished, on all nodes of the Ray cluster that we are connected to.
+
+    shared_files: whether the nodes can read the pictures by their paths; engine: as --engine has it. A process that
+    dies, or is lost with its node, is replaced by Ray, and its block of pictures is done again. What is missing in the
+    end is done once more, each picture in a block of its own: one that is still missing then has killed whatever
+    process it met. Raises UserError when the cluster gives up.
+    """
+    ray = import_ray()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.max_errored_blocks = False, -1
+    url = next((image.path.url for image, _, _ in jobs if isinstance(image.path, StoredPath)), "")
+    resources, waiting = ray.cluster_resources(), dict(enumerate(jobs))
+    cores, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0)
+    if not cores:
+        log.warning("--ray_address: the cluster has no processor yet; the work begins when it gets one.")
+    cores = max(1, cores)
+    network = parcel_of(store.base, engine, gpus)
+    share = min(1, gpus / cores) if network[-1] == "tensorflow" else 0  # so that every core feeds some GPU
+    parcel, read_here = ray.put((network, store.reading, url)), not (shared_files or url)
+    try:
+        for most in (block_size(jobs, cores), 1):
+            for row, result in on_cluster(store, waiting, most, parcel, read_here, share):
+                if row in waiting:
+                    yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
+            if not waiting:
+                return
+            # In Ray Data the errors of lost blocks hold themselves, and its idle processes, and those the processors.
+            gc.collect()
+    except ray.exceptions.RayError as error:
+        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"--ray_address: the cluster gave up ({said[-1].strip()}).") from error
+    for job in waiting.values():
+        yield job, "the process that decodes it dies, again and again"
+
+
+def kept(store: BottleneckStore, job: tuple, result: str | tuple | UserError) -> str | dict[str, np.ndarray]:
+    """Note what the cluster returned for a job and has kept, and return what extract does.
+
+    That is features float32 [n] by variant, or a reason. Raises the UserError that stands for a worker that failed.
+    """
+    if isinstance(result, UserError):
+        raise result
+    if isinstance(result, str):
+        return result
+    record, features = result
+    store.records.update(dict.fromkeys(features, record))
+    return dict(zip(job[2], features.values(), strict=True))
 
 
 def variants_of(
@@ -3550,14 +4070,15 @@ def compute_bottlenecks(
     images: Sequence[Image],
     distortion: Distortion | None = None,
     count: int = 1,
-    engine: Engine = Engine(),
-) -> tuple[np.ndarray, dict[Path, str]]:
+    extract_all: Callable[[BottleneckStore, Sequence[tuple]], Generator[tuple, None, None]] = extract_here,
+) -> tuple[np.ndarray, dict[Path | StoredPath, str]]:
     """Return the features float32 [images, count, n], cached or computed, and {path: reason} of the unusable images.
 
     Without a distortion count is 1, the picture itself; with one, its variants. Unusable images have no row.
+    extract_all: yields (job, result), see extract, for every job, in any order.
     """
     base, doing = store.base, "Distortions" if distortion else "Bottlenecks"
-    features = np.empty((len(images), count, base.bottleneck_size), np.float32)
+    features = empty_matrix((len(images), count, base.bottleneck_size), store.folder)
     settings = f" {dataclasses.astuple(distortion)}" if distortion else ""
     jobs, places = [], {}
     for row, image in enumerate(images):
@@ -3573,9 +4094,8 @@ def compute_bottlenecks(
     if jobs:
         kinds = f" of {count} variants for each of {len(images)} pictures" if distortion else ""
         log.info("%s: %d cached, %d to compute%s.", doing, len(places) - wanted, wanted, kinds)
-        workers = [functools.partial(extract, store, network) for network in networks(base, engine, len(jobs))]
-        with progress_bar(doing, wanted, " images") as bar:
-            for (image, _, missing), result in on_all_cores(workers, jobs):
+        with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
+            for (image, _, missing), result in results:
                 bar.update(len(missing))
                 if isinstance(result, str):
                     skipped[image.path] = result
@@ -3592,6 +4112,15 @@ def compute_bottlenecks(
 # ======================================================================================================================
 # Head: a softmax layer, trained by gradient descent
 # ======================================================================================================================
+
+
+# Of a matrix that may be larger than the memory, so many rows are looked at together.
+ROWS_AT_ONCE = 8192
+
+
+def parts(rows: np.ndarray) -> list[np.ndarray]:
+    """Return rows, int [n], in parts that can be looked at together; one part if there are no rows."""
+    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, max(1, len(rows)), ROWS_AT_ONCE)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3647,6 +4176,24 @@ class Head:
         """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
         cooled = self.weights / np.float32(temperature), self.biases / np.float32(temperature)
         return dataclasses.replace(self, weights=cooled[0], biases=cooled[1])
+
+    def probabilities_of(self, rows: Rows, batch: np.ndarray) -> np.ndarray:
+        """Return the same for a batch, int [batch], of rows, a part at a time."""
+        return np.concatenate([self.probabilities(rows.features(part)) for part in parts(batch)])
+
+    def learnt(self, rows: Rows, batch: np.ndarray, rate: float, counts: np.ndarray) -> Head:
+        """Return the head after a step of `rate` down the gradient of a batch's mean cross entropy.
+
+        counts: how much a picture of each class counts, float32 [classes].
+        """
+        weights, biases = self.weights, self.biases
+        for part in parts(batch):
+            features = rows.features(part)  # [part, n]
+            error = self.probabilities(features)  # [part, classes]
+            error[np.arange(len(part)), rows.classes[part]] -= 1
+            error *= counts[rows.classes[part], None] * (np.float32(rate) / np.float32(len(batch)))
+            weights, biases = weights - features.T @ error, biases - error.sum(axis=0)
+        return Head(weights, biases)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -3720,7 +4267,7 @@ def batch_drawer(classes: np.ndarray, size: int, random: np.random.Generator) ->
 
 def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
     """Return the scores of the head on a batch, int [batch], of the rows. Raises UserError if they are not finite."""
-    probabilities = head.probabilities(rows.features(batch))
+    probabilities = head.probabilities_of(rows, batch)
     if not all(np.isfinite(values).all() for values in (probabilities, *head.variables().values())):
         raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
     classes = rows.classes[batch]
@@ -3832,17 +4379,13 @@ def train_head(
     while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
         weights[outside] = random.standard_normal(outside.sum(), np.float32)
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
-    rate, history = np.float32(settings.learning_rate), []
+    history = []
     draw = batch_drawer(training.classes, settings.train_batch_size, random)
     counts = class_weights(training.classes, class_count, settings)
     evaluate_step = evaluator(training, validation, settings)
     for step in range(settings.how_many_training_steps):
         batch = draw()
-        features = training.features(batch)  # [batch, n]
-        error = head.probabilities(features)  # [batch, classes]
-        error[np.arange(len(batch)), training.classes[batch]] -= 1
-        error *= counts[training.classes[batch], None] * (rate / np.float32(len(batch)))
-        head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
+        head = head.learnt(training, batch, settings.learning_rate, counts)
         if settings.is_evaluated(step):
             history += evaluate_step(step, head, batch)
         if settings.is_stored(step):
@@ -4093,7 +4636,7 @@ class Evaluation:
 def evaluate(head: Head, testing: Rows, batch_size: int, random_seed: int | None) -> Evaluation:
     """Try the head on all test rows (batch_size -1), or on a batch of them."""
     batch = batch_drawer(testing.classes, batch_size, np.random.default_rng(random_seed))()
-    predicted = head.probabilities(testing.features(batch)).argmax(axis=1)
+    predicted = head.probabilities_of(testing, batch).argmax(axis=1)
     return Evaluation(float((predicted == testing.classes[batch]).mean()), batch, predicted)
 
 
@@ -4122,7 +4665,7 @@ def log_two_stages(stages: TwoStages, held_out: Rows) -> None:
             log.info("  %s: other classes, so it can't tell", told)
 
 
-def import_matplotlib() -> ModuleType:
+def import_matplotlib() -> types.ModuleType:
     """Import matplotlib's figures, which only the pictures of training need. Raises UserError if they are missing."""
     try:
         import matplotlib.figure
@@ -4684,7 +5227,7 @@ def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
     return sorted(((cosine, *pair) for pair, cosine in found.items()), reverse=True)[:MOST_PAIRS]
 
 
-def crops(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+def crops(path: Path | StoredPath) -> tuple[np.ndarray, np.ndarray] | None:
     """Return a picture as unit vectors: crops float32 [100, 256] of it, and [2, 256] all of it, as it is and mirrored.
 
     Grey, 16 pixels square: windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and
@@ -4751,11 +5294,11 @@ def same_pictures(alike: Sequence[tuple[float, int, int]], images: Sequence[Imag
     return pairs
 
 
-def same_bytes(first: Path, second: Path) -> bool:
-    """Tell whether two files hold the same."""
+def same_bytes(first: Path | StoredPath, second: Path | StoredPath) -> bool:
+    """Tell whether two pictures' files hold the same."""
     try:
-        return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
-    except OSError:
+        return first.stat().st_size == second.stat().st_size and read_bytes(first) == read_bytes(second)
+    except (OSError, ImageError):
         return False
 
 
@@ -5235,10 +5778,14 @@ def quarantine(report: Report, folder: Path) -> int:
     for doubt in report.examination.doubts:
         image = report.images[doubt.row]
         copy = folder / image.key
-        if copy.exists() or not image.path.is_file():
+        if copy.exists():
+            continue
+        try:
+            content = read_bytes(image.path)
+        except ImageError:  # it is gone
             continue
         with whole_file(copy) as temporary:
-            shutil.copyfile(image.path, temporary)
+            temporary.write_bytes(content)
         copied += 1
     return copied
 
@@ -5778,7 +6325,7 @@ def set_up_logging(verbosity: str) -> None:
     log.setLevel(verbosity)
 
 
-def log_skipped(skipped: dict[Path, str], list_path: Path) -> None:
+def log_skipped(skipped: dict[Path | StoredPath, str], list_path: Path) -> None:
     """Say which files were skipped and why, the first ten of them in full."""
     if not skipped:
         return
@@ -5803,14 +6350,18 @@ def joined(first: Rows, second: Rows) -> Rows:
     )
 
 
-def with_distortions(training: Rows, variants: np.ndarray) -> Rows:
+def with_distortions(training: Rows, variants: np.ndarray, folder: Path) -> Rows:
     """Return the training rows with distorted variants, float32 [rows, count, n], beside each.
 
-    Every picture gets the same number of rows, so drawing a row of a class still draws a picture first.
+    Every picture gets the same number of rows, so drawing a row of a class still draws a picture first. folder: see
+    empty_matrix.
     """
-    plain = training.features(np.arange(len(training.rows)))
-    matrix = np.concatenate([plain[:, None], variants], axis=1).reshape(-1, plain.shape[1])
-    return Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + variants.shape[1]))
+    row_count, count, size = variants.shape
+    matrix = empty_matrix((row_count, 1 + count, size), folder)
+    for part in parts(np.arange(row_count)):
+        matrix[part, 0], matrix[part, 1:] = training.features(part), variants[part]
+    matrix = matrix.reshape(-1, size)
+    return Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
 
 
 # Flags that name folders of pictures, and those that name lists.
@@ -6034,20 +6585,21 @@ def distortion_of(flags: argparse.Namespace) -> Distortion | None:
 
 
 def distorted(
-    flags: argparse.Namespace, store: BottleneckStore, engine: Engine, training: Rows, images: Sequence[Image]
+    flags: argparse.Namespace, store: BottleneckStore, compute: Callable, training: Rows, images: Sequence[Image]
 ) -> Rows:
     """Return the training rows of the images with the distorted variants that the flags ask for, if any.
 
+    compute: compute_bottlenecks, where it is to be done.
     Raises UserError for images that can't be read any more.
     """
     distortion = distortion_of(flags)
     if distortion is None:
         return training
     trained_on = [images[row] for row in training.rows]
-    variants, gone = compute_bottlenecks(store, trained_on, distortion, flags.distortions_per_image, engine)
+    variants, gone = compute(store, trained_on, distortion, flags.distortions_per_image)
     if gone:
         raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-    return with_distortions(training, variants)
+    return with_distortions(training, variants, store.folder)
 
 
 def coarse_rows(
@@ -6073,7 +6625,7 @@ def coarse_rows(
 def dataset_of(
     flags: argparse.Namespace,
     store: BottleneckStore,
-    engine: Engine,
+    compute: Callable,
     images: Sequence[Image],
     features: np.ndarray,
     labels: list[str],
@@ -6082,7 +6634,7 @@ def dataset_of(
     images = split_images(flags, images, labels)
     rows = {split: rows_of(split, images, features, labels) for split in ("training", "validation", "testing")}
     known = joined(rows["training"], rows["validation"])
-    rows["training"] = distorted(flags, store, engine, rows["training"], images)
+    rows["training"] = distorted(flags, store, compute, rows["training"], images)
     coarse, coarse_labels = coarse_rows(flags, images, features, labels)
     images = [image for image in images if image.split != "coarse"]  # which come first
     return Dataset(images, features[: len(images)], labels, rows, known, coarse, coarse_labels)
@@ -6185,17 +6737,29 @@ def log_old_report(flags: argparse.Namespace) -> None:
         log.warning("The report that lies there (%s) is of an earlier run: --no_report writes none.", listed(old))
 
 
+def flags_for(flags: argparse.Namespace, features: np.ndarray) -> argparse.Namespace:
+    """Return the flags, but without what needs all features float32 [images, n] in memory if those are too many."""
+    if fits_in_memory(features.nbytes) or (flags.no_report and flags.head == "softmax"):
+        return flags
+    log.warning("The features fill over a quarter of the memory: that means --no_report and --head softmax.")
+    return argparse.Namespace(**vars(flags) | {"no_report": True, "head": "softmax"})
+
+
 def learn(
     flags: argparse.Namespace,
     base: BaseModel,
     store: BottleneckStore,
-    engine: Engine,
+    compute: Callable,
     images: Sequence[Image],
     features: np.ndarray,
     labels: list[str],
 ) -> None:
-    """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it."""
-    data = dataset_of(flags, store, engine, images, features, labels)
+    """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it.
+
+    compute: compute_bottlenecks, where it is to be done.
+    """
+    flags = flags_for(flags, features)
+    data = dataset_of(flags, store, compute, images, features, labels)
     base_graph = load_graph(base.graph_path, base.trusted)
 
     def after_step(step: int, head: Head) -> None:
@@ -6265,7 +6829,7 @@ def open_base_model(flags: argparse.Namespace) -> tuple[BaseModel, str]:
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Go through the rooms: images, base model, bottlenecks, and with what is usable head, evaluation and export."""
+    """Go through the rooms: the crawl, the classifier, on this machine or with a Ray cluster."""
     if not flags.crawl_only:
         check_outputs(flags)
     if flags.crawl:
@@ -6274,20 +6838,33 @@ def run(flags: argparse.Namespace) -> None:
         return
     if flags.coarse_image_dir:
         import_matplotlib()  # now rather than after the long work, if it is missing
+    with ray_cluster(flags.ray_address) if flags.ray_address else contextlib.nullcontext():
+        make_classifier(flags)
+
+
+def extractor_of(flags: argparse.Namespace) -> Callable:
+    """Return what computes features where the flags say: see compute_bottlenecks."""
+    if flags.ray_address:
+        return functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=flags.engine)
+    return functools.partial(extract_here, engine=choose_engine(flags.engine, flags.cpu_threads))
+
+
+def make_classifier(flags: argparse.Namespace) -> None:
+    """Go through the rooms images, base model, bottlenecks, and with what is usable head, evaluation and export."""
     images, labels = list_all(flags)
     if flags.exclude:
         images = leave_out(images, Path(flags.exclude))
     base, warning = open_base_model(flags)
     if warning:
         log.warning(warning)
-    engine = choose_engine(flags.engine, flags.cpu_threads)
+    compute = functools.partial(compute_bottlenecks, extract_all=extractor_of(flags))
     reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
     store = BottleneckStore(flags.bottleneck_dir, base, reading)
-    features, skipped = compute_bottlenecks(store, images, engine=engine)
+    features, skipped = compute(store, images)
     store.write_skipped(skipped)
     try:
         usable = [image for image in images if image.path not in skipped]
-        learn(flags, base, store, engine, usable, features[:, 0], labels)
+        learn(flags, base, store, compute, usable, features[:, 0], labels)
     finally:
         log_skipped(skipped, store.skipped_path)
     if warning:
@@ -6301,5 +6878,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code("retrain.py", lambda: run(flags))
 
 
-if __name__ == "__main__":
-    end_process(main())
+if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
+    end_process(importlib.import_module(Path(__file__).stem).main())

@@ -183,9 +183,9 @@ def cached_seconds(base: retrain.BaseModel, images: list[retrain.Image], count: 
             shutil.copyfile(image.path, picture.path)
         reading = retrain.Reading()
         store = retrain.BottleneckStore(f"{folder}/bottleneck", base, reading)
-        values = np.random.default_rng(0).random(base.bottleneck_size, np.float32)
+        text = retrain.bottleneck_text(np.random.default_rng(0).random(base.bottleneck_size, np.float32))
         for picture in pictures:
-            store.save(picture, "", store.record(picture, ""), values)
+            store.save(store.name(picture, ""), store.record(picture, ""), text)
         fresh = retrain.BottleneckStore(f"{folder}/bottleneck", base, reading)
         return seconds(lambda: retrain.compute_bottlenecks(fresh, pictures))
 

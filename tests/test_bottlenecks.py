@@ -569,3 +569,36 @@ def test_variants_are_those_of_the_picture(train, image_dir, model_dir):
             flipped.append(np.allclose(kept, mirrored, atol=1e-5))
             assert flipped[-1] or np.allclose(kept, upright, atol=1e-5)
     assert 0.2 < np.mean(flipped) < 0.8
+
+
+# More features than the memory should hold
+
+
+@pytest.mark.parametrize("flags", [(), ("--flip_left_right", "--distortions_per_image", 2)], ids=["plain", "distorted"])
+def test_matrix_in_a_file_gives_the_same_classifier(train, tmp_path, monkeypatch, capsys, flags):
+    made, memmap = [], np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *arguments, **options: made.append(1) or memmap(*arguments, **options))
+    flags = ("--random_seed", 1, "--head", "softmax", *flags)
+    assert train("--no_report", *flags) == 0
+    assert not made
+    expected = (tmp_path / "output_graph.pb").read_bytes()
+    (tmp_path / "output_graph.pb").unlink()
+    monkeypatch.setattr(retrain, "memory_size", lambda: 1000)
+    assert train(*flags) == 0
+    assert made
+    assert "The features fill over a quarter of the memory" in capsys.readouterr().err
+    assert not list(tmp_path.glob("output_report*"))
+    assert (tmp_path / "output_graph.pb").read_bytes() == expected
+    assert not list((tmp_path / "bottleneck").glob("*tmp*"))
+
+
+def test_no_room_for_the_matrix(train, monkeypatch, capsys):
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(retrain, "memory_size", lambda: 1000)
+    monkeypatch.setattr(retrain.tempfile, "TemporaryFile", full)
+    assert train() == 1
+    assert "--bottleneck_dir bottleneck: 0.0 GB for all features could not be had there (No space" in (
+        capsys.readouterr().err
+    )

@@ -52,6 +52,18 @@ def test_learns_separable_data(batch_size):
     assert accuracy(untrained, rows) < 0.9
 
 
+@pytest.mark.parametrize("batch_size", [-1, 50])
+def test_rows_looked_at_a_few_at_a_time_teach_the_same(monkeypatch, batch_size):
+    rows, settings = separable(30), {"how_many_training_steps": 50, "train_batch_size": batch_size, "random_seed": 0}
+    whole = learn(rows, **settings)
+    expected = retrain.evaluate(whole, rows, -1, None)
+    monkeypatch.setattr(retrain, "ROWS_AT_ONCE", 7)
+    head = learn(rows, **settings)
+    np.testing.assert_allclose(head.weights, whole.weights, atol=1e-6)
+    np.testing.assert_allclose(head.biases, whole.biases, atol=1e-6)
+    np.testing.assert_array_equal(retrain.evaluate(whole, rows, -1, None).predicted, expected.predicted)
+
+
 def test_weights_start_small_and_biases_at_zero():
     rows = Rows(np.zeros((3, 2000), np.float32), np.arange(3), np.arange(3))
     head = learn(rows, how_many_training_steps=1, learning_rate=0, random_seed=0)
