@@ -49,6 +49,7 @@ from retrain import (
     resize_bilinear,
     sha256_of,
     switch,
+    telling_of_damage,
     whole_file,
 )
 
@@ -177,7 +178,10 @@ def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
     outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
     if not outputs or not {JPEG_NODE, RESIZED_NODE} <= {node.name for node in graph.node}:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
-    graph = fold_batch_norm(graph)  # in the classic script's it is an op that only TensorFlow 1's sessions still run
+    with telling_of_damage(path):
+        graph = fold_batch_norm(
+            graph
+        )  # in the classic script's it is an op that only TensorFlow 1's sessions still run
 
     wanted = [f"{outputs[-1]}:0", *(f"{node.name}:0" for node in graph.node if node.name == BOTTLENECK_NODE)]
 

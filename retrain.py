@@ -1053,7 +1053,7 @@ class HostGate:
 
     @contextlib.contextmanager
     def turn(self, host: str) -> Iterator[None]:
-        """Wait for the turn of a request to `host`, and hold it while the block runs."""
+        """Wait for the turn of a request to `host`, and hold it meanwhile. Raises Refusal for too long a wait."""
         with self.changed:
             while True:
                 wait = self.next_start[host] - time.monotonic()
@@ -1199,7 +1199,7 @@ class Web:
         return self.follow(url, most_bytes, robots, headers or {})
 
     def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> Answer:
-        """Return the answer as get does, in one try."""
+        """Return the answer as get does, in one try. Raises Refusal."""
         try:
             for _ in range(MOST_REDIRECTS + 1):
                 host = self.check(url)
@@ -1746,7 +1746,7 @@ class Gallery:
 
     @staticmethod
     def bits_of(looks: str) -> np.ndarray:
-        """Return the bits, uint8 [256], of a perceptual hash in hexadecimal."""
+        """Return the bits, bool [256], of a perceptual hash in hexadecimal."""
         return np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8)).astype(bool)
 
     def twin(self, picture: Picture) -> tuple[str, str] | None:
@@ -2657,6 +2657,7 @@ EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLEN
 # operation stateless says little, since ReadFile, MatchingFiles, ImmutableConst (which maps a file), DebugIdentity
 # (which can write one), PyFuncStateless and XlaCustomCall are stateless, too. Pure ones that a model of pictures is not
 # known to need are left out: gradients, most of sparse and ragged tensors, of text and of quantization, sound, TPUs.
+# They touch nothing, but may crash on nonsense: what somebody made to do so ends the process, and does no other harm.
 PURE_OPS = """
 Assert Case Const EnsureShape Enter Exit GuaranteeConst Identity IdentityN If LoopCond Merge NextIteration NoOp
 PartitionedCall Placeholder PlaceholderV2 PlaceholderWithDefault PreventGradient Snapshot StatefulPartitionedCall
@@ -2685,13 +2686,13 @@ UnsortedSegmentSum Xdivy Xlog1py Xlogy
 
 Angle BandedTriangularSolve BesselI0 BesselI0e BesselI1 BesselI1e BesselJ0 BesselJ1 BesselK0 BesselK0e BesselK1
 BesselK1e BesselY0 BesselY1 Betainc Cholesky Complex ComplexAbs Conj Cross Dawsn Digamma Eig Expint FFT FFT2D FFT3D
-FFTND FresnelCos FresnelSin IFFT IFFT2D IFFT3D IFFTND IRFFT IRFFT2D IRFFT3D IRFFTND Igamma Igammac Imag Lgamma
-LogMatrixDeterminant Lu MatrixDeterminant MatrixExponential MatrixInverse MatrixLogarithm MatrixSolve MatrixSolveLs
-MatrixSquareRoot MatrixTriangularSolve Ndtri Polygamma Qr RFFT RFFT2D RFFT3D RFFTND Real SelfAdjointEigV2 Spence Svd
+FresnelCos FresnelSin IFFT IFFT2D IFFT3D IRFFT IRFFT2D IRFFT3D Igamma Igammac Imag Lgamma
+LogMatrixDeterminant Lu MatrixDeterminant MatrixExponential MatrixInverse MatrixSolve MatrixSolveLs
+MatrixSquareRoot MatrixTriangularSolve Ndtri Polygamma Qr RFFT RFFT2D RFFT3D Real SelfAdjointEigV2 Spence Svd
 TridiagonalMatMul TridiagonalSolve Zeta
 
 AvgPool AvgPool3D BatchNormWithGlobalNormalization BiasAdd BiasAddV1 BlockLSTM BlockLSTMV2 CheckNumerics CheckNumericsV2
-Conv Conv2D Conv2DBackpropInput Conv2DBackpropInputV2 Conv3D Conv3DBackpropInput Conv3DBackpropInputV2 DataFormatDimMap
+Conv Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInput Conv3DBackpropInputV2 DataFormatDimMap
 DataFormatVecPermute DepthwiseConv2dNative Dequantize Dilation2D Elu ExtractVolumePatches FakeQuantWithMinMaxArgs
 FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel FractionalAvgPool FractionalMaxPool FusedBatchNorm
 FusedBatchNormV2 FusedBatchNormV3 FusedPadConv2D FusedResizeAndPadConv2D GRUBlockCell LRN LSTMBlockCell LeakyRelu
@@ -2703,7 +2704,7 @@ SparseSoftmaxCrossEntropyWithLogits _FusedConv2D _FusedMatMul
 
 AdjustContrast AdjustContrastv2 AdjustHue AdjustSaturation CombinedNonMaxSuppression CropAndResize DecodeAndCropJpeg
 DecodeBase64 DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeRaw DecodeWebP DrawBoundingBoxes
-DrawBoundingBoxesV2 EncodeJpeg EncodePng ExtractGlimpse ExtractGlimpseV2 ExtractJpegShape HSVToRGB
+DrawBoundingBoxesV2 ExtractGlimpse ExtractGlimpseV2 ExtractJpegShape HSVToRGB
 ImageProjectiveTransformV2 ImageProjectiveTransformV3 NonMaxSuppression NonMaxSuppressionV2 NonMaxSuppressionV3
 NonMaxSuppressionV4 NonMaxSuppressionV5 NonMaxSuppressionWithOverlaps RGBToHSV ResizeArea ResizeBicubic ResizeBilinear
 ResizeNearestNeighbor ScaleAndTranslate
@@ -2757,9 +2758,10 @@ class LiteModel:
             raise UserError(f"{path} is no model that LiteRT can run ({str(error).splitlines()[0]}).") from error
         shapes = [details["shape"].tolist() for details in (self.input, *self.outputs)]
         sizes = [len(shape) for shape in shapes]
-        if sizes != [4, *[2] * len(self.outputs)] or shapes[0][::3] != [1, 3] or min(sum(shapes, [])) < 1:
+        rows = len(self.outputs)
+        if not rows or sizes != [4, *[2] * rows] or shapes[0][::3] != [1, 3] or min(sum(shapes, [])) < 1:
             raise UserError(
-                f"{path} is no model from a picture to a row of numbers, but from {shapes[0]} to {shapes[1]}."
+                f"{path} is no model from a picture to a row of numbers, but from {shapes[0]} to {shapes[1:]}."
             )
         self.input_size, self.output_size = tuple(shapes[0][1:3]), shapes[1][1]
         self.path, self.prepared = path, False
@@ -3213,7 +3215,8 @@ def load_graph(path: Path, trusted: bool = False) -> GraphDef:
     missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
     if missing:
         raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
-    graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
+    with telling_of_damage(path):
+        graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
     for node in graph.node:
         if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
             node.Clear()
@@ -3221,10 +3224,20 @@ def load_graph(path: Path, trusted: bool = False) -> GraphDef:
             node.attr["dtype"].type = tf.string.as_datatype_enum
             node.attr["shape"].shape.SetInParent()
         if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
-            shape = tf.make_ndarray(node.attr["value"].tensor).copy()
-            shape[0] = -1
+            with telling_of_damage(path):
+                shape = tf.make_ndarray(node.attr["value"].tensor).copy()
+                shape[0] = -1
             node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
     return graph
+
+
+@contextlib.contextmanager
+def telling_of_damage(path: Path) -> Iterator[None]:
+    """Turn whatever comes of nodes that are not as their neighbours take them to be into a UserError."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise UserError(f"{path} is a damaged graph ({printable(first_line(error))}).") from error
 
 
 def fold_batch_norm(graph: GraphDef) -> GraphDef:
@@ -4746,7 +4759,7 @@ class CrossValidation:
 
     def probabilities(self, temperature: float = 1.0) -> np.ndarray:
         """Return the mean probability over the repeats, float32 [rows, classes]."""
-        return softmax(self.logits / np.float32(temperature)).mean(axis=0)
+        return sum(softmax(logits / np.float32(temperature)) for logits in self.logits) / np.float32(len(self.logits))
 
     @property
     def accuracy(self) -> Share:
@@ -4939,8 +4952,8 @@ def cross_validate(
         made = train_members(features, classes, members[some], class_count, settings)
         for (repeat, fold), of_all in zip(parts[some], made, strict=True):
             held_out = folds[repeat] == fold
-            made_well = np.isfinite(of_all[held_out]).all(axis=1, keepdims=True)  # not by a head that went astray
-            logits[repeat, held_out] = np.where(made_well, of_all[held_out], 0)
+            made_well = np.isfinite(of_all[held_out]).all(axis=1, keepdims=True)
+            logits[repeat, held_out] = np.where(made_well, of_all[held_out], 0)  # a head that went astray knows nothing
     return CrossValidation(logits, classes, folds, len(np.unique(groups)))
 
 
@@ -5034,14 +5047,18 @@ def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    doubt = 1 / (len(classes) + 2)
+    doubt, rows = 1 / (len(classes) + 2), logits.reshape(-1, logits.shape[2])
+    top = rows.max(axis=1, keepdims=True)
+    at_once = (1 << 20) // rows.shape[1] + 1  # lest copies of many rows of many classes fill the memory
+    pieces = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
+    right = (rows[np.arange(len(rows)), np.tile(classes, len(logits))] - top[:, 0]).mean(dtype=np.float64)
+    every = rows.mean(dtype=np.float64) - top.mean(dtype=np.float64)
 
     def loss(log_temperature: float) -> float:
-        scaled = logits.astype(np.float64) / math.exp(log_temperature)
-        top = scaled.max(axis=2, keepdims=True)
-        likelihoods = scaled - top - np.log(np.exp(scaled - top).sum(axis=2, keepdims=True))
-        right = likelihoods[:, np.arange(len(classes)), classes]
-        return float(-((1 - doubt) * right + doubt * likelihoods.mean(axis=2)).mean())
+        scale = math.exp(-log_temperature)
+        sums = [np.exp((rows[piece] - top[piece]).astype(np.float64) * scale).sum(axis=1) for piece in pieces]
+        # The mean of the log likelihoods, which are scaled logits less the logarithm of such a sum.
+        return float(np.log(np.concatenate(sums)).mean() - scale * ((1 - doubt) * right + doubt * every))
 
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 
@@ -5207,14 +5224,18 @@ def nearest_alike(rows: np.ndarray, others: np.ndarray) -> Iterator[tuple[float,
     Of the others only the nearest three of each row: a class in which all are alike has no end of pairs. If the others
     are the rows themselves, none is alike to itself.
     """
-    for start in range(0, len(rows) if len(others) else 0, 1024):
-        cosines = rows[start : start + 1024] @ others.T
+    at_once = (1 << 24) // max(1, len(others)) + 1  # of whose cosines there are 64 MB
+    for start in range(0, len(rows) if len(others) else 0, at_once):
+        cosines = rows[start : start + at_once] @ others.T
         if others is rows:
             np.fill_diagonal(cosines[:, start:], -1)
-        nearest = np.argpartition(-cosines, min(2, len(others) - 1), axis=1)[:, :3]
-        found = np.take_along_axis(cosines, nearest, axis=1)
-        for i, j in np.argwhere(found >= ALIKE).tolist():
-            yield float(found[i, j]), start + i, int(nearest[i, j])
+        every = np.arange(len(cosines))
+        for _ in range(min(3, len(others))):  # three searches for the nearest cost a tenth of one that sorts
+            nearest = cosines.argmax(axis=1)
+            found = cosines[every, nearest]
+            for i in np.flatnonzero(found >= ALIKE).tolist():
+                yield float(found[i]), start + i, int(nearest[i])
+            cosines[every, nearest] = -1
 
 
 def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
@@ -5253,7 +5274,9 @@ def crops(path: Path | StoredPath) -> tuple[np.ndarray, np.ndarray] | None:
 
 def near_duplicates(features: np.ndarray, images: Sequence[Image]) -> list[Pair]:
     """Return the pairs of images that show the same, most alike first; features: float32 [images, n]."""
-    return same_pictures(alike_pairs(features), images)
+    alike = alike_pairs(features)  # by large products, which all cores share
+    with one_thread():
+        return same_pictures(alike, images)
 
 
 def without_twins(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
@@ -5331,7 +5354,7 @@ class Examination:
     familiar: Familiar | None = None
     doubts: list[Doubt] = dataclasses.field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def mistakes(self) -> list[Mistake]:
         """The pictures of the cross-validation that were taken for another class."""
         if self.validated is None:
@@ -5364,8 +5387,8 @@ class Material:
 def gather_material(images: Sequence[Image], features: np.ndarray, known: Rows, settings: TrainingSettings) -> Material:
     """Return what there is to examine; features: float32 [images, n], known: the rows for training and validation."""
     own = known.features(np.arange(len(known.rows)))
+    pairs = near_duplicates(features, images)
     with one_thread():
-        pairs = near_duplicates(features, images)
         groups = groups_of(images, [(pair.first, pair.second) for pair in pairs])
         return Material(known, reduced(own) if settings.is_classic else own, groups[known.rows], pairs)
 
@@ -6405,7 +6428,7 @@ def files_read(flags: argparse.Namespace) -> list[tuple[str, Path]]:
 
 
 def place_of_file(path: Path) -> Path:
-    """Return what two names of one file have in common: the path behind links, in one case where case doesn't count."""
+    """Return what two names of one file have in common: the path behind links, and on Windows in one case."""
     return Path(os.path.normcase(os.path.realpath(path)))
 
 
@@ -6418,22 +6441,37 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
     place = next(place for place in places if place.exists())
     if not place.is_dir():
         raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
-    if not os.access(place, os.W_OK):
+    if not os.access(path if is_device(path) else place, os.W_OK):
         raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
+
+
+def is_device(path: Path) -> bool:
+    """Tell whether a path is neither file nor folder, such as /dev/null, into which any number of flags may write."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def class_folders(flags: argparse.Namespace) -> dict[Path, str]:
+    """Return the folders in which pictures are looked for, behind links, each with its flag."""
+    given = [(Path(getattr(flags, name)), name) for name in PICTURE_FOLDERS if getattr(flags, name)]
+    return {
+        place_of_file(entry): name
+        for folder, name in given
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if not entry.name.startswith(".") and entry.is_dir()
+    }
 
 
 def check_apart(flags: argparse.Namespace) -> None:
     """Raise UserError if what the run writes would take the place of something else that it writes or reads."""
     written, folders, read = files_written(flags), folders_written(flags), files_read(flags)
     pictures = [(name, Path(getattr(flags, name))) for name in PICTURE_FOLDERS if getattr(flags, name)]
-    readers = {place_of_file(path): name for name, path in reversed(read)}
-    classes = {place_of_file(path): name for name, path in pictures}
+    readers, classes = {place_of_file(path): name for name, path in reversed(read)}, class_folders(flags)
     writers: dict[Path, str] = {}
     for name, path in written:
-        if path.exists() and not path.is_file():  # a device, such as /dev/null, which may take more than one
+        if is_device(path):
             continue
         place = place_of_file(path)
-        if reader := readers.get(place) or (path.is_file() and classes.get(place.parent.parent)):
+        if reader := readers.get(place) or (path.is_file() and not is_hidden(place) and classes.get(place.parent)):
             remedy = "save the list under another name" if reader in LISTS else "name another file"
             raise UserError(
                 f"--{name} would write {path}, which --{reader} reads, so this run would replace it; {remedy}."
@@ -6489,7 +6527,7 @@ def write_all(
 ) -> None:
     """Write the graph with what belongs to it, and then the other formats and logs that were asked for.
 
-    test: how the final test went, examination: what else the pictures tell of the head; None without the one or other.
+    test: how the final test went, None without test images; examination: what else the pictures tell, None if unasked.
     """
     files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
     saved_model_dir = Path(flags.saved_model_dir or "none").absolute()
@@ -6607,8 +6645,7 @@ def coarse_rows(
 ) -> tuple[Rows | None, list[str]]:
     """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same.
 
-    features: float32 [images, n].
-    Left out are those that show what is held out. Raises UserError if nothing remains.
+    Left out are those that show what is held out. Raises UserError if nothing remains. features: float32 [images, n].
     """
     if not flags.coarse_image_dir:
         return None, []
@@ -6774,7 +6811,7 @@ def learn(
         settings = choose_settings(material, len(labels), settings)
     head, history = train_as_asked(flags, settings, data, after_step)
     test = final_test(flags, head, data)
-    if material is None or flags.no_report:
+    if material is None or flags.no_report:  # the first goes with the second
         write_all(flags, base, base_graph, head, history, labels, test, None)
         log_old_report(flags)
         return

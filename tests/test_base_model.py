@@ -941,3 +941,63 @@ def test_a_run_on_the_starter_warns_twice_and_names_its_files(server, model, sta
     kept = {path.name.split("_")[-1] for path in (image_dir.parent / "bottleneck").glob("*/*.txt")}
     assert kept == {"starter.txt"}
     assert json.loads((image_dir.parent / "output_graph.json").read_text())["architecture"] == "starter"
+
+
+def test_a_network_without_outputs_is_refused(small_graph, tmp_path):
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    base = retrain.load_base_model(small_graph, tmp_path)
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(bytearray(base.lite_path.read_bytes())))
+    model.subgraphs[0].outputs = np.array([], np.int32)
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path = tmp_path / "x.tflite"
+    path.write_bytes(bytes(builder.Output()))
+    with pytest.raises(UserError, match=r"x\.tflite is no model"):
+        retrain.LiteModel(path)
+
+
+@pytest.mark.parametrize("damage", ["a name", "a number", "a shape"])
+def test_a_graph_whose_nodes_do_not_fit_together_is_refused(tf, small_graph, tmp_path, damage):
+    graph = tf.compat.v1.GraphDef.FromString(small_graph.read_bytes())
+    nodes = {node.name: node for node in graph.node}
+    if damage == "a name":
+        nodes["conv/batchnorm"].input[1] = "nobody"
+    elif damage == "a number":
+        nodes["conv/batchnorm/beta"].attr["value"].tensor.tensor_content = b"odd"
+    else:
+        nodes["pool_3/_reshape/shape"].attr["value"].tensor.CopyFrom(tf.make_tensor_proto(np.int32(1)))
+    path = tmp_path / GRAPH_FILE
+    path.write_bytes(graph.SerializeToString())
+    with pytest.raises(UserError, match=f"{GRAPH_FILE} is a damaged graph"):
+        retrain.load_graph(path)
+
+
+SLEEPS_IN_A_CHILD = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import retrain
+
+def sleep():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    retrain.in_child("nothing", 60, sys.argv[2] == "forked", sleep)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it asks /proc")
+@pytest.mark.parametrize("how", ["forked", "spawned"])
+def test_a_process_that_works_for_another_ends_with_it(tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(SLEEPS_IN_A_CHILD)
+    with subprocess.Popen([sys.executable, script, ROOT, how], stdout=subprocess.PIPE, text=True) as parent:
+        child = Path("/proc", parent.stdout.readline().strip(), "stat")
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 20
+        while child.exists() and " Z " not in child.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not child.exists() or " Z " in child.read_text()

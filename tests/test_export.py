@@ -454,6 +454,24 @@ def test_no_output_takes_the_place_of_another_or_of_what_is_read(train, tmp_path
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links to folders need rights there")
+@pytest.mark.parametrize("place", ["links/green/green_00.jpg", "pictures/green/green_00.jpg"])
+def test_a_picture_behind_a_link_is_not_replaced(train, tmp_path, capsys, place):
+    (tmp_path / "links").mkdir()
+    for folder in (tmp_path / "pictures").iterdir():
+        (tmp_path / "links" / folder.name).symlink_to(folder)
+    before = (tmp_path / place).read_bytes()
+    assert train("--image_dir", "links", "--write_split_file", place) == 1
+    assert f"--write_split_file would write {place}, which --image_dir reads" in capsys.readouterr().err
+    assert (tmp_path / place).read_bytes() == before
+
+
+def test_hidden_places_among_the_pictures_may_be_written_again_and_again(train, tmp_path):
+    flags = ("--output_graph", "pictures/.model/output_graph.pb", "--write_split_file", "pictures/green/.split.tsv")
+    assert [train("--no_report", *flags) for _ in range(2)] == [0, 0]
+    assert (tmp_path / "pictures/.model/output_graph.pb").exists()
+
+
 def test_outputs_that_are_not_made_and_devices_are_in_nobodys_way(train, tmp_path):
     (tmp_path / "output_report.tsv").write_text("green/green_00.jpg\n")
     flags = ("--no_report", "--exclude", "output_report.tsv", "--output_labels", os.devnull)
