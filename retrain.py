@@ -3838,24 +3838,34 @@ def extract_here(
 
 
 # So many pictures travel together at most, and so many bytes of them: their features are computed again when a node is
-# lost with them. More than the first number only where that still leaves every processor a hundred blocks, so that all
-# end at about one time.
-LARGE_BLOCK, LARGEST_BLOCK, BLOCK_BYTES = 64, 256, 64 << 20
+# lost with them. More than the first number only where that still leaves every processor a hundred blocks, and less
+# than the least only where there are fewer pictures: a block costs Ray Data as much as its network one picture.
+SMALL_BLOCK, LARGE_BLOCK, LARGEST_BLOCK, BLOCK_BYTES = 8, 64, 256, 64 << 20
 # How often a block is tried again whose process died, and then each of its pictures: more often than it takes Ray to
 # find out that a node is lost, half a minute.
 TRIES_OF_BLOCK, TRIES_OF_PICTURE = 2, 15
-# So many processes of this machine read pictures for the others, and so many write what the others computed.
-HELPERS = 4
+# Two processes of this machine read pictures for the others, and two write what those computed, on large clusters more:
+# each begins with seconds of work, and then does a thousand pictures a second.
+HELPED, MOST_HELPERS = 32, 4
 
 
-def block_size(jobs: Sequence[tuple], cores: int) -> int:
-    """Return how many of the jobs of extract should travel together to so many processors."""
-    sizes = [0]
+def block_sizes(jobs: Sequence[tuple], cores: int) -> list[int]:
+    """Return how many of the jobs of extract should travel together to so many processors, block by block.
+
+    The less is left the smaller they are, so that all processors end at about one time.
+    """
+    bytes_seen = [0]
     for image, _, _ in jobs[:: math.ceil(len(jobs) / 100)]:  # some of them, for a mean
         with contextlib.suppress(OSError):
-            sizes.append(image.path.stat().st_size)
-    most = max(min(LARGE_BLOCK, len(jobs) // (8 * cores)), min(LARGEST_BLOCK, len(jobs) // (100 * cores)))
-    return max(1, min(most, BLOCK_BYTES * len(sizes) // (sum(sizes) + 1)))
+            bytes_seen.append(image.path.stat().st_size)
+    most = max(LARGE_BLOCK, min(LARGEST_BLOCK, len(jobs) // (100 * cores)))
+    most = max(1, min(most, BLOCK_BYTES * len(bytes_seen) // (sum(bytes_seen) + 1)))
+    least = max(1, min(SMALL_BLOCK, most, len(jobs) // (4 * cores)))
+    sizes, left = [], len(jobs)
+    while left:
+        sizes.append(min(left, max(least, min(most, left // (8 * cores)))))
+        left -= sizes[-1]
+    return sizes
 
 
 def pickled_job(store: BottleneckStore, image: Image, settings: str, variants: dict[str, Callable]) -> bytes:
@@ -3958,43 +3968,45 @@ class ClusterWorker:
         return block.set_column(1, "result", [results])
 
 
-def job_blocks(store: BottleneckStore, jobs: dict[int, tuple], most: int) -> list[Table]:
-    """Return Arrow tables of rows and jobs as they travel, of so many jobs at most, from jobs of extract by row."""
+def job_blocks(store: BottleneckStore, jobs: dict[int, tuple], sizes: Sequence[int]) -> list[Table]:
+    """Return Arrow tables of rows and jobs as they travel, of so many jobs each, from jobs of extract by row."""
     import pyarrow
 
-    rows = list(jobs)
-    return [
-        pyarrow.table({"row": part, "job": [pickled_job(store, *jobs[row]) for row in part]})
-        for part in (rows[start : start + most] for start in range(0, len(rows), most))
-    ]
+    rows = iter(jobs)
+    parts = (list(itertools.islice(rows, size)) for size in sizes)
+    return [pyarrow.table({"row": part, "job": [pickled_job(store, *jobs[row]) for row in part]}) for part in parts]
 
 
 def on_cluster(
-    store: BottleneckStore, jobs: dict[int, tuple], most: int, parcel: ObjectRef, read_here: bool, gpus: float
+    store: BottleneckStore,
+    jobs: dict[int, tuple],
+    sizes: Sequence[int],
+    parcel: ObjectRef,
+    read_here: bool,
+    gpus: float,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (row, pickled result) of jobs by row, as they are finished; those of blocks that were lost are left out.
 
-    most: pictures in a block. If it is 1, no block waits for a process that another may kill. parcel: see
-    ClusterWorker. read_here: whether this machine reads the pictures and sends their bytes. gpus: for each process.
+    sizes: of the blocks. If all are 1, no block waits for a process that another may kill. parcel: see ClusterWorker.
+    read_here: whether this machine reads the pictures and sends their bytes. gpus: for each process.
     """
     ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
+    free, alone = int(ray.available_resources().get("CPU", 1)), max(sizes) == 1
     # They mostly wait for the disk, so they hold no processor; without a limit, there would be one for each block.
     here = {
-        "compute": ray.data.TaskPoolStrategy(HELPERS),
+        "compute": ray.data.TaskPoolStrategy(min(MOST_HELPERS, 2 + free // HELPED)),
         "num_cpus": 0,
         "scheduling_strategy": ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         ),
     }
-    block_count = math.ceil(len(jobs) / most)
-    data = ray.data.from_blocks(job_blocks(store, jobs, most))  # from_arrow has the cluster look at each of them first
+    data = ray.data.from_blocks(job_blocks(store, jobs, sizes))  # from_arrow has the cluster look at each of them first
     if read_here:
         data = data.map_batches(read_block, **here, **in_blocks)
-    free = int(ray.available_resources().get("CPU", 1))
     pool = ray.data.ActorPoolStrategy(
         min_size=1,
-        initial_size=max(1, min(free, block_count)),
-        max_tasks_in_flight_per_actor=1 if most == 1 else None,
+        initial_size=max(1, min(free, len(sizes))),
+        max_tasks_in_flight_per_actor=1 if alone else None,
     )
     data = data.map_batches(
         ClusterWorker,
@@ -4003,7 +4015,7 @@ def on_cluster(
         num_cpus=1,
         num_gpus=gpus or None,
         max_restarts=-1,
-        max_task_retries=TRIES_OF_PICTURE if most == 1 else TRIES_OF_BLOCK,
+        max_task_retries=TRIES_OF_PICTURE if alone else TRIES_OF_BLOCK,
         **in_blocks,
     )
     data = data.map_batches(write_block, fn_args=[store], **here, **in_blocks)
@@ -4034,8 +4046,9 @@ def extract_on_cluster(
     share = min(1, gpus / cores) if network[-1] == "tensorflow" else 0  # so that every core feeds some GPU
     parcel, read_here = ray.put((network, store.reading, url)), not (shared_files or url)
     try:
-        for most in (block_size(jobs, cores), 1):
-            for row, result in on_cluster(store, waiting, most, parcel, read_here, share):
+        for alone in (False, True):
+            sizes = [1] * len(waiting) if alone else block_sizes(jobs, cores)
+            for row, result in on_cluster(store, waiting, sizes, parcel, read_here, share):
                 if row in waiting:
                     yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
             if not waiting:

@@ -145,7 +145,8 @@ def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done
     ("count", "cores", "size", "together"),
     [
         (1, 4, 1000, 1),
-        (64, 4, 1000, 2),  # eight blocks for each processor
+        (64, 4, 1000, 4),  # four blocks for each processor
+        (512, 4, 1000, 16),  # eight for each at first
         (10_000, 4, 1000, 64),
         (200_000, 4, 1000, 256),  # a hundred and more blocks for each
         (200_000, 20, 1000, 100),
@@ -155,7 +156,10 @@ def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done
 )
 def test_so_many_pictures_travel_together(count, cores, size, together):
     path = retrain.StoredPath("s3://bucket/photos", "bucket/photos/blue/0.jpg", size)
-    assert retrain.block_size([(retrain.Image(path, "blue"), "", {})] * count, cores) == pytest.approx(together, abs=1)
+    sizes = retrain.block_sizes([(retrain.Image(path, "blue"), "", {})] * count, cores)
+    assert sum(sizes) == count
+    assert sizes[0] == pytest.approx(together, abs=1)
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 8  # so that all processors end at about one time
 
 
 # What goes wrong
