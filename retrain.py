@@ -474,7 +474,6 @@ def import_ray() -> types.ModuleType:
     # they are about, and those the processors: what was lost would wait for ever to be done again.
     logger.propagate = False
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
-    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # is more than a few pictures need
     return ray
 
 
@@ -3890,30 +3889,42 @@ def read_job(job: bytes, file_system: FileSystem | None = None) -> bytes:
         return pickle.dumps(f"it can't be read ({error.strerror or error})")
 
 
-def read_block(block: Table) -> Table:
-    """Return an Arrow table of rows and jobs with the pictures' bytes in it; where those lie, that is cheap."""
-    return block.set_column(1, "read", [[read_job(job) for job in block["job"].to_pylist()]])
+class ClusterReader:
+    """A process of this machine that reads pictures for the workers.
 
-
-def write_block(block: Table, store: BottleneckStore) -> Table:
-    """Write the bottleneck files of an Arrow table of rows and results, and return it without their texts.
-
-    It is done beside the process that has the matrix, since Ray Data gives that one no rest, nor Python two threads.
+    It is an actor, as the writer is, since Ray soon ends the processes of tasks where it has no processor for them.
     """
 
-    def written(pickled: bytes) -> bytes:
+    def __call__(self, block: Table) -> Table:
+        """Return an Arrow table of rows and jobs with the pictures' bytes in it; where those lie, that is cheap."""
+        return block.set_column(1, "read", [[read_job(job) for job in block["job"].to_pylist()]])
+
+
+class ClusterWriter:
+    """A process of this machine that writes bottleneck files.
+
+    It works beside the process that has the matrix, since Ray Data gives that one no rest, nor Python two threads.
+    """
+
+    def __init__(self, store: BottleneckStore):
+        self.store = store
+
+    def written(self, pickled: bytes) -> bytes:
+        """Write the files of a picture's pickled result, and return it without their texts."""
         result = pickle.loads(pickled)
         if not isinstance(result, tuple):
             return pickled
         record, features, texts = result
         try:
             for name, text in texts.items():
-                store.save(name, record, text)
+                self.store.save(name, record, text)
         except UserError as error:
             return pickle.dumps(error)
         return pickle.dumps((record, features))
 
-    return block.set_column(1, "kept", [[written(result) for result in block["result"].to_pylist()]])
+    def __call__(self, block: Table) -> Table:
+        """Do so for an Arrow table of rows and results."""
+        return block.set_column(1, "kept", [[self.written(result) for result in block["result"].to_pylist()]])
 
 
 def parcel_of(base: BaseModel, kind: str, gpus: float) -> tuple:
@@ -3992,17 +4003,16 @@ def on_cluster(
     """
     ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
     free, alone = int(ray.available_resources().get("CPU", 1)), max(sizes) == 1
-    # They mostly wait for the disk, so they hold no processor; without a limit, there would be one for each block.
     here = {
-        "compute": ray.data.TaskPoolStrategy(min(MOST_HELPERS, 2 + free // HELPED)),
-        "num_cpus": 0,
+        "compute": ray.data.ActorPoolStrategy(size=min(MOST_HELPERS, 2 + free // HELPED, len(sizes))),
+        "num_cpus": 0,  # they mostly wait for the disk
         "scheduling_strategy": ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         ),
     }
     data = ray.data.from_blocks(job_blocks(store, jobs, sizes))  # from_arrow has the cluster look at each of them first
     if read_here:
-        data = data.map_batches(read_block, **here, **in_blocks)
+        data = data.map_batches(ClusterReader, **here, **in_blocks)
     pool = ray.data.ActorPoolStrategy(
         min_size=1,
         initial_size=max(1, min(free, len(sizes))),
@@ -4018,7 +4028,7 @@ def on_cluster(
         max_task_retries=TRIES_OF_PICTURE if alone else TRIES_OF_BLOCK,
         **in_blocks,
     )
-    data = data.map_batches(write_block, fn_args=[store], **here, **in_blocks)
+    data = data.map_batches(ClusterWriter, fn_constructor_args=[store], **here, **in_blocks)
     for block in data.iter_batches(**in_blocks):
         yield from zip(block["row"].to_pylist(), block["kept"].to_pylist(), strict=True)
 
