@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -367,3 +372,39 @@ def test_an_object_store_that_is_not_there(on_cluster, bucket, capfd):
     assert on_cluster("--image_dir", "nosuch://bucket/photos") == 1
     said = capfd.readouterr().err.splitlines()[-1]
     assert "there is no way to such an object store (" in said
+
+
+@pytest.fixture
+def started_by_hand(tmp_path) -> Iterator[str]:
+    """Run the README's two `ray start`, each for as long as the test takes; yields the address of the head."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
+    head, node = re.findall(r"^ray (start .*?)  +#", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    limits = ["--num-cpus", "1", "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))  # is short
+
+        def start(*arguments: object) -> None:
+            command = [ray, *map(str, arguments), *limits]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)  # which ends what it has started
+
+        start(*head.split(), "--port", port, "--temp-dir", place, "--include-dashboard", "false")
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        start(*node.replace("HEAD:6379", f"127.0.0.1:{port}").split())
+        yield f"127.0.0.1:{port}"
+
+
+def test_the_commands_of_the_readme(started_by_hand, image_dir, model_dir):
+    environment = os.environ | {"RAY_ADDRESS": started_by_hand, "RAY_AUTH_MODE": "disabled"}  # where `auto` looks first
+    flags = ("--image_dir", image_dir, "--model_dir", model_dir, "--how_many_training_steps", 20, "--no_report")
+    done = run_script("retrain.py", "--ray_address", "auto", *flags, cwd=image_dir.parent, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(contents(image_dir.parent / "bottleneck")) == IMAGES
