@@ -453,8 +453,8 @@ def import_tensorflow() -> types.ModuleType:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, without what it goes on to explain."""
-    return str(error).strip().partition("\n")[0].rstrip(".:")
+    """Return what an error says, or for want of that is, without what it goes on to explain."""
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 def import_ray() -> types.ModuleType:
@@ -478,13 +478,14 @@ def import_ray() -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str) -> Iterator[None]:
+def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
 
-    This file goes along, as the module `retrain`, so that the nodes need no copy of it. Raises UserError.
+    This file goes along, as the module `retrain`, so that the nodes need no copy of it. cores: how many a local one is
+    to use, 0 for all. Raises UserError, also when the cluster gives up in the block.
     """
     ray = import_ray()
-    options = {"num_cpus": core_count(), "include_dashboard": False} if address == "local" else {}
+    options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -511,7 +512,12 @@ def ray_cluster(address: str) -> Iterator[None]:
         if in_main_thread:  # Ray puts its own in place, which would end us without a sentence
             signal.signal(signal.SIGTERM, on_sigterm)
     try:
+        if not ray.cluster_resources().get("CPU"):
+            log.warning("--ray_address: the cluster has no processor yet; the work begins when it gets one.")
         yield
+    except ray.exceptions.RayError as error:
+        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"--ray_address: the cluster gave up ({said[-1].strip()}).") from error
     finally:
         ray.shutdown()
 
@@ -2133,6 +2139,7 @@ NOT_PICTURES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
 # How the files begin that can be pictures, and the most bytes of one: nothing else is read into memory.
 BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP", re.DOTALL)
 MOST_BYTES = 150_000_000
+TOO_LARGE = f"larger than {MOST_BYTES // 10**6} MB, as no honest picture is"
 # Formats of cameras and scanners that are not read, by how their files begin.
 FOREIGN = {"HEIC or AVIF": rb"....ftyp(heic|heix|hevc|mif1|msf1|avif)", "TIFF or raw": rb"II\*\0|MM\0\*|....ftypcrx"}
 ORIENTATION_TAG = 0x0112
@@ -2207,6 +2214,19 @@ class Reading:
     exact_decode: bool = False
 
 
+def shown(url: str) -> str:
+    """Return an --image_dir, or the address of an object store without the passwords and options that it may hold."""
+    if not is_store_url(url):
+        return url
+    scheme, _, rest = url.partition("?")[0].partition("://")
+    server, slash, place = rest.partition("/")
+    return f"{scheme}://{server.rpartition('@')[2]}{slash}{place}"
+
+
+# The schemes that pyarrow knows: what it says of a mistake in such an address is to be told.
+ARROW_STORES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")
+
+
 @functools.cache
 def open_store(url: str) -> tuple:
     """Return the file system (of pyarrow) of an object store's address, and the folder's path in it. Raises UserError.
@@ -2216,14 +2236,15 @@ def open_store(url: str) -> tuple:
     import pyarrow.fs
 
     try:
-        with contextlib.suppress(pyarrow.ArrowInvalid):  # an address that it has no file system for
+        if url.partition("://")[0].lower() in ARROW_STORES:
             return pyarrow.fs.FileSystem.from_uri(url)
         import fsspec
 
         file_system, place = fsspec.core.url_to_fs(url)
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system)), place
     except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"--image_dir {url}: there is no way to such an object store ({first_line(error)}).") from error
+        why = first_line(error).replace(url, shown(url))
+        raise UserError(f"--image_dir {shown(url)}: there is no way to such an object store ({why}).") from error
 
 
 def stored_entries(folder: StoredPath) -> list[tuple[StoredPath, str]] | str:
@@ -2233,8 +2254,8 @@ def stored_entries(folder: StoredPath) -> list[tuple[StoredPath, str]] | str:
     kinds = {FileType.File: "file", FileType.Directory: "folder"}
     try:
         listed = open_store(folder.url)[0].get_file_info(FileSelector(folder.place))
-    except (OSError, UserError) as error:
-        return first_line(error)
+    except Exception as error:  # stores have errors of their own
+        return first_line(error).replace(folder.url, shown(folder.url))
     entries = [
         (StoredPath(folder.url, info.path, info.size or 0, info.mtime_ns or 0), kinds.get(info.type, ""))
         for info in listed
@@ -2279,10 +2300,10 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
         entries_of, root = entries_in_store, StoredPath(image_dir, open_store(image_dir)[1])
     elif not Path(image_dir).is_dir():
         raise UserError(f"{flag} {image_dir}: there is no such folder (looked for {Path(image_dir).resolve()}).")
-    (entries,) = entries_of([root])
+    given, (entries,) = f"{flag} {shown(image_dir)}", entries_of([root])
     folders = [entry for entry, kind in entries if kind == "folder" and not entry.name.startswith(".")]
     if not folders:
-        raise UserError(f"{flag} {image_dir}: it holds no folders; put the pictures of each class into one of its own.")
+        raise UserError(f"{given}: it holds no folders; put the pictures of each class into one of its own.")
     unread = [entry for entry, kind in entries if kind == "file" and not is_hidden(entry)]
     images: list[Image] = []
     folder_of: dict[str, Path | StoredPath] = {}
@@ -2290,7 +2311,7 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
         label = label_of(folder.name)
         if label in folder_of:
             raise UserError(
-                f"{flag} {image_dir}: the folders {folder_of[label].name!r} and {folder.name!r} both give the "
+                f"{given}: the folders {folder_of[label].name!r} and {folder.name!r} both give the "
                 f"label {label!r}; rename or merge one of them."
             )
         folder_of[label] = folder
@@ -2299,7 +2320,7 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     if unread:
         told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
         log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
-    check_classes(f"{flag} {image_dir}", images, list(folder_of), "file", least)
+    check_classes(given, images, list(folder_of), "file", least)
     return images
 
 
@@ -2573,20 +2594,36 @@ def read_bytes(path: Path | StoredPath, file_system: FileSystem | None = None) -
     file_system: of the object store in which a StoredPath lies, if it is open already.
     """
     try:
-        if isinstance(path, StoredPath):  # whole at once: a store is asked, and paid, by the request
-            data = path.read_bytes(MOST_BYTES + 1, file_system)
-        elif not Path(path).is_file():  # a pipe or a device could be read for ever
+        if isinstance(path, StoredPath):
+            return read_stored(path, file_system)
+        if not Path(path).is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
-        else:
-            with open(path, "rb") as file:
-                data = file.read(64)
-                if BEGINNINGS.match(data):
-                    file.seek(0)
-                    data = file.read(MOST_BYTES + 1)
+        with open(path, "rb") as file:
+            data = file.read(64)
+            if BEGINNINGS.match(data):
+                file.seek(0)
+                data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
     if len(data) > MOST_BYTES:
-        raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest picture is")
+        raise ImageError(TOO_LARGE)
+    return data
+
+
+def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
+    """Return the content of a file of an object store, whole at once, since requests are paid. Raises ImageError."""
+    if path.size > MOST_BYTES:
+        raise ImageError(TOO_LARGE)
+    for pause in (0.5, 2, None):
+        try:
+            data = path.read_bytes(MOST_BYTES + 1, file_system)
+            break
+        except Exception as error:  # stores have errors of their own, many of which pass
+            if pause is None or isinstance(error, FileNotFoundError):
+                raise ImageError(f"it can't be read ({first_line(error)})") from None
+            time.sleep(pause)
+    if len(data) > MOST_BYTES:
+        raise ImageError(TOO_LARGE)
     return data
 
 
@@ -3848,22 +3885,27 @@ TRIES_OF_BLOCK, TRIES_OF_PICTURE = 2, 15
 HELPED, MOST_HELPERS = 32, 4
 
 
-def block_sizes(jobs: Sequence[tuple], cores: int) -> list[int]:
+def block_sizes(jobs: Sequence[tuple], cores: int, bottleneck_size: int) -> list[int]:
     """Return how many of the jobs of extract should travel together to so many processors, block by block.
 
     The less is left the smaller they are, so that all processors end at about one time.
     """
-    bytes_seen = [0]
-    for image, _, _ in jobs[:: math.ceil(len(jobs) / 100)]:  # some of them, for a mean
+
+    def weight(job: tuple) -> int:  # bytes of the file, and of the features as text and as numbers
+        image, _, variants = job
         with contextlib.suppress(OSError):
-            bytes_seen.append(image.path.stat().st_size)
+            return min(image.path.stat().st_size, MOST_BYTES) + 16 * bottleneck_size * len(variants)
+        return 0
+
     most = max(LARGE_BLOCK, min(LARGEST_BLOCK, len(jobs) // (100 * cores)))
-    most = max(1, min(most, BLOCK_BYTES * len(bytes_seen) // (sum(bytes_seen) + 1)))
-    least = max(1, min(SMALL_BLOCK, most, len(jobs) // (4 * cores)))
-    sizes, left = [], len(jobs)
-    while left:
-        sizes.append(min(left, max(least, min(most, left // (8 * cores)))))
-        left -= sizes[-1]
+    least = max(1, min(SMALL_BLOCK, len(jobs) // (4 * cores)))
+    sizes: list[int] = []
+    start = 0
+    while left := len(jobs) - start:
+        wanted = min(left, max(least, min(most, left // (8 * cores))))
+        together = itertools.accumulate(map(weight, jobs[start : start + wanted]))
+        sizes.append(max(1, sum(size <= BLOCK_BYTES for size in together)))
+        start += sizes[-1]
     return sizes
 
 
@@ -3924,7 +3966,9 @@ class ClusterWriter:
 
     def __call__(self, block: Table) -> Table:
         """Do so for an Arrow table of rows and results."""
-        return block.set_column(1, "kept", [[self.written(result) for result in block["result"].to_pylist()]])
+        kept = [self.written(result) for result in block["result"].to_pylist()]
+        self.store.records.clear()  # which only the driver looks at
+        return block.set_column(1, "kept", [kept])
 
 
 def parcel_of(base: BaseModel, kind: str, gpus: float) -> tuple:
@@ -4002,10 +4046,12 @@ def on_cluster(
     read_here: whether this machine reads the pictures and sends their bytes. gpus: for each process.
     """
     ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
-    free, alone = int(ray.available_resources().get("CPU", 1)), max(sizes) == 1
+    resources, alone = ray.available_resources(), max(sizes) == 1
+    free = int(min(resources.get("CPU", 1), resources.get("GPU", 1) / gpus if gpus else math.inf))
     here = {
         "compute": ray.data.ActorPoolStrategy(size=min(MOST_HELPERS, 2 + free // HELPED, len(sizes))),
         "num_cpus": 0,  # they mostly wait for the disk
+        "max_task_retries": TRIES_OF_BLOCK,
         "scheduling_strategy": ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         ),
@@ -4041,33 +4087,27 @@ def extract_on_cluster(
     shared_files: whether the nodes can read the pictures by their paths; engine: as --engine has it. A process that
     dies, or is lost with its node, is replaced by Ray, and its block of pictures is done again. What is missing in the
     end is done once more, each picture in a block of its own: one that is still missing then has killed whatever
-    process it met. Raises UserError when the cluster gives up.
+    process it met. Raises what Ray raises when the cluster gives up.
     """
     ray = import_ray()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.max_errored_blocks = False, -1
     url = next((image.path.url for image, _, _ in jobs if isinstance(image.path, StoredPath)), "")
     resources, waiting = ray.cluster_resources(), dict(enumerate(jobs))
-    cores, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0)
-    if not cores:
-        log.warning("--ray_address: the cluster has no processor yet; the work begins when it gets one.")
-    cores = max(1, cores)
+    cores, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
     network = parcel_of(store.base, engine, gpus)
-    share = min(1, gpus / cores) if network[-1] == "tensorflow" else 0  # so that every core feeds some GPU
+    # So that every core feeds some GPU, but no more than eight processes crowd one.
+    share = min(1, max(1 / 8, gpus / cores)) if gpus and network[-1] == "tensorflow" else 0
     parcel, read_here = ray.put((network, store.reading, url)), not (shared_files or url)
-    try:
-        for alone in (False, True):
-            sizes = [1] * len(waiting) if alone else block_sizes(jobs, cores)
-            for row, result in on_cluster(store, waiting, sizes, parcel, read_here, share):
-                if row in waiting:
-                    yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
-            if not waiting:
-                return
-            # In Ray Data the errors of lost blocks hold themselves, and its idle processes, and those the processors.
-            gc.collect()
-    except ray.exceptions.RayError as error:
-        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"--ray_address: the cluster gave up ({said[-1].strip()}).") from error
+    for alone in (False, True):
+        sizes = [1] * len(waiting) if alone else block_sizes(jobs, cores, store.base.bottleneck_size)
+        for row, result in on_cluster(store, waiting, sizes, parcel, read_here, share):
+            if row in waiting:
+                yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
+        if not waiting:
+            return
+        # In Ray Data the errors of lost blocks hold themselves, and its idle processes, and those the processors.
+        gc.collect()
     for job in waiting.values():
         yield job, "the process that decodes it dies, again and again"
 
@@ -6608,7 +6648,7 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
         check_trained(flags.split_file, listed, labels)
     else:
         inside = [image for image in listed if not image.place]
-        check_classes(f"--image_dir {flags.image_dir}", inside, labels)
+        check_classes(f"--image_dir {shown(flags.image_dir)}", inside, labels)
         testing = 0 if flags.test_dir else flags.testing_percentage
         validation = 0 if flags.validation_dir else flags.validation_percentage
         listed = assign_splits(inside, testing, validation) + listed[len(inside) :]
@@ -6898,7 +6938,8 @@ def run(flags: argparse.Namespace) -> None:
         return
     if flags.coarse_image_dir:
         import_matplotlib()  # now rather than after the long work, if it is missing
-    with ray_cluster(flags.ray_address) if flags.ray_address else contextlib.nullcontext():
+    cores = Engine(cpu_threads=flags.cpu_threads).cores
+    with ray_cluster(flags.ray_address, cores) if flags.ray_address else contextlib.nullcontext():
         make_classifier(flags)
 
 
@@ -6939,4 +6980,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # where `python -I` and -P don't look
     end_process(importlib.import_module(Path(__file__).stem).main())

@@ -161,7 +161,7 @@ def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done
 )
 def test_so_many_pictures_travel_together(count, cores, size, together):
     path = retrain.StoredPath("s3://bucket/photos", "bucket/photos/blue/0.jpg", size)
-    sizes = retrain.block_sizes([(retrain.Image(path, "blue"), "", {})] * count, cores)
+    sizes = retrain.block_sizes([(retrain.Image(path, "blue"), "", {})] * count, cores, 2048)
     assert sum(sizes) == count
     assert sizes[0] == pytest.approx(together, abs=1)
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 8  # so that all processors end at about one time
@@ -386,13 +386,13 @@ def started_by_hand(tmp_path) -> Iterator[str]:
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     limits = ["--num-cpus", "1", "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
     with contextlib.ExitStack() as stack:
+        started: list[subprocess.Popen] = []
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))  # is short
 
         def start(*arguments: object) -> None:
             command = [ray, *map(str, arguments), *limits]
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)  # which ends what it has started
+            started.append(process)
 
         start(*head.split(), "--port", port, "--temp-dir", place, "--include-dashboard", "false")
         deadline = time.monotonic() + 60
@@ -400,6 +400,13 @@ def started_by_hand(tmp_path) -> Iterator[str]:
             time.sleep(0.2)
         start(*node.replace("HEAD:6379", f"127.0.0.1:{port}").split())
         yield f"127.0.0.1:{port}"
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):  # what they have started, for which they would wait long
+            with contextlib.suppress(OSError):
+                if place.encode() in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+        for process in started:
+            process.terminate()
+            process.wait()
 
 
 def test_the_commands_of_the_readme(started_by_hand, image_dir, model_dir):
@@ -408,3 +415,29 @@ def test_the_commands_of_the_readme(started_by_hand, image_dir, model_dir):
     done = run_script("retrain.py", "--ray_address", "auto", *flags, cwd=image_dir.parent, env=environment)
     assert done.returncode == 0, done.stderr
     assert len(contents(image_dir.parent / "bottleneck")) == IMAGES
+
+
+def test_passwords_in_an_address_are_not_told(cluster, train, capsys):
+    for url in ("s3://me:secret@bucket/x?bogus=1", "nonsense://me:secret@bucket/x?key=secret"):
+        assert train("--image_dir", url, "--ray_address", cluster.address) == 1
+        said = capsys.readouterr().err
+        assert f"--image_dir {url.partition(':')[0]}://bucket/x: there is no way" in said
+        assert "secret" not in said
+    assert retrain.shown("s3://bucket/a@b/c") == "s3://bucket/a@b/c"
+    assert retrain.shown("C:/pictures?") == "C:/pictures?"
+
+
+def test_large_files_and_variants_count_in_a_block():
+    def job(size: int, variants: int = 1) -> tuple:
+        path = retrain.StoredPath("s3://bucket/photos", "bucket/photos/blue/0.jpg", size)
+        return retrain.Image(path, "blue"), "", dict.fromkeys(range(variants))
+
+    sizes = retrain.block_sizes([job(100 << 20)] * 10 + [job(1000)] * 2000, 4, 2048)
+    assert sizes[:10] == [1] * 10 and sizes[10] > 30
+    assert max(retrain.block_sizes([job(1000, variants=1000)] * 100, 1, 2048)) <= 2
+
+
+def test_a_stored_file_that_is_too_large_is_not_fetched():
+    path = retrain.StoredPath("s3://nowhere/photos", "nowhere/photos/blue/film.mp4", 1 << 40)
+    with pytest.raises(retrain.ImageError, match="larger than 150 MB"):
+        retrain.read_bytes(path)

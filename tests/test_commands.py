@@ -390,3 +390,14 @@ def test_the_one_command_works_offline_on_the_starter(clone):
     right = [Path(entry["image"]).name.startswith(entry["predictions"][0]["label"]) for entry in entries]
     assert len(right) == 10
     assert sum(right) >= 8
+
+
+def test_python_may_be_told_not_to_look_beside_the_script(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-I", ROOT / "retrain.py", "--image_dir", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("retrain.py: error: --image_dir nowhere: there is no such folder")
