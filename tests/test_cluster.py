@@ -405,7 +405,7 @@ def started_by_hand(tmp_path) -> Iterator[str]:
                 if place.encode() in entry.read_bytes():
                     os.kill(int(entry.parent.name), signal.SIGKILL)
         for process in started:
-            process.terminate()
+            process.kill()
             process.wait()
 
 
