@@ -1868,7 +1868,7 @@ class Job:
     @property
     def is_refused(self) -> bool:
         """Whether it was fetched well, and is not wanted."""
-        if self.future is None or not self.future.done():
+        if self.future is None or not self.is_done:
             return False
         return not self.future.exception() and self.future.result() is None
 
