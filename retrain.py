@@ -2595,14 +2595,15 @@ def read_bytes(path: Path | StoredPath, file_system: FileSystem | None = None) -
     """
     try:
         if isinstance(path, StoredPath):
-            return read_stored(path, file_system)
-        if not Path(path).is_file():  # a pipe or a device could be read for ever
+            data = read_stored(path, file_system)
+        elif not Path(path).is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
-        with open(path, "rb") as file:
-            data = file.read(64)
-            if BEGINNINGS.match(data):
-                file.seek(0)
-                data = file.read(MOST_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                data = file.read(64)
+                if BEGINNINGS.match(data):
+                    file.seek(0)
+                    data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
     if len(data) > MOST_BYTES:
@@ -2611,20 +2612,20 @@ def read_bytes(path: Path | StoredPath, file_system: FileSystem | None = None) -
 
 
 def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
-    """Return the content of a file of an object store, whole at once, since requests are paid. Raises ImageError."""
+    """Return the content of a file of an object store, or a byte more than MOST_BYTES of it. Raises ImageError.
+
+    It comes whole at once, since requests are paid.
+    """
     if path.size > MOST_BYTES:
         raise ImageError(TOO_LARGE)
     for pause in (0.5, 2, None):
         try:
-            data = path.read_bytes(MOST_BYTES + 1, file_system)
-            break
+            return path.read_bytes(MOST_BYTES + 1, file_system)
         except Exception as error:  # stores have errors of their own, many of which pass
             if pause is None or isinstance(error, FileNotFoundError):
                 raise ImageError(f"it can't be read ({first_line(error)})") from None
             time.sleep(pause)
-    if len(data) > MOST_BYTES:
-        raise ImageError(TOO_LARGE)
-    return data
+    raise AssertionError("the last try returns or raises")
 
 
 def read_image(path: Path | StoredPath, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
