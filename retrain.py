@@ -3900,11 +3900,12 @@ def block_sizes(jobs: Sequence[tuple], cores: int, bottleneck_size: int) -> list
 
     most = max(LARGE_BLOCK, min(LARGEST_BLOCK, len(jobs) // (100 * cores)))
     least = max(1, min(SMALL_BLOCK, len(jobs) // (4 * cores)))
+    weights = list(map(weight, jobs))
     sizes: list[int] = []
     start = 0
     while left := len(jobs) - start:
         wanted = min(left, max(least, min(most, left // (8 * cores))))
-        together = itertools.accumulate(map(weight, jobs[start : start + wanted]))
+        together = itertools.accumulate(weights[start : start + wanted])
         sizes.append(max(1, sum(size <= BLOCK_BYTES for size in together)))
         start += sizes[-1]
     return sizes
