@@ -4256,7 +4256,7 @@ class Head:
         return dataclasses.replace(self, weights=cooled[0], biases=cooled[1])
 
     def probabilities_of(self, rows: Rows, batch: np.ndarray) -> np.ndarray:
-        """Return the same for a batch, int [batch], of rows, a part at a time."""
+        """Return the probabilities, float32 [batch, classes], of a batch, int [batch], of rows, a part at a time."""
         return np.concatenate([self.probabilities(rows.features(part)) for part in parts(batch)])
 
     def learnt(self, rows: Rows, batch: np.ndarray, rate: float, counts: np.ndarray) -> Head:
