@@ -6515,12 +6515,16 @@ def is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
+def folders_read(flags: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Return (flag, path) of each folder that holds class folders of pictures."""
+    return [(name, Path(getattr(flags, name))) for name in PICTURE_FOLDERS if getattr(flags, name)]
+
+
 def class_folders(flags: argparse.Namespace) -> dict[Path, str]:
     """Return the folders in which pictures are looked for, behind links, each with its flag."""
-    given = [(Path(getattr(flags, name)), name) for name in PICTURE_FOLDERS if getattr(flags, name)]
     return {
         place_of_file(entry): name
-        for folder, name in given
+        for name, folder in folders_read(flags)
         for entry in (folder.iterdir() if folder.is_dir() else ())
         if not entry.name.startswith(".") and entry.is_dir()
     }
@@ -6529,7 +6533,6 @@ def class_folders(flags: argparse.Namespace) -> dict[Path, str]:
 def check_apart(flags: argparse.Namespace) -> None:
     """Raise UserError if what the run writes would take the place of something else that it writes or reads."""
     written, folders, read = files_written(flags), folders_written(flags), files_read(flags)
-    pictures = [(name, Path(getattr(flags, name))) for name in PICTURE_FOLDERS if getattr(flags, name)]
     readers, classes = {place_of_file(path): name for name, path in reversed(read)}, class_folders(flags)
     writers: dict[Path, str] = {}
     for name, path in written:
@@ -6548,7 +6551,7 @@ def check_apart(flags: argparse.Namespace) -> None:
         if writer := writers.get(place_of_file(path)):
             raise UserError(f"--{writer} and --{name} would both write {path}; name another place for one.")
     replaced = flags.saved_model_dir and place_of_file(Path(flags.saved_model_dir))
-    for name, path in [*written, *folders, *read, *pictures] if replaced else ():
+    for name, path in [*written, *folders, *read, *folders_read(flags)] if replaced else ():
         if name != "saved_model_dir" and place_of_file(path).is_relative_to(replaced):
             raise UserError(f"--{name} {path}: it lies in --saved_model_dir, which is replaced; name another place.")
 
@@ -6563,9 +6566,8 @@ def check_outputs(flags: argparse.Namespace) -> None:
     if flags.saved_model_dir:
         check_saved_model_dir(Path(flags.saved_model_dir))
     check_apart(flags)
-    for name in PICTURE_FOLDERS:
-        folder = flags.quarantine and getattr(flags, name)
-        if folder and Path(flags.quarantine, "x").resolve().is_relative_to(Path(folder).resolve()):
+    for name, folder in folders_read(flags) if flags.quarantine else ():
+        if Path(flags.quarantine, "x").resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--quarantine {flags.quarantine}: it lies in --{name}; name a folder elsewhere.")
     files = OutputFiles(Path(flags.output_graph))
     if (files.facts.is_file() and not is_ours(files.facts)) or (files.lite.is_file() and not files.facts.is_file()):
