@@ -3254,17 +3254,16 @@ def load_graph(path: Path, trusted: bool = False) -> GraphDef:
         raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
     with telling_of_damage(path):
         graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
-    for node in graph.node:
-        if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
-            node.Clear()
-            node.name, node.op = "DecodeJpeg/contents", "Placeholder"
-            node.attr["dtype"].type = tf.string.as_datatype_enum
-            node.attr["shape"].shape.SetInParent()
-        if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
-            with telling_of_damage(path):
+        for node in graph.node:
+            if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
+                node.Clear()
+                node.name, node.op = "DecodeJpeg/contents", "Placeholder"
+                node.attr["dtype"].type = tf.string.as_datatype_enum
+                node.attr["shape"].shape.SetInParent()
+            if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
                 shape = tf.make_ndarray(node.attr["value"].tensor).copy()
                 shape[0] = -1
-            node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
+                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
     return graph
 
 
