@@ -457,6 +457,18 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
+def without_frames(record: logging.LogRecord) -> bool:
+    """Turn the errors in a log record into text, for handlers that keep records, as test runners have; return True.
+
+    Ray Data logs the errors of lost blocks. Their frames hold the processes that they are about, and those hold
+    processors, for which what was lost would wait for ever to be done again.
+    """
+    record.msg, record.args = record.getMessage(), ()
+    if record.exc_info:
+        record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
+    return True
+
+
 def import_ray() -> types.ModuleType:
     """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
 
@@ -470,9 +482,8 @@ def import_ray() -> types.ModuleType:
         raise UserError(f"--ray_address needs Ray ({error}): pip install -r requirements-ray.txt") from error
     logger = logging.getLogger("ray.data")
     logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
-    # A handler that keeps records, as test runners have, would keep the errors of lost blocks, those the processes that
-    # they are about, and those the processors: what was lost would wait for ever to be done again.
-    logger.propagate = False
+    for handler in logger.handlers:
+        handler.addFilter(without_frames)
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
     return ray
 
@@ -4080,6 +4091,19 @@ def on_cluster(
         yield from zip(block["row"].to_pylist(), block["kept"].to_pylist(), strict=True)
 
 
+def wait_for_processor(seconds: float = 10) -> None:
+    """Return when the cluster has a processor free, or after so many seconds, since they may be others' for hours.
+
+    In Ray Data the errors of lost blocks hold themselves and its idle processes, and those the processors.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        gc.collect()
+        if import_ray().available_resources().get("CPU", 0) >= 1 or time.monotonic() > deadline:
+            return
+        time.sleep(0.2)
+
+
 def extract_on_cluster(
     store: BottleneckStore, jobs: Sequence[tuple], shared_files: bool, engine: str = "auto"
 ) -> Generator[tuple, None, None]:
@@ -4107,8 +4131,7 @@ def extract_on_cluster(
                 yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
         if not waiting:
             return
-        # In Ray Data the errors of lost blocks hold themselves, and its idle processes, and those the processors.
-        gc.collect()
+        wait_for_processor()
     for job in waiting.values():
         yield job, "the process that decodes it dies, again and again"
 

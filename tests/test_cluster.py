@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -119,8 +121,10 @@ def test_what_was_done_is_not_done_again(on_cluster, tmp_path, image_dir, done):
     assert [name for name in after if after[name] != before[name]] == ["blue/blue_07.jpg_inception_v3.txt"]
 
 
-def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done, monkeypatch):
+@pytest.mark.parametrize("tries", [retrain.TRIES_OF_BLOCK, 0], ids=["Ray does it again", "left for the second round"])
+def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done, monkeypatch, tries):
     """Byte for byte the features of one machine, although a node is killed after a quarter of the pictures."""
+    monkeypatch.setattr(retrain, "TRIES_OF_BLOCK", tries)
     base = retrain.load_base_model(retrain.find_starter(tmp_path), tmp_path, "starter")
     images = retrain.list_images(str(shared / "photos/cats_dogs"))
     assert len(images) == 400
@@ -144,6 +148,25 @@ def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done
     np.testing.assert_array_equal(features, expected)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
     assert sorted(done) == sorted(image.key for image in images)  # nothing is missing, nothing is there twice
+
+
+def test_an_error_that_ray_data_logs_keeps_no_frames_and_stays_in_its_log():
+    """A handler that keeps records, as pytest's does, would keep processes, and those processors."""
+    retrain.import_ray()
+    logger, kept, text = logging.getLogger("ray.data"), [], io.StringIO()
+    handlers = [logging.StreamHandler(text), logging.Handler()]
+    handlers[1].emit = kept.append
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        raise ValueError("a block is lost")
+    except ValueError as error:
+        logging.getLogger("ray.data.some.module").error("Ignored: %s", error, exc_info=error)
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+    assert not kept[0].exc_info and not kept[0].args
+    assert text.getvalue().startswith("Ignored: a block is lost\nTraceback")
 
 
 @pytest.mark.parametrize(
