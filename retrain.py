@@ -95,6 +95,9 @@ if started_here and signal.getsignal(signal.SIGINT) is signal.default_int_handle
     signal.signal(signal.SIGINT, leave_at_once)  # Ctrl-C while the packages are imported
     signal.signal(signal.SIGTERM, leave_at_once)
 
+# What installs a package where this Python looks for it.
+INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
+
 try:
     import numpy as np
     import PIL.Image
@@ -108,9 +111,10 @@ except ImportError as missing:
             os.execv(own_python, [str(own_python), *sys.argv])
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other Python's, which says what is to be said
         sys.exit(subprocess.call([own_python, *sys.argv]))
-    sys.exit(
-        f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or pip install -r requirements.txt"
-    )
+    remedy = f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
+    if started_here:
+        sys.exit(remedy)
+    raise ImportError(remedy) from missing
 
 # ======================================================================================================================
 # Common ground: errors, whole files, journals, progress, all cores, names
@@ -123,12 +127,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 warnings.filterwarnings("ignore", module="PIL")
 
 
-def hide_bottleneck_folder() -> None:
-    """Keep pandas, which TensorFlow, cleanlab and Ray Data load, from taking our folder `bottleneck` for a package."""
-    sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]  # None: there is none
-
-
-hide_bottleneck_folder()
+# None: there is none. Else pandas, which TensorFlow, cleanlab and Ray Data load, takes our folder for the package.
+sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 
 
 class UserError(Exception):
@@ -447,7 +447,7 @@ def import_tensorflow() -> types.ModuleType:
         with quiet_stderr():
             import tensorflow
     except ImportError as error:
-        raise UserError(f"TensorFlow can't be loaded ({error}); install it with: pip install tensorflow") from error
+        raise UserError(f"TensorFlow can't be loaded ({error}); install it with: {INSTALL} tensorflow") from error
     tensorflow.get_logger().setLevel("ERROR")
     return tensorflow
 
@@ -476,10 +476,11 @@ def import_ray() -> types.ModuleType:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
     try:
         import ray.data
     except ImportError as error:
-        raise UserError(f"--ray_address needs Ray ({error}): pip install -r requirements-ray.txt") from error
+        raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
     logger = logging.getLogger("ray.data")
     logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
     for handler in logger.handlers:
@@ -499,6 +500,10 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def hide_folder() -> None:  # as above; in here it travels by value, or nodes without our packages could say nothing
+        sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
+
     try:
         if ":" in address:  # Ray itself would go on trying for minutes
             host, _, port = address.rpartition(":")
@@ -508,13 +513,13 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
                 address,
                 runtime_env={
                     "py_modules": [__file__],
-                    "worker_process_setup_hook": f"{__name__}.{hide_bottleneck_folder.__name__}",
+                    "worker_process_setup_hook": hide_folder,
                 },
                 logging_level=logging.CRITICAL,
                 log_to_driver=False,
                 **options,
             )
-    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises just that when a local cluster is slow to start
         raise UserError(
             f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
             "`ray start --head`, or use --ray_address local."
@@ -522,15 +527,44 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     finally:
         if in_main_thread:  # Ray puts its own in place, which would end us without a sentence
             signal.signal(signal.SIGTERM, on_sigterm)
+    head, over = ray.get_runtime_context().gcs_address, threading.Event()
     try:
+        threading.Thread(target=watch_head, args=(head, over), daemon=True).start()
         if not ray.cluster_resources().get("CPU"):
-            log.warning("--ray_address: the cluster has no processor yet; the work begins when it gets one.")
+            log.warning("--ray_address: the cluster at %s has no processor yet; the work begins when it has.", head)
         yield
     except ray.exceptions.RayError as error:
         said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"--ray_address: the cluster gave up ({said[-1].strip()}).") from error
+        node = "".join(f" on {ip}" for ip in re.findall(r"\bip=([^,)\s]+)", str(error))[:1])
+        raise UserError(f"--ray_address: the cluster at {head} gave up{node} ({said[-1].strip()}).") from error
     finally:
+        over.set()
         ray.shutdown()
+
+
+def watch_head(address: str, over: threading.Event, pause: float = 2) -> None:
+    """End the process with a sentence once the head of a cluster, host:port, has been out of reach for five pauses.
+
+    Ray itself would end it a minute later, without a word. over: set when it isn't needed any more; pause: seconds.
+    """
+    host, _, port = address.rpartition(":")
+    missed = 0
+    while missed < 5:
+        if over.wait(pause):
+            return
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=pause).close()
+            missed = 0
+        except OSError:
+            missed += 1
+    program = Path(sys.argv[0]).name
+    print(
+        f"\n{program}: error: --ray_address: the cluster's head {address} is out of reach; when it is there again, the "
+        "same command goes on where this one was.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # which a thread may do
 
 
 def memory_size() -> int:
@@ -891,6 +925,8 @@ def check_cluster_flags(parser: Parser, flags: argparse.Namespace) -> None:
     for name in ("validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file"):
         if stored and getattr(flags, name):
             parser.error(f"--{name}: it needs an --image_dir that is a folder, not an object store")
+    if is_store_url(flags.crawl_dir):
+        parser.error("--crawl_dir: pictures are crawled into a folder, not into an object store")
     if flags.ray_shared_files and not flags.ray_address:
         parser.error("--ray_shared_files: there are no nodes without --ray_address")
     if flags.ray_address.startswith("ray://"):
@@ -2052,7 +2088,7 @@ def crawl(
                 "put {} where each class's search words go."
             )
     if missing := [name for name in ("requests", "bs4", "imagehash") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: pip install -r requirements.txt")
+        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: {INSTALL} -r requirements.txt")
     web, related, unasked = Web(settings), {}, []
     for folder in classes:
         try:
@@ -2173,7 +2209,7 @@ class StoredPath:
     url: str  # of the whole --image_dir, as pyarrow or fsspec understands it
     place: str  # the path in that store
     size: int = 0  # bytes
-    changed: int = 0  # nanoseconds since 1970
+    changed: int = 0  # nanoseconds since 1970, see time_in
 
     @property
     def name(self) -> str:
@@ -2231,6 +2267,8 @@ def shown(url: str) -> str:
         return url
     scheme, _, rest = url.partition("?")[0].partition("://")
     server, slash, place = rest.partition("/")
+    if re.fullmatch(r"[^@:]*:(?!\d*$)[^@]*", server) and "@" in place:  # a secret with a slash in it
+        return f"{scheme}://{place.rpartition('@')[2]}"
     return f"{scheme}://{server.rpartition('@')[2]}{slash}{place}"
 
 
@@ -2253,9 +2291,23 @@ def open_store(url: str) -> tuple:
 
         file_system, place = fsspec.core.url_to_fs(url)
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system)), place
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # stores have errors of their own
         why = first_line(error).replace(url, shown(url))
         raise UserError(f"--image_dir {shown(url)}: there is no way to such an object store ({why}).") from error
+
+
+def time_in(details: dict) -> int:
+    """Return when a file changed, in nanoseconds since 1970, by what fsspec tells: each store has its own keys.
+
+    If it tells no time, this is some small number that changes with the ETag or version, or 0 for want of these, too.
+    """
+    keys = ("mtime", "last_modified", "LastModified", "modified", "updated", "created", "ETag", "etag", "version_id")
+    told = next((details[key] for key in keys if details.get(key)), 0)
+    if isinstance(told, datetime.datetime):
+        told = told.timestamp()
+    if isinstance(told, int | float):
+        return int(told * 10**9)
+    return int.from_bytes(hashlib.sha1(str(told).encode(), usedforsecurity=False).digest()[:6], "big")
 
 
 def stored_entries(folder: StoredPath) -> list[tuple[StoredPath, str]] | str:
@@ -2264,11 +2316,17 @@ def stored_entries(folder: StoredPath) -> list[tuple[StoredPath, str]] | str:
 
     kinds = {FileType.File: "file", FileType.Directory: "folder"}
     try:
-        listed = open_store(folder.url)[0].get_file_info(FileSelector(folder.place))
+        file_system = open_store(folder.url)[0]
+        listed = file_system.get_file_info(FileSelector(folder.place))
+        by_fsspec = file_system.handler.fs.ls(folder.place, detail=True) if hasattr(file_system, "handler") else ()
     except Exception as error:  # stores have errors of their own
         return first_line(error).replace(folder.url, shown(folder.url))
+    details = {entry["name"]: entry for entry in by_fsspec}
     entries = [
-        (StoredPath(folder.url, info.path, info.size or 0, info.mtime_ns or 0), kinds.get(info.type, ""))
+        (
+            StoredPath(folder.url, info.path, info.size or 0, info.mtime_ns or time_in(details.get(info.path, {}))),
+            kinds.get(info.type, ""),
+        )
         for info in listed
         if info.path.rstrip("/") != folder.place.rstrip("/")  # some stores keep an empty object for the folder itself
     ]
@@ -2798,7 +2856,7 @@ class LiteModel:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
-            raise UserError(f"LiteRT can't be loaded ({error}); install it with: pip install ai-edge-litert") from error
+            raise UserError(f"LiteRT can't be loaded ({error}); install it with: {INSTALL} ai-edge-litert") from error
         try:
             self.interpreter = Interpreter(str(path), num_threads=threads)
             (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
@@ -3574,7 +3632,7 @@ def find_hub_module(handle: str) -> Path:
     except ImportError as error:
         raise UserError(
             f"--tfhub_module {handle}: the package tensorflow-hub can't be loaded ({error}); install it with: "
-            "pip install tensorflow-hub 'setuptools<82'"
+            f"{INSTALL} tensorflow-hub 'setuptools<82'"
         ) from error
     log.info("Asking %s for the module, or taking it from where tensorflow_hub keeps it.", handle)
     try:
@@ -4051,14 +4109,15 @@ def on_cluster(
     parcel: ObjectRef,
     read_here: bool,
     gpus: float,
+    alone: bool,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (row, pickled result) of jobs by row, as they are finished; those of blocks that were lost are left out.
 
-    sizes: of the blocks. If all are 1, no block waits for a process that another may kill. parcel: see ClusterWorker.
-    read_here: whether this machine reads the pictures and sends their bytes. gpus: for each process.
+    sizes: of the blocks; parcel: see ClusterWorker. read_here: whether this machine reads the pictures and sends their
+    bytes. gpus: for each process. alone: whether no block is to wait for a process that another may kill.
     """
     ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
-    resources, alone = ray.available_resources(), max(sizes) == 1
+    resources = ray.available_resources()
     free = int(min(resources.get("CPU", 1), resources.get("GPU", 1) / gpus if gpus else math.inf))
     here = {
         "compute": ray.data.ActorPoolStrategy(size=min(MOST_HELPERS, 2 + free // HELPED, len(sizes))),
@@ -4126,7 +4185,7 @@ def extract_on_cluster(
     parcel, read_here = ray.put((network, store.reading, url)), not (shared_files or url)
     for alone in (False, True):
         sizes = [1] * len(waiting) if alone else block_sizes(jobs, cores, store.base.bottleneck_size)
-        for row, result in on_cluster(store, waiting, sizes, parcel, read_here, share):
+        for row, result in on_cluster(store, waiting, sizes, parcel, read_here, share, alone):
             if row in waiting:
                 yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
         if not waiting:
@@ -4770,7 +4829,7 @@ def import_matplotlib() -> types.ModuleType:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise UserError(f"matplotlib can't be loaded ({error}); install it with: pip install matplotlib") from error
+        raise UserError(f"matplotlib can't be loaded ({error}); install it with: {INSTALL} matplotlib") from error
     return matplotlib.figure
 
 

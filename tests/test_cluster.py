@@ -138,7 +138,7 @@ def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done
             time.sleep(0.05)
         cluster.remove_node(node, allow_graceful=False)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)  # which a failure would leave waiting
     killer.start()
     with retrain.ray_cluster(cluster.address):
         extract_all = retrain.functools.partial(retrain.extract_on_cluster, shared_files=False)
@@ -227,8 +227,42 @@ def test_a_network_that_no_worker_can_load_ends_the_run_with_a_sentence(on_clust
     monkeypatch.setattr(retrain, "ClusterWorker", Worker)
     assert on_cluster() == 1
     (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("retrain.py: "))
-    assert said.startswith("retrain.py: error: --ray_address: the cluster gave up (")
+    assert said.startswith("retrain.py: error: --ray_address: the cluster at ")
     assert "LiteRT can't be loaded here." in said
+
+
+def test_a_node_without_our_packages_ends_the_run_with_a_sentence(cluster, image_dir, model_dir, tmp_path):
+    script = (ROOT / "retrain.py").read_text("utf-8")
+    missing = "    if not os.environ.get('ON_THE_DRIVER'):\n        raise ImportError('No module named simplejpeg')\n"
+    (tmp_path / "retrain.py").write_text(script.replace("    import simplejpeg\n", missing, 1), "utf-8")
+    shutil.copytree(ROOT / "inception_model", tmp_path / "inception_model")
+    flags = ["--ray_address", cluster.address, "--image_dir", "pictures", "--model_dir", model_dir]
+    command = [sys.executable, "retrain.py", *map(str, flags)]
+    environment = os.environ | {"ON_THE_DRIVER": "1"}
+    failed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 1
+    said = failed.stderr.splitlines()[-1]
+    assert said.startswith(f"retrain.py: error: --ray_address: the cluster at {cluster.address} gave up on ")
+    assert "No module named simplejpeg" in said
+
+
+def test_a_head_that_is_lost_ends_the_process_with_a_sentence():
+    """That of a socket here, since Ray takes a minute to lose one; the process itself is busy elsewhere."""
+    watch = "import retrain, sys, threading, time; over = threading.Event(); print(flush=True)\n"
+    watch += "threading.Thread(target=retrain.watch_head, args=(sys.argv[1], over, 0.1)).start(); time.sleep(60)"
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as head:
+        address = "{}:{}".format(*head.getsockname())
+        command = [sys.executable, "-c", watch, address]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(2)
+        assert process.poll() is None
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert f"error: --ray_address: the cluster's head {address} is out of reach" in said
+    over = threading.Event()
+    over.set()
+    retrain.watch_head(address, over, 60)  # returns at once when it isn't needed any more
 
 
 # Runs retrain.py in a process of its own, whose workers take their time.
@@ -248,7 +282,10 @@ retrain.end_process(retrain.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_in_an_orderly_way(cluster, on_cluster, model_dir, image_dir, tmp_path, done, how, code):
-    """One sentence and no half files; the processors are free again; the same command goes on."""
+    """One sentence, and no half files under their names; the processors are free again; the same command goes on.
+
+    Ray ends its processes as SIGKILL does, so a temporary file of one that was writing may stay.
+    """
     flags = ["--image_dir", "pictures", "--model_dir", model_dir, "--ray_address", cluster.address]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_SCRIPT, *map(str, flags)],
@@ -268,9 +305,9 @@ def test_stopped_in_an_orderly_way(cluster, on_cluster, model_dir, image_dir, tm
     said = [line for line in said.splitlines() if not line.startswith("Bottlenecks: ")]
     assert said == ["retrain.py: stopped; what is done is kept, and the same command goes on from there."]
     time.sleep(1)  # whoever writes for it may finish a file
-    assert not list(tmp_path.rglob(".retrain-*"))
     kept = contents(tmp_path / "bottleneck")
     assert len(kept) < IMAGES
+    assert all(text.count(b",") == 15 for text in kept.values())
     assert on_cluster() == 0
     assert len(done) == IMAGES - len(kept)
     assert kept.items() <= contents(tmp_path / "bottleneck").items()
@@ -290,7 +327,7 @@ def test_ray_that_is_missing_is_asked_for_by_name(train, monkeypatch, capsys):
     assert train("--ray_address", "auto") == 1
     said = capsys.readouterr().err
     assert said.startswith("retrain.py: error: --ray_address needs Ray (")
-    assert said.endswith("pip install -r requirements-ray.txt\n")
+    assert said.endswith(f"{sys.executable} -m pip install -r requirements-ray.txt\n")
 
 
 def test_a_cluster_that_is_not_there(cluster, train, capsys):
@@ -306,6 +343,11 @@ def test_a_cluster_that_is_not_there(cluster, train, capsys):
         (
             ["--image_dir", "s3://bucket/photos", "--ray_address", "auto", "--split_file", "splits.tsv"],
             "--split_file: it needs an --image_dir that is a folder",
+        ),
+        (
+            ["--image_dir", "s3://b/x", "--crawl_dir", "s3://b/x", "--crawl", "n", "--crawl_count", "1"]
+            + ["--ray_address", "auto"],
+            "--crawl_dir: pictures are crawled into a folder",
         ),
         (["--ray_shared_files"], "--ray_shared_files: there are no nodes without --ray_address"),
         (["--ray_address", "ray://head:10001"], "--ray_address: give host:port of the cluster's head"),
@@ -397,6 +439,29 @@ def test_an_object_store_that_is_not_there(on_cluster, bucket, capfd):
     assert "there is no way to such an object store (" in said
 
 
+def test_a_change_in_a_store_that_fsspec_knows_is_noticed():
+    """Such stores tell the time of a change, or else an ETag, under keys that pyarrow doesn't look for."""
+    fsspec = pytest.importorskip("fsspec", reason="fsspec comes with requirements-ray.txt")
+    folder = retrain.StoredPath("memory://photos/blue", "/photos/blue")
+    changed = []
+    for content in (b"one", b"two"):
+        fsspec.filesystem("memory").pipe("/photos/blue/a.jpg", content)
+        (((path, kind),)) = retrain.stored_entries(folder)
+        assert (path.name, path.size, kind) == ("a.jpg", 3, "file")
+        changed.append(path.changed)
+    assert abs(changed[0] / 1e9 - time.time()) < 3600 and changed[0] < changed[1]
+    assert retrain.time_in({"mtime": 12.5}) == 12_500_000_000
+    assert 0 < retrain.time_in({"ETag": "a"}) != retrain.time_in({"ETag": "b"}) > 0
+    assert retrain.time_in({"size": 3}) == 0
+
+
+@pytest.mark.parametrize("url", ["dir://x", "nosuch://x"])
+def test_a_store_that_cannot_be_opened_is_told_in_a_sentence(url):
+    pytest.importorskip("pyarrow", reason="pyarrow comes with requirements-ray.txt")
+    with pytest.raises(retrain.UserError, match=f"--image_dir {url}: there is no way to such an object store"):
+        retrain.open_store(url)
+
+
 @pytest.fixture
 def started_by_hand(tmp_path) -> Iterator[str]:
     """Run the README's two `ray start`, each for as long as the test takes; yields the address of the head."""
@@ -422,6 +487,8 @@ def started_by_hand(tmp_path) -> Iterator[str]:
         while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
             time.sleep(0.2)
         start(*node.replace("HEAD:6379", f"127.0.0.1:{port}").split())
+        wait = f"import ray, time; ray.init('127.0.0.1:{port}')\nwhile len(ray.nodes()) < 2: time.sleep(0.2)"
+        subprocess.run([sys.executable, "-c", wait], env=environment, capture_output=True, timeout=90, check=True)
         yield f"127.0.0.1:{port}"
         for entry in Path("/proc").glob("[0-9]*/cmdline"):  # what they have started, for which they would wait long
             with contextlib.suppress(OSError):
@@ -446,6 +513,9 @@ def test_passwords_in_an_address_are_not_told(cluster, train, capsys):
         said = capsys.readouterr().err
         assert f"--image_dir {url.partition(':')[0]}://bucket/x: there is no way" in said
         assert "secret" not in said
+    assert retrain.shown("s3://key:sec/ret+1@bucket/x") == "s3://bucket/x"
+    assert retrain.shown("hdfs://me@head:8020/a@b/c") == "hdfs://head:8020/a@b/c"
+    assert retrain.shown("hdfs://head:8020/a@b/c") == "hdfs://head:8020/a@b/c"
     assert retrain.shown("s3://bucket/a@b/c") == "s3://bucket/a@b/c"
     assert retrain.shown("C:/pictures?") == "C:/pictures?"
 
