@@ -6547,6 +6547,7 @@ def files_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
         "output_report": () if flags.no_report else ReportFiles(Path(flags.output_report)).paths,
         "two_stage_picture": [flags.two_stage_picture] if flags.coarse_image_dir else (),
         "write_split_file": [flags.write_split_file],
+        "bottleneck_dir": sorted(Path(flags.bottleneck_dir).glob("skipped_*.tsv")),
     }
     if checkpoint:
         parts = [f"{checkpoint}{ending}" for ending in ("", ".index", ".data-00000-of-00001")]
@@ -6620,17 +6621,24 @@ def check_apart(flags: argparse.Namespace) -> None:
         if is_device(path):
             continue
         place = place_of_file(path)
-        if reader := readers.get(place) or (path.is_file() and not is_hidden(place) and classes.get(place.parent)):
+        if reader := readers.get(place):
             remedy = "save the list under another name" if reader in LISTS else "name another file"
             raise UserError(
                 f"--{name} would write {path}, which --{reader} reads, so this run would replace it; {remedy}."
             )
+        if place.parent in classes and not is_hidden(place):
+            owner = classes[place.parent]
+            raise UserError(f"--{name} would write {path} among the pictures of --{owner}; name another place.")
         if place in writers:
             raise UserError(f"--{writers[place]} and --{name} would both write {path}; name another file for one.")
         writers[place] = name
     for name, path in folders:
         if writer := writers.get(place_of_file(path)):
             raise UserError(f"--{writer} and --{name} would both write {path}; name another place for one.")
+        for reader, pictures in folders_read(flags):  # where it would be taken for a class by the next run
+            place, root = place_of_file(path), place_of_file(pictures)
+            if place.is_relative_to(root) and not any(part[0] == "." for part in place.relative_to(root).parts):
+                raise UserError(f"--{name} {path}: it lies in --{reader}; name a folder elsewhere.")
     replaced = flags.saved_model_dir and place_of_file(Path(flags.saved_model_dir))
     for name, path in [*written, *folders, *read, *folders_read(flags)] if replaced else ():
         if name != "saved_model_dir" and place_of_file(path).is_relative_to(replaced):
@@ -6647,9 +6655,6 @@ def check_outputs(flags: argparse.Namespace) -> None:
     if flags.saved_model_dir:
         check_saved_model_dir(Path(flags.saved_model_dir))
     check_apart(flags)
-    for name, folder in folders_read(flags) if flags.quarantine else ():
-        if Path(flags.quarantine, "x").resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--quarantine {flags.quarantine}: it lies in --{name}; name a folder elsewhere.")
     files = OutputFiles(Path(flags.output_graph))
     if (files.facts.is_file() and not is_ours(files.facts)) or (files.lite.is_file() and not files.facts.is_file()):
         raise UserError(f"--output_graph {files.graph}: {files.facts} or {files.lite} is not ours; name another file.")
@@ -6910,7 +6915,7 @@ def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray
         write_evaluation_summaries(report, features, Path(flags.summaries_dir) / "evaluation")
     if flags.quarantine:
         copied = quarantine(report, Path(flags.quarantine))
-        log.info("Copied %d doubtful pictures to %s.", copied, flags.quarantine)
+        log.info("Copied %d doubtful pictures to %s, beside those that were there.", copied, flags.quarantine)
     log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
 
 

@@ -429,6 +429,13 @@ STAGES = ("--coarse_image_dir", "pictures")
             ("--write_split_file", "pictures/green/green_00.jpg"),
             "--write_split_file would write pictures/green/green_0",
         ),
+        (("--output_labels", "pictures/green/new.txt"), "--output_labels would write pictures/green/new.txt among the"),
+        (("--bottleneck_dir", "pictures"), "--bottleneck_dir pictures: it lies in --image_dir"),
+        (("--summaries_dir", "pictures/logs"), "--summaries_dir pictures/logs: it lies in --image_dir"),
+        (
+            ("--bottleneck_dir", "old", "--exclude", "old/skipped_inception_v3.tsv"),
+            "--bottleneck_dir would write old/skipped_inception_v3.tsv, which --exclude reads",
+        ),
         (("--output_labels", "retrain_logs"), "--output_labels and --summaries_dir would both write retrain_logs"),
         (
             ("--saved_model_dir", "new", "--output_graph", "new/graph.pb"),
@@ -445,7 +452,8 @@ STAGES = ("--coarse_image_dir", "pictures")
 def test_no_output_takes_the_place_of_another_or_of_what_is_read(train, tmp_path, capsys, flags, said):
     (tmp_path / "link.pb").symlink_to("output_graph.pb")
     (tmp_path / "hub").mkdir()
-    for name in ("list.tsv", "list.index", "hub/saved_model.pb"):
+    (tmp_path / "old").mkdir()
+    for name in ("list.tsv", "list.index", "hub/saved_model.pb", "old/skipped_inception_v3.tsv"):
         (tmp_path / name).write_text("green/green_00.jpg\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert train("--model_dir", "model", *flags) == 1
@@ -462,7 +470,7 @@ def test_a_picture_behind_a_link_is_not_replaced(train, tmp_path, capsys, place)
         (tmp_path / "links" / folder.name).symlink_to(folder)
     before = (tmp_path / place).read_bytes()
     assert train("--image_dir", "links", "--write_split_file", place) == 1
-    assert f"--write_split_file would write {place}, which --image_dir reads" in capsys.readouterr().err
+    assert f"--write_split_file would write {place} among the pictures of --image_dir" in capsys.readouterr().err
     assert (tmp_path / place).read_bytes() == before
 
 
