@@ -34,6 +34,7 @@ from retrain import (
     UserError,
     add_flag,
     check_lite,
+    check_writable,
     core_count,
     end_process,
     exit_code,
@@ -212,7 +213,12 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         files = [file for match in matches for file in (files_below(match) if match.is_dir() else [match])]
         found += files or [path]
     if not any(path.is_file() for path in found):
-        raise UserError(f"--image {' '.join(patterns)}: there is no such picture, or none in that folder.")
+        fault = "there is no such picture"
+        if any(Path(pattern).is_dir() for pattern in patterns):
+            fault = "there is no file in that folder, nor in those in it (links are not followed)"
+        elif len(patterns) > 1:
+            fault += "; put a name that has spaces into quotes"
+        raise UserError(f"--image {', '.join(patterns)}: {fault}.")
     return list(dict.fromkeys(found))
 
 
@@ -330,6 +336,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> int:
     """Name the pictures; return 1 if one of them could not be read, else 0."""
+    for name in ("csv", "json"):
+        if getattr(flags, name):
+            check_writable(name, Path(getattr(flags, name)), is_folder=False)
     paths = find_images(flags.pictures + flags.image or ["test_images"])
     classifier = load_classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions = []

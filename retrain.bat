@@ -39,8 +39,7 @@ copy /y requirements.txt .venv\installed.txt >nul
 
 :train
 "%VENV_PYTHON%" retrain.py --bottleneck_dir bottleneck --how_many_training_steps 200 ^
-    --model_dir inception_model --output_graph output_graph.pb --output_labels output_labels.txt ^
-    --image_dir data %*
+    --model_dir inception_model --output_graph output_graph.pb --output_labels output_labels.txt %*
 set "CODE=%ERRORLEVEL%"
 goto finish
 

@@ -106,7 +106,7 @@ except ImportError as missing:
     # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if started_here and own_python.exists() and Path(sys.prefix) != environment:
+    if started_here and os.access(own_python, os.X_OK) and Path(sys.prefix) != environment:
         if os.name != "nt":
             os.execv(own_python, [str(own_python), *sys.argv])
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other Python's, which says what is to be said
@@ -649,6 +649,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            if not near and Path(wrong).is_dir() and "--image_dir" in self._option_string_actions:
+                near = [f"--image_dir {wrong}"]
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
@@ -776,10 +778,10 @@ def add_picture_flags(room: Callable) -> None:
     flag = room("images")
     flag(
         "--image_dir",
-        "data",
+        None,
         name_of_file,
         "DIR",
-        "holds a folder of pictures per class; or s3://, gs://, hdfs://",
+        "holds a folder of pictures per class; or s3://, gs://, hdfs:// (data; with --crawl, crawled)",
     )
     flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
     flag("--validation_percentage", 10, share, "N", "percentage kept for validation")
@@ -937,6 +939,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
+    if flags.image_dir is None:
+        flags.image_dir = "crawled" if flags.crawl and not flags.crawl_dir else "data"  # whose pictures are drawn
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
     can_be_asked = sys.stdin is not None and sys.stdin.isatty()  # None where it was closed
@@ -949,6 +953,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     check_cluster_flags(parser, flags)
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every picture does; leave out --validation_dir and --test_dir")
+    apart = [name for name in ("image_dir", "validation_dir", "test_dir") if getattr(flags, name)]
+    for first, second in itertools.combinations(apart, 2):
+        if os.path.realpath(getattr(flags, first)) == os.path.realpath(getattr(flags, second)):
+            parser.error(f"--{first} and --{second} are one folder; pictures can't be held out and used in one")
     if flags.quarantine and flags.no_report:
         parser.error("--quarantine copies the pictures that the report finds doubtful; leave out --no_report")
     check_base_model_flags(parser, flags)
@@ -2368,7 +2376,8 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     if is_store_url(image_dir):
         entries_of, root = entries_in_store, StoredPath(image_dir, open_store(image_dir)[1])
     elif not Path(image_dir).is_dir():
-        raise UserError(f"{flag} {image_dir}: there is no such folder (looked for {Path(image_dir).resolve()}).")
+        fault = "it is a file, not a folder" if Path(image_dir).exists() else "there is no such folder"
+        raise UserError(f"{flag} {image_dir}: {fault} (looked for {Path(image_dir).resolve()}).")
     given, (entries,) = f"{flag} {shown(image_dir)}", entries_of([root])
     folders = [entry for entry, kind in entries if kind == "folder" and not entry.name.startswith(".")]
     if not folders:
@@ -2913,7 +2922,9 @@ def try_lite(path: Path) -> None:
         import resource
 
         now = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + MOST_TRYING, now + MOST_TRYING))
+        limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+        most = min([now + MOST_TRYING, *limits])
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     with quiet_stderr():  # C++ says why it gives up
         model = LiteModel(path)
         model(np.zeros([*model.input_size, 3], np.float32))
@@ -6744,6 +6755,7 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
         listed = assign_splits(inside, testing, validation) + listed[len(inside) :]
     if flags.write_split_file:
         write_split_file(Path(flags.write_split_file), flags.image_dir, listed)
+        log.info("Wrote %s.", flags.write_split_file)
     counts = Counter(image.label for image in listed)
     log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
     splits = Counter(image.split for image in listed)

@@ -28,6 +28,8 @@ find_python() {
 
 if ! .venv/bin/python -c "$supported" >/dev/null 2>&1 || ! cmp -s requirements.txt .venv/installed.txt; then
     find_python
+    [ -w . ] || fail "the folder $(pwd) is read-only; copy it to a place of your own and run it there."
+    [ ! -e .venv ] || [ -O .venv ] || fail "$(pwd)/.venv is another user's; copy the folder without it and run it there."
     echo "Installing what requirements.txt names into .venv; the first time, this takes some minutes."
     .venv/bin/python -c "$supported" >/dev/null 2>&1 || rm -rf .venv
     "$python" -m venv .venv ||
@@ -39,5 +41,4 @@ if ! .venv/bin/python -c "$supported" >/dev/null 2>&1 || ! cmp -s requirements.t
 fi
 
 exec .venv/bin/python retrain.py --bottleneck_dir bottleneck --how_many_training_steps 200 \
-    --model_dir inception_model --output_graph output_graph.pb --output_labels output_labels.txt \
-    --image_dir data "$@"
+    --model_dir inception_model --output_graph output_graph.pb --output_labels output_labels.txt "$@"

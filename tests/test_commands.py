@@ -18,6 +18,8 @@ import pytest
 from conftest import ROOT, run_script
 from crawl_server import CrawlServer, Result
 
+import retrain
+
 POSIX = pytest.mark.skipif(os.name == "nt", reason="retrain.sh is for POSIX systems")
 
 
@@ -32,7 +34,7 @@ def test_sh_and_bat_pass_the_same_arguments():
     assert shell == batch
     expected = (
         "--bottleneck_dir bottleneck --how_many_training_steps 200 --model_dir inception_model "
-        "--output_graph output_graph.pb --output_labels output_labels.txt --image_dir data"
+        "--output_graph output_graph.pb --output_labels output_labels.txt"
     )
     assert " ".join(shell) == expected
 
@@ -114,6 +116,16 @@ def test_sh_appends_the_users_arguments_as_they_are(start):
     arguments = (start.here / "arguments.txt").read_text().splitlines()
     expected = script_arguments((ROOT / "retrain.sh").read_text())
     assert arguments == ["retrain.py", *expected, "--image_dir", "my photos", "*"]
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can give files away")
+def test_sh_leaves_the_environment_of_another_user_alone(start):
+    (start.here / ".venv/bin").mkdir(parents=True)
+    os.chown(start.here / ".venv", 65534, 65534)
+    failed = start()
+    assert failed.returncode == 1
+    assert f"retrain.sh: error: {start.here}/.venv is another user's; copy the folder" in failed.stderr
+    assert (start.here / ".venv/bin").is_dir()
 
 
 @POSIX
@@ -206,6 +218,12 @@ def test_classic_flags_are_all_there_with_their_defaults():
     ("arguments", "sentence"),
     [
         (["--imgae_dir", "x"], "--imgae_dir is no flag of this command; did you mean --image_dir?"),
+        (
+            [str(ROOT / "data")],
+            f"{ROOT / 'data'} is no flag of this command; did you mean --image_dir {ROOT / 'data'}?",
+        ),
+        (["--image_dir", "a", "--test_dir", "./a"], "--image_dir and --test_dir are one folder"),
+        (["--validation_dir", "a", "--test_dir", "a"], "--validation_dir and --test_dir are one folder"),
         (["--learning_rate", "fast"], "argument --learning_rate: 'fast' is no number"),
         (["--how_many_training_steps", "1.5"], "argument --how_many_training_steps: '1.5' is no whole number"),
         (["--train_batch_size", "-2"], "argument --train_batch_size: -2 is out of range (1 or more, or -1)"),
@@ -225,6 +243,14 @@ def test_wrong_flags_get_one_sentence_without_tensorflow(arguments, sentence, tm
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_crawled_pictures_do_not_go_among_the_drawn_ones():
+    crawl = ["--crawl", "names.txt", "--crawl_count", "5"]
+    assert retrain.parse_flags([]).image_dir == "data"
+    assert retrain.parse_flags(crawl).image_dir == "crawled"
+    assert retrain.parse_flags([*crawl, "--crawl_only", "--crawl_dir", "more"]).image_dir == "data"
+    assert retrain.parse_flags([*crawl, "--image_dir", "photos"]).image_dir == "photos"
 
 
 @pytest.mark.parametrize(
@@ -303,7 +329,6 @@ def clone(tmp_path_factory, small_graph) -> Path:
         (copy / ".venv" / part.name).symlink_to(part)
     (copy / ".venv" / "installed.txt").unlink(missing_ok=True)
     shutil.copy(ROOT / "requirements.txt", copy / ".venv" / "installed.txt")
-    (copy / "photo.jpg").write_bytes(next((ROOT / "test_images").glob("*.jpg")).read_bytes())
     return copy
 
 

@@ -209,8 +209,9 @@ def test_table_that_can_not_be_written(folder, capsys, flag):
     Path("file").write_text("mine")
     assert predict.main(["--image", "r.jpg", flag, "file/out"]) == 1
     said = capsys.readouterr()
-    assert re.fullmatch(r"predict\.py: error: file/out could not be written \(.*\)\.\n", said.err)
-    assert "red things" in said.out
+    out, file = (Path(name).resolve() for name in ("file/out", "file"))
+    assert said.err == f"predict.py: error: {flag} {out}: {file} is a file, not a folder; name another place.\n"
+    assert said.out == ""
 
 
 # What goes wrong
@@ -483,6 +484,31 @@ def test_a_missing_picture_does_not_keep_the_others_from_being_named(folder, cap
     said = capsys.readouterr()
     assert said.out.startswith("a.jpg\n")
     assert said.err == "predict.py: error: nosuch.jpg: there is no such picture, or none in that folder\n"
+
+
+def test_what_is_not_found_is_told_with_the_likely_cause(folder, capsys):
+    save("more/red/a.jpg")
+    Path("empty/red").mkdir(parents=True)
+    for arguments, said in (
+        (["my", "photos"], "--image my, photos: there is no such picture; put a name that has spaces into quotes."),
+        (["empty"], "--image empty: there is no file in that folder, nor in those in it"),
+        (["nosuch.jpg"], "--image nosuch.jpg: there is no such picture."),
+        (["more/red/a.jpg", "--csv", "more"], f"--csv {Path('more').resolve()}: a folder of that name lies there"),
+    ):
+        assert predict.main(arguments) == 1
+        assert f"predict.py: error: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is limited for the trial on Linux only")
+def test_a_limit_of_memory_that_is_there_already_is_kept(folder):
+    import resource
+
+    save("a.jpg")
+    limit = (4 << 30, 4 << 30)
+    done = run_script(
+        "predict.py", "a.jpg", cwd=Path.cwd(), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit)
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
