@@ -424,14 +424,43 @@ ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch."""
+def leaving_at_once(stderr: int = 2) -> Iterator[None]:
+    """End the process right where a signal asks for it, with a word on a descriptor, while a package is imported.
+
+    There an exception gets lost: in the callbacks of Python's import locks, or in C++, which says that its
+    initialization failed. Does nothing but in the main thread of a program of ours.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if here}
+
+    def leave(signal_number: int, frame: object) -> None:
+        os.write(stderr, f"{Path(sys.argv[0]).name}: stopped.\n".encode())
+        os._exit(128 + signal_number)
+
+    if getattr(handlers.get(signal.SIGTERM), "__name__", "") != stop.__name__:
+        handlers = {}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[int]:
+    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch.
+
+    Yields a descriptor of what stderr was.
+    """
     with ONE_AT_A_TIME, open(os.devnull, "w") as nowhere:  # else one thread would take another's silence for stderr
         sys.stderr.flush()
         kept = os.dup(2)
         os.dup2(nowhere.fileno(), 2)
         try:
-            yield
+            yield kept
         finally:
             os.dup2(kept, 2)
             os.close(kept)
@@ -444,7 +473,7 @@ def import_tensorflow() -> types.ModuleType:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        with quiet_stderr():
+        with quiet_stderr() as stderr, leaving_at_once(stderr):
             import tensorflow
     except ImportError as error:
         raise UserError(f"TensorFlow can't be loaded ({error}); install it with: {INSTALL} tensorflow") from error
@@ -478,7 +507,8 @@ def import_ray() -> types.ModuleType:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
     try:
-        import ray.data
+        with leaving_at_once():
+            import ray.data
     except ImportError as error:
         raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
     logger = logging.getLogger("ray.data")
@@ -4838,7 +4868,8 @@ def log_two_stages(stages: TwoStages, held_out: Rows) -> None:
 def import_matplotlib() -> types.ModuleType:
     """Import matplotlib's figures, which only the pictures of training need. Raises UserError if they are missing."""
     try:
-        import matplotlib.figure
+        with leaving_at_once():
+            import matplotlib.figure
     except ImportError as error:
         raise UserError(f"matplotlib can't be loaded ({error}); install it with: {INSTALL} matplotlib") from error
     return matplotlib.figure
@@ -5350,8 +5381,8 @@ def doubtful_labels(probabilities: np.ndarray, classes: np.ndarray) -> list[Doub
 
     probabilities: float32 [rows, classes] of heads that never saw the row.
     """
-    from cleanlab.filter import find_label_issues
-
+    with leaving_at_once():
+        from cleanlab.filter import find_label_issues
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = find_label_issues(
@@ -6014,10 +6045,10 @@ def shortened(label: str, longest: int = LONGEST_LABEL) -> str:
 @contextlib.contextmanager
 def drawing(labels: Sequence[str], inches: tuple[float, float]) -> Iterator[tuple]:
     """Yield an empty matplotlib figure, the names of the classes to write on it, and letters that no font here has."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    with leaving_at_once():
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     fonts, missing = fonts_for("".join(labels))
     names = [

@@ -139,6 +139,29 @@ def test_sh_tries_again_after_a_failed_installation(start):
 
 
 @POSIX
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_in_an_import_is_not_lost(tmp_path, name, code):
+    """An exception in a destructor is, as in the callbacks of Python's import locks; stderr is away meanwhile."""
+    script = f"""
+import os, retrain, signal, sys
+
+class Imported:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+
+def work():
+    with retrain.quiet_stderr() as stderr, retrain.leaving_at_once(stderr):
+        Imported()
+    print("not stopped")
+
+sys.argv = ["retrain.py"]
+retrain.exit_code("retrain.py", work)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "retrain.py: stopped.\n")
+
+
+@POSIX
 @pytest.mark.parametrize("python", ["python3", "python3.11", "python"])
 def test_sh_finds_python_by_its_names(start, python):
     assert start(python=python).returncode == 7
