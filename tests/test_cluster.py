@@ -36,11 +36,18 @@ def cluster():
     retrain.import_ray()
     from ray.cluster_utils import Cluster
 
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
+    head = {"num_cpus": 0, "object_store_memory": 200 << 20, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         add_node(started)
     yield started
     started.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def few_helpers(monkeypatch):
+    """One process that reads and one that writes: each takes seconds to start."""
+    monkeypatch.setattr(retrain, "MOST_HELPERS", 1)
 
 
 def add_node(cluster):
@@ -125,6 +132,7 @@ def test_what_was_done_is_not_done_again(on_cluster, tmp_path, image_dir, done):
 def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done, monkeypatch, tries):
     """Byte for byte the features of one machine, although a node is killed after a quarter of the pictures."""
     monkeypatch.setattr(retrain, "TRIES_OF_BLOCK", tries)
+    monkeypatch.setattr(retrain, "MOST_HELPERS", 2)
     base = retrain.load_base_model(retrain.find_starter(tmp_path), tmp_path, "starter")
     images = retrain.list_images(str(shared / "photos/cats_dogs"))
     assert len(images) == 400

@@ -63,10 +63,13 @@ class Row:
 
 
 class Torture:
-    """The bench: a folder to work in, a seed, the share of the full program, a deadline, and the rows so far."""
+    """The bench: a folder to work in, a seed, the share of the full program, a deadline, and the rows so far.
 
-    def __init__(self, folder: Path, seed: int = 0, share: float = 1, minutes: float = 15):
-        self.folder, self.seed, self.share = folder, seed, share
+    patience: seconds within which a run is to end that was asked to.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0, share: float = 1, minutes: float = 15, patience: float = 3):
+        self.folder, self.seed, self.share, self.patience = folder, seed, share, patience
         self.deadline, self.rows, self.section = time.monotonic() + 60 * minutes, [], ""
         self.model_dir = make_graph(folder / "model" / retrain.GRAPH_FILE).parent
 
@@ -487,10 +490,10 @@ def killed(t: Torture, lives: Lives) -> None:
 
 
 def stopped(t: Torture, lives: Lives, name: str, code: int) -> None:
-    """SIGINT or SIGTERM at random moments: an end within 3 s, in one line, with the exit code of that signal."""
+    """SIGINT or SIGTERM at random moments: a prompt end, in one line, with the exit code of that signal."""
 
     def judge(cwd: Path, done, seconds: float, stretch: str) -> tuple[float, str]:
-        lost = complaint(done, (0, code)) or ("" if seconds <= 3 else f"{seconds:.1f} s")
+        lost = complaint(done, (0, code)) or ("" if seconds <= t.patience else f"{seconds:.1f} s")
         if done.returncode == code:
             lines = [line for line in done.stderr.splitlines() if not line.startswith(("Bottlenecks:", "WARNING:"))]
             lost = lost or ("" if len(lines) == 1 and "retrain.py: stopped" in lines[0] else f"said {lines}")
@@ -501,7 +504,12 @@ def stopped(t: Torture, lives: Lives, name: str, code: int) -> None:
     results = lives.all(name, judge)
     slowest = max((seconds for seconds, _ in results), default=0)  # none, when the time was used up before
     figures = f"{sum(seconds > 0 for seconds, _ in results)} before their end, slowest {slowest:.2f} s"
-    t.note(f"{name}: one line, exit code {code}, 3 s", len(results), [lost for _, lost in results if lost], figures)
+    t.note(
+        f"{name}: one line, exit code {code}, {t.patience:g} s",
+        len(results),
+        [lost for _, lost in results if lost],
+        figures,
+    )
 
 
 def converting(t: Torture, lives: Lives) -> None:
@@ -520,7 +528,9 @@ def converting(t: Torture, lives: Lives) -> None:
         struck = time.monotonic()
         process.wait()
         seconds = time.monotonic() - struck
-        loss = complaint(ended(process), (0, -9 if kill else 143)) or ("" if seconds < 3 else f"{seconds:.1f} s")
+        loss = complaint(ended(process), (0, -9 if kill else 143)) or (
+            "" if seconds <= t.patience else f"{seconds:.1f} s"
+        )
         return seconds, loss or complaint(t.train(cwd, "--model_dir", "model"))
 
     results = t.each(attempt, range(t.count(12)))
