@@ -5742,7 +5742,8 @@ def about_validation(report: Report) -> Iterator[str]:
     )
     if report.headline != ("test", report.tested):
         few = f"{report.tested.count} test pictures are too few" if report.tested else "there are no test pictures"
-        yield f"This is the figure to believe, since {few}."
+        also = ", as these are, too" if share.count < ENOUGH_TO_TEST else ""
+        yield f"This is the figure to believe, since {few}{also}."
     classes = class_figures(validated)
     lagging = [c for c in np.argsort(classes["recall"]) if classes["recall"][c] < share.value - 0.05][:3]
     parts = [f"{printable(report.labels[c])} ({classes['recall'][c]:.0%} of its pictures are found)" for c in lagging]
@@ -6032,14 +6033,17 @@ def fonts_for(text: str) -> tuple[list[str], set[str]]:
 
 
 def shortened(label: str, longest: int = LONGEST_LABEL) -> str:
-    """Return a label of at most so many columns; Chinese and Japanese letters are two columns wide."""
-    width, kept = 0, ""
-    for letter in label:
-        width += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-        if width > longest:
-            return kept[:-1].rstrip() + "…"
-        kept += letter
-    return kept
+    """Return a label of at most so many columns, cut in the middle: long ones often begin or end alike."""
+
+    def columns(text: str) -> int:  # of which Chinese and Japanese letters have two
+        return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+    if columns(label) <= longest:
+        return label
+    half = (longest - 1) // 2
+    head = next(label[:end] for end in range(len(label), -1, -1) if columns(label[:end]) <= longest - 1 - half)
+    tail = next(label[start:] for start in range(len(label) + 1) if columns(label[start:]) <= half)
+    return f"{head.rstrip()}…{tail.lstrip()}"
 
 
 @contextlib.contextmanager
@@ -6123,11 +6127,10 @@ def chosen_classes(confusion: np.ndarray) -> list[int]:
     return sorted(np.argsort(-wrong, kind="stable")[:MOST_CLASSES].tolist())
 
 
-def left_empty(axes: Axes, title: str, report: Report) -> None:
-    """Say in a panel why there is nothing in it."""
+def left_empty(axes: Axes, title: str, report: Report, else_why: str = "too few pictures") -> None:
+    """Say in a panel why there is nothing in it: why there was no cross-validation, or else what it lacks."""
     axes.set_title(title, loc="left", weight="bold")
-    why = report.examination.unvalidated or "too few pictures, or too long a training"
-    axes.text(0.5, 0.5, why, ha="center", color=GREY, transform=axes.transAxes)
+    axes.text(0.5, 0.5, report.examination.unvalidated or else_why, ha="center", color=GREY, transform=axes.transAxes)
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -6174,7 +6177,9 @@ def draw_curve(axes: Axes, report: Report, names: Sequence[str]) -> None:
     """Draw the accuracy against the pictures per class, and what twice as many are likely to bring."""
     title, curve, validated = "Would more pictures help?", report.examination.curve, report.examination.validated
     if validated is None or curve is None or len(curve.sizes) < 2:
-        return left_empty(axes, title, report)
+        few = validated is None or 0.6 * np.bincount(validated.classes).max() <= CURVE_SIZES[0]
+        dear = "it would take long for so many pictures, classes or steps"
+        return left_empty(axes, title, report, "too few pictures" if few else dear)
     middle = np.array([100 * draws.mean() for draws in curve.accuracies])
     spread = np.array([100 * draws.std() for draws in curve.accuracies])
     axes.fill_between(
