@@ -983,10 +983,6 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     check_cluster_flags(parser, flags)
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every picture does; leave out --validation_dir and --test_dir")
-    apart = [name for name in ("image_dir", "validation_dir", "test_dir") if getattr(flags, name)]
-    for first, second in itertools.combinations(apart, 2):
-        if os.path.realpath(getattr(flags, first)) == os.path.realpath(getattr(flags, second)):
-            parser.error(f"--{first} and --{second} are one folder; pictures can't be held out and used in one")
     if flags.quarantine and flags.no_report:
         parser.error("--quarantine copies the pictures that the report finds doubtful; leave out --no_report")
     check_base_model_flags(parser, flags)
@@ -2492,11 +2488,16 @@ def place_of(folder: Path) -> str:
     return f"{os.path.basename(where)}-{digest}/"
 
 
-def list_others(folder: str, flag: str, split: str, image_dir: str, least: int = 1) -> list[Image]:
-    """Return the images of another folder than `image_dir`, all of one split. Raises UserError if it is the same."""
+def list_others(folder: str, flag: str, split: str, listed: dict[str, str], least: int = 1) -> list[Image]:
+    """Return the images of another folder than those in `listed`, by flag, all of one split; add it to them.
+
+    Raises UserError if it is one of them.
+    """
     images = list_images(folder, flag, least)
-    if os.path.samefile(folder, image_dir):
-        raise UserError(f"{flag} {folder}: it is the same folder as --image_dir; name another.")
+    for name, other in listed.items():
+        if os.path.samefile(folder, other):
+            raise UserError(f"{flag} {folder}: it is the same folder as {name}; name another.")
+    listed[flag] = folder
     return [dataclasses.replace(image, split=split, place=place_of(Path(folder))) for image in images]
 
 
@@ -6764,17 +6765,17 @@ def write_all(
 
 def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     """Return the images of all folders that the flags name, those of image_dir first, and the labels of image_dir."""
-    images = list_images(flags.image_dir)
+    images, listed = list_images(flags.image_dir), {"--image_dir": flags.image_dir}
     labels = list(dict.fromkeys(image.label for image in images))
     if flags.split_file:
         images = read_split_file(flags.split_file, flags.image_dir, images)
     for name, split in (("validation_dir", "validation"), ("test_dir", "testing")):
         if folder := getattr(flags, name):
-            others = list_others(folder, f"--{name}", split, flags.image_dir)
+            others = list_others(folder, f"--{name}", split, listed)
             check_same_classes(f"--{name} {folder}", others, labels)
             images += others
     if flags.coarse_image_dir:
-        images += list_others(flags.coarse_image_dir, "--coarse_image_dir", "coarse", flags.image_dir, least=2)
+        images += list_others(flags.coarse_image_dir, "--coarse_image_dir", "coarse", listed, least=2)
     return images, labels
 
 

@@ -15,4 +15,4 @@ fi
 .venv-tests/bin/ruff check .
 .venv-tests/bin/ruff format --check .
 .venv-tests/bin/mypy
-.venv-tests/bin/python -m pytest --numprocesses 2 --dist worksteal "$@"  # many tests wait half their time
+.venv-tests/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"  # many wait half their time

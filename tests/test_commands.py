@@ -245,8 +245,6 @@ def test_classic_flags_are_all_there_with_their_defaults():
             [str(ROOT / "data")],
             f"{ROOT / 'data'} is no flag of this command; did you mean --image_dir {ROOT / 'data'}?",
         ),
-        (["--image_dir", "a", "--test_dir", "./a"], "--image_dir and --test_dir are one folder"),
-        (["--validation_dir", "a", "--test_dir", "a"], "--validation_dir and --test_dir are one folder"),
         (["--learning_rate", "fast"], "argument --learning_rate: 'fast' is no number"),
         (["--how_many_training_steps", "1.5"], "argument --how_many_training_steps: '1.5' is no whole number"),
         (["--train_batch_size", "-2"], "argument --train_batch_size: -2 is out of range (1 or more, or -1)"),

@@ -136,7 +136,7 @@ def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir,
     assert "output_graph.tflite" not in said.out and not Path("output_graph.tflite").exists()
     paths = sorted(image_dir.glob("*/*_00.jpg"))
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(paths))
-    np.testing.assert_allclose(predicted(tmp_path, paths), scores, atol=1e-3)
+    np.testing.assert_allclose(predicted(tmp_path, paths), scores, atol=0.01)  # with TensorFlow's own decoder
 
 
 def save_call(tf, folder: Path, call, *specs) -> None:

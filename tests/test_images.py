@@ -565,7 +565,7 @@ def test_files_that_lie_elsewhere_are_told(tmp_path, caplog):
 
 
 def test_a_file_is_no_image_dir(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="it is a file, not a folder"):
         retrain.list_images(str(make_files(tmp_path, "x.jpg") / "x.jpg"))
 
 

@@ -87,6 +87,11 @@ def test_the_folder_itself_is_no_other(train, image_dir, capsys, flag):
     assert f"{flag} link: it is the same folder as --image_dir" in error_of(train, capsys, flag, "link")
 
 
+def test_pictures_do_not_both_validate_and_test(train, others, capsys):
+    said = error_of(train, capsys, "--validation_dir", others, "--test_dir", others)
+    assert f"--test_dir {others}: it is the same folder as --validation_dir" in said
+
+
 def test_a_folder_that_is_not_there_is_named_with_its_flag(train, capsys):
     assert "--test_dir nowhere: there is no such folder" in error_of(train, capsys, "--test_dir", "nowhere")
 
