@@ -85,9 +85,10 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
 
 
-def leave_at_once(signal_number: int, frame: object) -> None:
-    """End a process that has done nothing yet."""
-    print(f"{Path(sys.argv[0]).name}: stopped.", file=sys.stderr, flush=True)
+def leave_at_once(signal_number: int, frame: object, stderr: int = 2) -> None:
+    """End a process that has done nothing yet, with a word on a descriptor."""
+    with contextlib.suppress(OSError):  # it may be closed
+        os.write(stderr, f"{Path(sys.argv[0]).name}: stopped.\n".encode())
     os._exit(128 + signal_number)
 
 
@@ -432,16 +433,11 @@ def leaving_at_once(stderr: int = 2) -> Iterator[None]:
     """
     here = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if here}
-
-    def leave(signal_number: int, frame: object) -> None:
-        os.write(stderr, f"{Path(sys.argv[0]).name}: stopped.\n".encode())
-        os._exit(128 + signal_number)
-
     if getattr(handlers.get(signal.SIGTERM), "__name__", "") != stop.__name__:
         handlers = {}
     for number, handler in handlers.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, leave)
+            signal.signal(number, functools.partial(leave_at_once, stderr=stderr))
     try:
         yield
     finally:
@@ -5985,13 +5981,13 @@ def doubts_as_list(report: Report) -> str:
     return "".join(lines)
 
 
-def quarantine(report: Report, folder: Path) -> int:
-    """Copy the doubtful pictures into `folder`/<class folder>, and return how many; what lies there stays as it is."""
-    copied = 0
-    for doubt in report.examination.doubts:
-        image = report.images[doubt.row]
+def quarantine(report: Report, folder: Path) -> tuple[int, int]:
+    """Copy the doubtful pictures into `folder`/<class folder>; return how many, and how many lay there, which stay."""
+    copied = there = 0
+    for image in (report.images[doubt.row] for doubt in report.examination.doubts):
         copy = folder / image.key
         if copy.exists():
+            there += 1
             continue
         try:
             content = read_bytes(image.path)
@@ -6000,7 +5996,7 @@ def quarantine(report: Report, folder: Path) -> int:
         with whole_file(copy) as temporary:
             temporary.write_bytes(content)
         copied += 1
-    return copied
+    return copied, there
 
 
 # ... drawn
@@ -6963,8 +6959,8 @@ def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray
     if flags.summaries_dir:
         write_evaluation_summaries(report, features, Path(flags.summaries_dir) / "evaluation")
     if flags.quarantine:
-        copied = quarantine(report, Path(flags.quarantine))
-        log.info("Copied %d doubtful pictures to %s, beside those that were there.", copied, flags.quarantine)
+        copied, there = quarantine(report, Path(flags.quarantine))
+        log.info("Copied %d doubtful pictures to %s, where %d lay already.", copied, flags.quarantine, there)
     log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
 
 
