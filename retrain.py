@@ -5739,7 +5739,7 @@ def about_validation(report: Report) -> Iterator[str]:
     )
     if report.headline != ("test", report.tested):
         few = f"{report.tested.count} test pictures are too few" if report.tested else "there are no test pictures"
-        also = ", as these are, too" if share.count < ENOUGH_TO_TEST else ""
+        also = f", and {share.count} not many" if share.count < ENOUGH_TO_TEST else ""
         yield f"This is the figure to believe, since {few}{also}."
     classes = class_figures(validated)
     lagging = [c for c in np.argsort(classes["recall"]) if classes["recall"][c] < share.value - 0.05][:3]
