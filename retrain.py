@@ -515,6 +515,12 @@ def import_ray() -> types.ModuleType:
     return ray
 
 
+def reach(address: str, timeout: float) -> None:
+    """Connect to host:port, and hang up. Raises OSError after so many seconds, ValueError for a port that is none."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
+
+
 @contextlib.contextmanager
 def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
@@ -532,8 +538,7 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
 
     try:
         if ":" in address:  # Ray itself would go on trying for minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            reach(address, 10)
         with quiet_stderr():  # where it tells that it will be quiet
             ray.init(
                 address,
@@ -573,13 +578,12 @@ def watch_head(address: str, over: threading.Event, pause: float = 2) -> None:
 
     Ray itself would end it a minute later, without a word. over: set when it isn't needed any more; pause: seconds.
     """
-    host, _, port = address.rpartition(":")
     missed = 0
     while missed < 5:
         if over.wait(pause):
             return
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=pause).close()
+            reach(address, pause)
             missed = 0
         except OSError:
             missed += 1
@@ -5165,6 +5169,11 @@ def recall_of(logits: np.ndarray, classes: np.ndarray, class_count: int) -> np.n
         return right / np.bincount(classes, minlength=class_count)
 
 
+def curve_sizes(classes: np.ndarray) -> list[int]:
+    """Return the pictures per class that a learning curve is made of, for images of classes int [rows]."""
+    return [size for size in CURVE_SIZES if size < 0.6 * np.bincount(classes).max()]
+
+
 def learning_curve(
     features: np.ndarray, groups: np.ndarray, validated: CrossValidation, settings: TrainingSettings
 ) -> LearningCurve:
@@ -5175,8 +5184,7 @@ def learning_curve(
     """
     classes, class_count = validated.classes, validated.logits.shape[2]
     training_share = 1 - 1 / (validated.folds[0].max() + 1)
-    counts = np.bincount(classes, minlength=class_count)
-    sizes = [size for size in CURVE_SIZES if size < 0.6 * np.max(counts)]
+    sizes = curve_sizes(classes)
     affordable = affordable_heads(settings, len(classes), features.shape[1], class_count)
     draws = min(DRAWS, (affordable - FOLDS * len(validated.logits)) // max(1, len(sizes)))
     random = np.random.default_rng(settings.random_seed or 0)
@@ -6174,7 +6182,7 @@ def draw_curve(axes: Axes, report: Report, names: Sequence[str]) -> None:
     """Draw the accuracy against the pictures per class, and what twice as many are likely to bring."""
     title, curve, validated = "Would more pictures help?", report.examination.curve, report.examination.validated
     if validated is None or curve is None or len(curve.sizes) < 2:
-        few = validated is None or 0.6 * np.bincount(validated.classes).max() <= CURVE_SIZES[0]
+        few = validated is None or not curve_sizes(validated.classes)
         dear = "it would take long for so many pictures, classes or steps"
         return left_empty(axes, title, report, "too few pictures" if few else dear)
     middle = np.array([100 * draws.mean() for draws in curve.accuracies])
@@ -6677,10 +6685,11 @@ def check_apart(flags: argparse.Namespace) -> None:
             raise UserError(f"--{writers[place]} and --{name} would both write {path}; name another file for one.")
         writers[place] = name
     for name, path in folders:
-        if writer := writers.get(place_of_file(path)):
+        place = place_of_file(path)
+        if writer := writers.get(place):
             raise UserError(f"--{writer} and --{name} would both write {path}; name another place for one.")
         for reader, pictures in folders_read(flags):  # where it would be taken for a class by the next run
-            place, root = place_of_file(path), place_of_file(pictures)
+            root = place_of_file(pictures)
             if place.is_relative_to(root) and not any(part[0] == "." for part in place.relative_to(root).parts):
                 raise UserError(f"--{name} {path}: it lies in --{reader}; name a folder elsewhere.")
     replaced = flags.saved_model_dir and place_of_file(Path(flags.saved_model_dir))
