@@ -1,71 +1,764 @@
 #!/usr/bin/env python3
-"""Name new pictures with what retrain.py has trained.
+"""Name new images with what retrain.py has trained.
 
     python predict.py --image photo.jpg holiday/ 'more/*.png'
 
 Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which needs no TensorFlow and starts in a
 second. A graph that stands alone, ours or one of the classic script's, is run by TensorFlow. All flags: --help.
+
+This file needs none of the project's others: copied with output_graph.tflite, output_graph.json and output_labels.txt,
+it works with numpy, Pillow, simplejpeg and ai-edge-litert alone. retrain.py takes from it what both must have alike.
+
+It is read in this order: common ground, images, graphs, the classifier, its predictions, the command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import concurrent.futures
+import contextlib
 import csv
 import dataclasses
+import difflib
 import functools
 import glob
+import hashlib
+import io
+import itertools
 import json
+import logging
+import math
 import os
+import queue
+import re
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import types
+import unicodedata
+import uuid
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from retrain import (
-    BOTTLENECK_NODE,
-    JPEG_NODE,
-    RESIZED_NODE,
-    Familiar,
-    ImageError,
-    LiteModel,
-    OutputFiles,
-    Parser,
-    Reading,
-    UserError,
-    add_flag,
-    check_lite,
-    check_writable,
-    core_count,
-    end_process,
-    exit_code,
-    fold_batch_norm,
-    graph_input_size,
-    import_tensorflow,
-    is_hidden,
-    number,
-    on_all_cores,
-    printable,
-    read_graph,
-    read_image,
-    resize_bilinear,
-    sha256_of,
-    switch,
-    telling_of_damage,
-    whole_file,
-)
+# What installs a package where this Python looks for it.
+INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
 
-if TYPE_CHECKING:  # only to name them
+try:
     import numpy as np
-    from tensorflow import Tensor
+    import PIL.Image
+    import PIL.ImageOps
+    import simplejpeg
+except ImportError as missing:
+    # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
+    started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
+    environment = Path(__file__).resolve().with_name(".venv")
+    own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if started_here and os.access(own_python, os.X_OK) and Path(sys.prefix) != environment:
+        if os.name != "nt":
+            os.execv(own_python, [str(own_python), *sys.argv])
+        sys.exit(subprocess.call([own_python, *sys.argv]))
+    remedy = f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
+    if started_here:
+        sys.exit(remedy)
+    raise ImportError(remedy) from missing
 
-# A function from a picture's path to its scores, float32 [labels], and its bottleneck, float32 [n], or None where that
+if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
+    from tensorflow import Tensor
+    from tensorflow.core.framework.graph_pb2 import GraphDef
+
+# None: there is none. Else pandas, which TensorFlow, cleanlab and Ray Data load, takes our folder for the package.
+sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
+
+# ======================================================================================================================
+# Common ground: errors, whole files, all cores, flags
+# ======================================================================================================================
+
+log = logging.getLogger("retrain")
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence that names the file or flag and what to do."""
+
+
+class ImageError(Exception):
+    """An image that can't be used, and why, in a few words."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM; handled like Ctrl-C."""
+
+
+def stop(signal_number: int, frame: object) -> None:
+    raise Stopped
+
+
+def exit_code(program: str, work: Callable[[], int | None]) -> int:
+    """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        code = work() or 0
+        sys.stdout.flush()  # while there are still words for what goes wrong
+        return code
+    except UserError as error:
+        message, code = f"error: {error}", 1
+    except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        message, code = f"error: {error.filename or 'the system'}: {error.strerror or error}.", 1
+    except MemoryError:
+        message, code = "error: there is not enough memory for so many images, or for such large ones.", 1
+    except KeyboardInterrupt as error:
+        resumes = "; what is done is kept, and the same command goes on from there" if program == "retrain.py" else ""
+        message, code = f"stopped{resumes}.", 143 if isinstance(error, Stopped) else 130
+    print(f"{program}: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def end_process(code: int) -> None:
+    """End the process with an exit code, now, before a late signal or a thread that is stuck can spoil the end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends well: nobody sees half a file.
+
+    Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
+    """
+    target = os.path.realpath(path)  # a link stays one, to the new file
+    temporary = os.path.join(os.path.dirname(target), f".retrain-{uuid.uuid4().hex}.tmp")
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+            yield Path(target)  # /dev/stdout, /dev/null: nothing may replace a device
+        else:
+            yield Path(temporary)
+            os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tuple, None, None]:
+    """Yield (item, result) in the order of the items; a worker is a function of one item, for one thread at a time.
+
+    The workers spend their time in code that releases the interpreter lock (decoding, the network), so threads do.
+    An exception in a worker is raised here.
+    """
+    items, idle = list(items), queue.SimpleQueue[Callable]()
+    for worker in workers:
+        idle.put(worker)
+
+    def work(item: Any) -> Any:
+        worker = idle.get()
+        try:
+            return worker(item)
+        finally:
+            idle.put(worker)
+
+    pool = concurrent.futures.ThreadPoolExecutor(len(workers))
+    try:
+        yield from zip(items, pool.map(work, items), strict=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+SILENCE = threading.RLock()
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch."""
+    with SILENCE, open(os.devnull, "w") as nowhere:  # else one thread would take another's silence for stderr
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def import_tensorflow() -> types.ModuleType:
+    """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal.
+
+    Raises UserError if it is missing or can't be loaded.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        with quiet_stderr():
+            import tensorflow
+    except ImportError as error:
+        raise UserError(f"TensorFlow can't be loaded ({error}); install it with: {INSTALL} tensorflow") from error
+    tensorflow.get_logger().setLevel("ERROR")
+    return tensorflow
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, or for want of that is, without what it goes on to explain."""
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+
+
+def printable(text: object) -> str:
+    """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
+    odd = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, and separators of lines and paragraphs
+    escaped = (
+        c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in odd else c for c in str(text)
+    )
+    return "".join(escaped)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistyped flag with the one that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            if not near and Path(wrong).is_dir() and "--image_dir" in self._option_string_actions:
+                near = [f"--image_dir {wrong}"]
+            message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, also: Sequence[float] = ()) -> Callable:
+    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all').
+
+    Like all types of flags here it raises argparse.ArgumentTypeError, of which argparse makes a sentence with the flag.
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        if not (low <= value <= high or value in also):
+            allowed = f"{low} to {high}" if high < math.inf else f"{low} or more"
+            allowed += "".join(f", or {other}" for other in also)
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
+        return value
+
+    return parse
+
+
+def switch(text: str) -> bool:
+    """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
+    if text.lower() in ("true", "t", "1", "yes"):
+        return True
+    if text.lower() in ("false", "f", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def check_writable(name: str, path: Path, is_folder: bool) -> None:
+    """Raise UserError if a file or folder, by the name of its flag, can't be written."""
+    path = path.absolute()
+    if not is_folder and path.is_dir():
+        raise UserError(f"--{name} {path}: a folder of that name lies there; name another file.")
+    places = [path, *path.parents] if is_folder else path.parents
+    place = next(place for place in places if place.exists())
+    if not place.is_dir():
+        raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
+    is_device = path.exists() and not path.is_file() and not path.is_dir()
+    if not os.access(path if is_device else place, os.W_OK):
+        raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
+
+
+# ======================================================================================================================
+# Images: read, decoded, upright, resized
+# ======================================================================================================================
+
+# What is read, by the names that Pillow gives to formats.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
+warnings.filterwarnings("ignore", module="PIL")
+# Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
+NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
+# How the files begin that can be images, and the most bytes of one: nothing else is read into memory.
+BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP", re.DOTALL)
+MOST_BYTES = 150_000_000
+# Formats of cameras and scanners that are not read, by how their files begin.
+FOREIGN = {"HEIC or AVIF": rb"....ftyp(heic|heix|hevc|mif1|msf1|avif)", "TIFF or raw": rb"II\*\0|MM\0\*|....ftypcrx"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How images are read: turned upright or not, very large photographs at reduced scale or not."""
+
+    ignore_exif_orientation: bool = False
+    exact_decode: bool = False
+
+
+def is_hidden(path: Any) -> bool:
+    """Tell whether a file or folder is none of the user's images by its name alone."""
+    return path.name.startswith(".") or path.name.lower() in NOT_IMAGES
+
+
+def read_bytes(path: Any) -> bytes:
+    """Return the content of a file, a path with `open`. Raises ImageError for one that can't be read."""
+    try:
+        if not path.is_file():  # a pipe or a device could be read for ever
+            raise ImageError("it can't be read (no such file, or no ordinary one)")
+        with path.open("rb") as file:
+            data = file.read(64)
+            if BEGINNINGS.match(data):
+                data += file.read(MOST_BYTES + 1 - len(data))
+    except OSError as error:
+        raise ImageError(f"it can't be read ({error.strerror or error})") from None
+    if len(data) > MOST_BYTES:
+        raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
+    return data
+
+
+def read_image(path: Any, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
+    return decode_image(read_bytes(path), reading, input_size)
+
+
+def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of an image, of the first frame if it has several.
+
+    A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
+    shorter side, unless reading.exact_decode. Raises ImageError for bytes that are no whole image.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):
+            shorter, target = min(image.size), max(input_size)
+            reduced = not reading.exact_decode and shorter > 4 * target
+            scale = next(s for s in (8, 4, 2, 1) if shorter / s >= 2 * target or s == 1) if reduced else 1
+            pixels = decode_jpeg(data, image, scale)
+        else:
+            pixels = pixels_of(image)
+    except PIL.UnidentifiedImageError:
+        for name, beginning in FOREIGN.items():
+            if re.match(beginning, data, re.DOTALL):
+                raise ImageError(f"an image in {name} format, which is not read; save it as JPEG") from None
+        raise ImageError("not an image in JPEG, PNG, GIF, BMP or WebP format") from None
+    except PIL.Image.DecompressionBombError:
+        raise ImageError("more pixels than any honest image has") from None
+    except MemoryError:
+        raise ImageError("too large for the memory") from None
+    except Exception as error:  # decoders raise many kinds of errors on damaged data
+        truncated = "truncated" in str(error).lower() or "premature end" in str(error).lower()
+        raise ImageError("the file is truncated" if truncated else f"damaged ({error})") from None
+    return pixels if reading.ignore_exif_orientation else upright(pixels, image)
+
+
+def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of a JPEG at 1/scale (1, 2, 4, 8), as TensorFlow's DecodeJpeg does.
+
+    TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
+    were the same to the bit on 2,296 photographs.
+    """
+    cmyk = image.mode == "CMYK"
+    wanted: dict[str, Any] = {"colorspace": "CMYK" if cmyk else "RGB", "fastdct": True}
+    if scale > 1:
+        wanted |= {"min_width": math.ceil(image.width / scale), "min_height": math.ceil(image.height / scale)}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, **wanted)
+    except ValueError:
+        # Strict decoding also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow
+        # tells those (and decodes them) from truncated ones (and raises).
+        image.load()
+        try:
+            pixels = simplejpeg.decode_jpeg(data, strict=False, **wanted)
+        except ValueError:  # a blemish before the scan is never forgiven; Pillow's pixels are a few levels off
+            pixels = 255 - np.asarray(image) if cmyk else np.asarray(image.convert("RGB"))
+    if not cmyk:
+        return pixels
+    inks = pixels.astype(np.uint16)
+    if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
+        inks = 255 - inks
+    return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
+
+
+def pixels_of(image: PIL.Image.Image) -> np.ndarray:
+    """Return the uint8 pixels [height, width, 3] of an opened image that is no JPEG.
+
+    16-bit values keep their upper byte, and transparency is dropped, not blended: both as TensorFlow's decoders do.
+    """
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
+
+
+def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
+    """Return the pixels [height, width, 3] turned as the EXIF orientation of the opened image says."""
+    try:
+        turned = PIL.Image.fromarray(pixels)
+        turned.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+        return np.asarray(PIL.ImageOps.exif_transpose(turned))
+    except Exception:  # a broken EXIF block is no reason to lose the image
+        return pixels
+
+
+def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return uint8 pixels [height, width, 3] resized to float32 [size[0], size[1], 3], values in [0, 255].
+
+    The kernel of TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale, without
+    half-pixel centres; float32 throughout.
+    """
+
+    def neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        place = np.arange(target, dtype=np.float32) * (np.float32(source) / np.float32(target))
+        low = place.astype(np.intp)
+        return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
+
+    top, bottom, down = neighbours(pixels.shape[0], size[0])
+    left, right, across = neighbours(pixels.shape[1], size[1])
+    # Picked by value rather than by pixel of three, in place rather than anew: four times as fast, to the same bit.
+    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
+    across = np.repeat(across, 3)
+    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
+
+    def between(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
+        end -= start
+        end *= share
+        end += start
+        return end
+
+    def across_lines(at: np.ndarray) -> np.ndarray:
+        picked = lines.take(at, axis=0)
+        start, end = (picked.take(side, axis=1).astype(np.float32) for side in (left, right))
+        return between(start, end, across)
+
+    return between(across_lines(top), across_lines(bottom), down[:, None]).reshape(*size, 3)
+
+
+# ======================================================================================================================
+# Graphs: by LiteRT or TensorFlow, and only such as do nothing but compute
+# ======================================================================================================================
+
+JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
+
+# A graph is a program: it could read and write files, or call Python. What one of somebody else's may hold are these
+# operations, which turn tensors into tensors and touch nothing else: wiring and control flow; shapes, sorting, picking;
+# arithmetic; special functions, complex numbers, Fourier transforms, linear algebra; networks; images; lists of
+# tensors; random numbers. They were picked by hand from those that TensorFlow 2.21 registers; that it calls an
+# operation stateless says little, since ReadFile, MatchingFiles, ImmutableConst (which maps a file), DebugIdentity
+# (which can write one), PyFuncStateless and XlaCustomCall are stateless, too. Pure ones that a model of images is not
+# known to need are left out: gradients, most of sparse and ragged tensors, of text and of quantization, sound, TPUs.
+# They touch nothing, but may crash on nonsense: what somebody made to do so ends the process, and does no other harm.
+PURE_OPS = """
+Assert Case Const EnsureShape Enter Exit GuaranteeConst Identity IdentityN If LoopCond Merge NextIteration NoOp
+PartitionedCall Placeholder PlaceholderV2 PlaceholderWithDefault PreventGradient Snapshot StatefulPartitionedCall
+StatelessCase StatelessIf StatelessWhile StopGradient Switch While
+
+ApproxTopK BatchToSpace BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatOffset ConcatV2 ConjugateTranspose
+DepthToSpace Diag DiagPart DynamicPartition DynamicStitch ExpandDims ExtractImagePatches Fill Gather GatherNd GatherV2
+InvertPermutation LinSpace ListDiff LowerBound MatrixBandPart MatrixDiag MatrixDiagPart MatrixDiagPartV2
+MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3 MatrixSetDiag MatrixSetDiagV2 MatrixSetDiagV3 MirrorPad NthElement OneHot
+OnesLike Pack Pad PadV2 ParallelDynamicStitch Range Rank Reshape Reverse ReverseSequence ReverseV2 Roll ScatterNd Shape
+ShapeN Size Slice SpaceToBatch SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice TensorScatterAdd
+TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate TensorStridedSliceUpdate Tile TopK TopKV2
+Transpose Unique UniqueV2 UniqueWithCounts UniqueWithCountsV2 Unpack UnravelIndex UpperBound Where ZerosLike
+
+Abs AccumulateNV2 Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin AsString Asin Asinh Atan Atan2 Atanh
+BatchMatMul BatchMatMulV2 BatchMatMulV3 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor Bucketize Cast Ceil ClipByValue
+Cos Cosh Cumprod Cumsum CumulativeLogsumexp DenseBincount Div DivNoNan Einsum Equal Erf Erfc Erfinv EuclideanNorm Exp
+Expm1 Floor FloorDiv FloorMod Greater GreaterEqual HistogramFixedWidth InTopK InTopKV2 Inv Invert IsFinite IsInf IsNan
+L2Loss LeftShift Less LessEqual Log Log1p LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mod Mul
+MulNoNan Neg NextAfter NotEqual PopulationCount Pow Prod RealDiv Reciprocal RightShift Rint Round Rsqrt SegmentMax
+SegmentMean SegmentMin SegmentProd SegmentSum Select SelectV2 Sigmoid Sign Sin Sinh SparseSegmentMean
+SparseSegmentMeanWithNumSegments SparseSegmentSqrtN SparseSegmentSqrtNWithNumSegments SparseSegmentSum
+SparseSegmentSumWithNumSegments SparseToDense Sqrt Square SquaredDifference StringLength StringToHashBucketFast
+StringToNumber Sub Sum Tan Tanh TruncateDiv TruncateMod UnsortedSegmentMax UnsortedSegmentMin UnsortedSegmentProd
+UnsortedSegmentSum Xdivy Xlog1py Xlogy
+
+Angle BandedTriangularSolve BesselI0 BesselI0e BesselI1 BesselI1e BesselJ0 BesselJ1 BesselK0 BesselK0e BesselK1
+BesselK1e BesselY0 BesselY1 Betainc Cholesky Complex ComplexAbs Conj Cross Dawsn Digamma Eig Expint FFT FFT2D FFT3D
+FresnelCos FresnelSin IFFT IFFT2D IFFT3D IRFFT IRFFT2D IRFFT3D Igamma Igammac Imag Lgamma
+LogMatrixDeterminant Lu MatrixDeterminant MatrixExponential MatrixInverse MatrixSolve MatrixSolveLs
+MatrixSquareRoot MatrixTriangularSolve Ndtri Polygamma Qr RFFT RFFT2D RFFT3D Real SelfAdjointEigV2 Spence Svd
+TridiagonalMatMul TridiagonalSolve Zeta
+
+AvgPool AvgPool3D BatchNormWithGlobalNormalization BiasAdd BiasAddV1 BlockLSTM BlockLSTMV2 CheckNumerics CheckNumericsV2
+Conv Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInput Conv3DBackpropInputV2 DataFormatDimMap
+DataFormatVecPermute DepthwiseConv2dNative Dequantize Dilation2D Elu ExtractVolumePatches FakeQuantWithMinMaxArgs
+FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel FractionalAvgPool FractionalMaxPool FusedBatchNorm
+FusedBatchNormV2 FusedBatchNormV3 FusedPadConv2D FusedResizeAndPadConv2D GRUBlockCell LRN LSTMBlockCell LeakyRelu
+LogSoftmax MaxPool MaxPool3D MaxPoolV2 MaxPoolWithArgmax QuantizeAndDequantize QuantizeAndDequantizeV2
+QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 QuantizeDownAndShrinkRange QuantizeV2 QuantizedAvgPool QuantizedBiasAdd
+QuantizedConcat QuantizedConv2D QuantizedMatMul QuantizedMaxPool QuantizedRelu QuantizedRelu6 QuantizedReshape Relu
+Relu6 RequantizationRange Requantize Selu Softmax SoftmaxCrossEntropyWithLogits Softplus Softsign
+SparseSoftmaxCrossEntropyWithLogits _FusedConv2D _FusedMatMul
+
+AdjustContrast AdjustContrastv2 AdjustHue AdjustSaturation CombinedNonMaxSuppression CropAndResize DecodeAndCropJpeg
+DecodeBase64 DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeRaw DecodeWebP DrawBoundingBoxes
+DrawBoundingBoxesV2 ExtractGlimpse ExtractGlimpseV2 ExtractJpegShape HSVToRGB
+ImageProjectiveTransformV2 ImageProjectiveTransformV3 NonMaxSuppression NonMaxSuppressionV2 NonMaxSuppressionV3
+NonMaxSuppressionV4 NonMaxSuppressionV5 NonMaxSuppressionWithOverlaps RGBToHSV ResizeArea ResizeBicubic ResizeBilinear
+ResizeNearestNeighbor ScaleAndTranslate
+
+EmptyTensorList TensorArrayCloseV3 TensorArrayConcatV3 TensorArrayGatherV3 TensorArrayReadV3 TensorArrayScatterV3
+TensorArraySizeV3 TensorArraySplitV3 TensorArrayV3 TensorArrayWriteV3 TensorListConcatV2 TensorListElementShape
+TensorListFromTensor TensorListGather TensorListGetItem TensorListLength TensorListPopBack TensorListPushBack
+TensorListReserve TensorListResize TensorListScatterV2 TensorListSetItem TensorListSplit TensorListStack
+
+RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt StatelessRandomGetKeyCounter StatelessRandomNormal
+StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
+"""
+
+
+class LiteModel:
+    """A .tflite network on one interpreter, for one thread at a time: float32 [height, width, 3] to float32 [n]."""
+
+    def __init__(self, path: Path, threads: int = 1):
+        """Load `path`. Raises UserError for a file that LiteRT can't run."""
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise UserError(f"LiteRT can't be loaded ({error}); install it with: {INSTALL} ai-edge-litert") from error
+        try:
+            with quiet_stderr():
+                self.interpreter = Interpreter(str(path), num_threads=threads)
+                self.interpreter.allocate_tensors()
+        except (ValueError, RuntimeError, TypeError) as error:  # UnicodeDecodeError, for names, is a ValueError
+            raise UserError(f"{path} is no model that LiteRT can run ({first_line(error)}).") from error
+        (self.input, *others), self.outputs = (
+            self.interpreter.get_input_details(),
+            self.interpreter.get_output_details(),
+        )
+        shapes = [details["shape"].tolist() for details in (self.input, *self.outputs)]
+        if others or len(shapes[0]) != 4 or shapes[0][::3] != [1, 3] or any(len(shape) != 2 for shape in shapes[1:]):
+            raise UserError(
+                f"{path} is no model from an image to a row of numbers, but from {shapes[0]} to {shapes[1:]}."
+            )
+        self.path, self.input_size, self.output_size = path, tuple(shapes[0][1:3]), shapes[1][1]
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the first output, float32 [n], for pixels float32 [height, width, 3]."""
+        return self.run(pixels)[0]
+
+    def run(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Return all outputs, float32 [n] each, for pixels float32 [height, width, 3].
+
+        Those of a trained graph are the scores and the bottleneck.
+        """
+        try:
+            self.interpreter.set_tensor(self.input["index"], pixels[None])
+            self.interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path} is no model that LiteRT can run ({first_line(error)}).") from error
+        return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
+
+
+def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
+    """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
+    import_tensorflow()
+    from tensorflow.python.framework import op_def_registry
+
+    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
+    # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
+    names = (function.signature.name for function in graph.library.function)
+    allowed = {*PURE_OPS.split(), *also.split(), *(name for name in names if op_def_registry.get(name) is None)}
+    for node in itertools.chain.from_iterable(bodies):
+        if node.op not in allowed:
+            raise UserError(
+                f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
+                "program, which could read and write your files; if you trust whoever made it, add --trust_model."
+            )
+
+
+def read_graph(path: Path, trusted: bool = False) -> GraphDef:
+    """Return the GraphDef of a file, as it is. Raises UserError for a file that is none.
+
+    trusted: whether it may hold any operation; else UserError is raised for one that is not in PURE_OPS.
+    """
+    graph = import_tensorflow().compat.v1.GraphDef()
+    try:
+        graph.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError, by its several names
+        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        raise UserError(
+            f"{path} ({size}) is no TensorFlow graph, or not a whole one; put the right file there."
+        ) from error
+    if not trusted:
+        check_ops(graph, path)
+    return graph
+
+
+@contextlib.contextmanager
+def telling_of_damage(path: Path) -> Iterator[None]:
+    """Turn whatever comes of nodes that are not as their neighbours take them to be into a UserError."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise UserError(f"{path} is a damaged graph ({printable(first_line(error))}).") from error
+
+
+def fold_batch_norm(graph: GraphDef) -> GraphDef:
+    """Return a GraphDef with batch normalisation folded into the convolutions before it, and without CheckNumerics.
+
+    BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs:
+    (conv(x, w) - mean) / sqrt(variance + epsilon) * gamma + beta = conv(x, w * scale) + (beta - mean * scale).
+    """
+    tf = import_tensorflow()
+    nodes = {node.name: node for node in graph.node}
+    folded = type(graph)()
+    folded.library.CopyFrom(graph.library)
+    # Old enough for any reader of TensorFlow 1, new enough for the ops that are left.
+    folded.versions.producer = max(graph.versions.producer, 21)
+    constants = {}
+
+    def value(name: str) -> np.ndarray:
+        return tf.make_ndarray(nodes[name].attr["value"].tensor)
+
+    for node in graph.node:
+        if node.op != "BatchNormWithGlobalNormalization":
+            continue
+        conv, mean, variance, beta, gamma = node.input
+        scale = 1 / np.sqrt(value(variance) + node.attr["variance_epsilon"].f)
+        if node.attr["scale_after_normalization"].b:
+            scale = scale * value(gamma)
+        weights = nodes[conv].input[1]
+        constants[weights] = value(weights) * scale  # [height, width, inputs, outputs] * [outputs]
+        constants[beta] = value(beta) - value(mean) * scale
+    for node in graph.node:
+        if node.op == "CheckNumerics":
+            continue
+        copy = folded.node.add()
+        if node.op == "BatchNormWithGlobalNormalization":
+            copy.name, copy.op = node.name, "BiasAdd"
+            copy.input.extend([node.input[0], node.input[3]])
+            copy.attr["T"].CopyFrom(node.attr["T"])
+            continue
+        copy.CopyFrom(node)
+        if node.name in constants:
+            copy.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(constants[node.name].astype(np.float32)))
+        del copy.input[:]
+        copy.input.extend(name for name in node.input if not name.startswith("^"))
+    return folded
+
+
+def graph_input_size(graph: GraphDef) -> tuple[int, int]:
+    """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its images."""
+    tf = import_tensorflow()
+    nodes = {node.name: node for node in graph.node}
+    size = nodes[nodes[RESIZED_NODE].input[1]]
+    height, width = (int(side) for side in tf.make_ndarray(size.attr["value"].tensor))
+    return height, width
+
+
+# ======================================================================================================================
+# The classifier: a graph, its labels, and what it is familiar with
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFiles:
+    """Where a graph and what belongs to it lie: x.pb, and beside it x.tflite and x.json, which ties the three."""
+
+    graph: Path
+
+    @classmethod
+    def of(cls, path: str) -> OutputFiles:
+        """Return the files of a graph, or of a .tflite that has lost its graph."""
+        return cls(Path(path.removesuffix(".tflite") + ".pb" if path.endswith(".tflite") else path))
+
+    @property
+    def lite(self) -> Path:
+        """The same network for LiteRT."""
+        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".tflite")
+
+    @property
+    def facts(self) -> Path:
+        """What predict.py needs beyond the network, as JSON."""
+        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Familiar:
+    """What tells an image like those of the training from one of something else, for predict.py's `unsure`.
+
+    exemplars: float16 [k, n], unit vectors in the middle of clusters of the training's bottlenecks. An image is named
+    if its bottleneck has a cosine of `least_similarity` with one of them, and its best score is `least_score`.
+    """
+
+    exemplars: np.ndarray
+    least_similarity: float
+    least_score: float
+    coverage: float
+
+    def similarity(self, features: np.ndarray) -> np.ndarray:
+        """Return the greatest cosine with an exemplar, float32 [rows], of bottlenecks [rows, n]."""
+        return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=1)
+
+    def unsure(self, features: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Tell of bottlenecks [rows, n] and scores [rows, classes] which are not to be named, bool [rows]."""
+        return (self.similarity(features) < self.least_similarity) | (scores.max(axis=1) < self.least_score)
+
+    def as_facts(self) -> dict:
+        """Return it as it is kept in output_graph.json."""
+        return {
+            "coverage": self.coverage,
+            "least_score": self.least_score,
+            "least_similarity": self.least_similarity,
+            "exemplars_shape": self.exemplars.shape,
+            "exemplars_float16": base64.b64encode(self.exemplars.tobytes()).decode("ascii"),
+        }
+
+    @classmethod
+    def from_facts(cls, facts: dict) -> Familiar:
+        """Return what `as_facts` has kept. Raises ValueError for facts that nobody can have kept."""
+        try:
+            values = np.frombuffer(base64.b64decode(facts["exemplars_float16"], validate=True), np.float16)
+            exemplars = values.reshape([int(side) for side in facts["exemplars_shape"]])
+            limits = [float(facts[name]) for name in ("least_similarity", "least_score", "coverage")]
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"no measure of what is familiar ({error})") from None
+        if exemplars.ndim != 2 or not np.isfinite(exemplars).all() or not np.isfinite(limits).all():
+            raise ValueError("no measure of what is familiar")
+        return cls(exemplars, *limits)
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Return vectors [rows, n] brought to length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+# A function from an image's path to its scores, float32 [labels], and its bottleneck, float32 [n], or None where that
 # can't be had. It raises ImageError.
 Scorer = Callable[[Path], tuple]
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier: its labels, a function for each picture that can be done at a time, what is familiar to it.
+    """A trained classifier: its labels, a function for each image that can be done at a time, what is familiar to it.
 
     familiar: None for a graph that has no measure of that.
     """
@@ -75,7 +768,7 @@ class Classifier:
     familiar: Familiar | None = None
 
     def unsure(self, scores: np.ndarray, bottleneck: np.ndarray | None) -> bool:
-        """Tell whether a picture is not to be named, since it is unlike those of the training, or no score is high.
+        """Tell whether an image is not to be named, since it is unlike those of the training, or no score is high.
 
         scores: float32 [classes]; bottleneck: float32 [n]. Raises UserError if `familiar` is of another base model.
         """
@@ -88,7 +781,7 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What one picture was taken for: (label, score), best first, and with what doubt; or why it could not be read."""
+    """What one image was taken for: (label, score), best first, and with what doubt; or why it could not be read."""
 
     path: Path
     scores: list[tuple[str, float]]
@@ -96,8 +789,8 @@ class Prediction:
     unsure: bool = False
 
 
-def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0, trusted: bool = False) -> Classifier:
-    """Return the classifier of a graph (or .tflite) file and a labels file, for so many pictures; 0 is all cores.
+def load_classifier(graph: str, labels: str, images: int, cpu_threads: int = 0, trusted: bool = False) -> Classifier:
+    """Return the classifier of a graph (or .tflite) file and a labels file, for so many images; 0 is all cores.
 
     trusted: whether the graph may hold operations that do other things than compute. Raises UserError for one that does
     though it may not, and for files that are missing or don't fit together.
@@ -110,7 +803,7 @@ def load_classifier(graph: str, labels: str, pictures: int, cpu_threads: int = 0
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     cores = min(core_count(), cpu_threads or core_count())
     workers = (
-        lite_workers(files.lite, reading, pictures, cores)
+        lite_workers(files.lite, reading, images, cores)
         if facts.get("lite_is_whole")
         else [graph_worker(files.graph, reading, trusted)]
     )
@@ -154,12 +847,9 @@ def read_facts(files: OutputFiles) -> dict:
         return {}
 
 
-def lite_workers(path: Path, reading: Reading, pictures: int, cores: int) -> list[Scorer]:
-    """Return functions from a picture to its scores by LiteRT: one of all cores for one picture, else one per core."""
-    check_lite(path)
-    models = [LiteModel(path, cores)] if pictures == 1 else [LiteModel(path) for _ in range(min(cores, pictures))]
-    for model in models:  # now, since it silences stderr, where pictures that can't be read will be told
-        model.prepare()
+def lite_workers(path: Path, reading: Reading, images: int, cores: int) -> list[Scorer]:
+    """Return functions from an image to its scores by LiteRT: one of all cores for one image, else one per core."""
+    models = [LiteModel(path, cores)] if images == 1 else [LiteModel(path) for _ in range(min(cores, images))]
 
     def score(model: LiteModel, path: Path) -> tuple:
         scores, *bottleneck = model.run(resize_bilinear(read_image(path, reading, model.input_size), model.input_size))
@@ -169,7 +859,7 @@ def lite_workers(path: Path, reading: Reading, pictures: int, cores: int) -> lis
 
 
 def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
-    """Return a function from a picture to its scores by TensorFlow, for a graph of ours or of the classic script's.
+    """Return a function from an image to its scores by TensorFlow, for a graph of ours or of the classic script's.
 
     Raises UserError for another kind of graph.
     """
@@ -189,7 +879,7 @@ def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
     def imported(pixels: Tensor) -> list[Tensor]:
         return tf.import_graph_def(graph, {f"{JPEG_NODE}:0": pixels}, wanted, name="")
 
-    # Fed behind its decoder, the graph sees the pictures as training saw them: all formats, upright.
+    # Fed behind its decoder, the graph sees the images as training saw them: all formats, upright.
     run = tf.compat.v1.wrap_function(imported, [tf.TensorSpec([None, None, 3], tf.uint8)])
     size = graph_input_size(graph)
 
@@ -200,10 +890,15 @@ def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
     return score
 
 
+# ======================================================================================================================
+# Predictions: for files and folders, as text and tables
+# ======================================================================================================================
+
+
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """Return the files that the arguments of --image name: files, folders (with those in them) and globs.
 
-    What names nothing is returned as it is, to be told like a picture that can't be read, if others are found. Raises
+    What names nothing is returned as it is, to be told like an image that can't be read, if others are found. Raises
     UserError if nothing is found at all.
     """
     found: list[Path] = []
@@ -213,7 +908,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         files = [file for match in matches for file in (files_below(match) if match.is_dir() else [match])]
         found += files or [path]
     if not any(path.is_file() for path in found):
-        fault = "there is no such picture"
+        fault = "there is no such image"
         if any(Path(pattern).is_dir() for pattern in patterns):
             fault = "there is no file in that folder, nor in those in it (links are not followed)"
         elif len(patterns) > 1:
@@ -232,14 +927,14 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Yield what each picture is taken for, in the order of `paths`.
+    """Yield what each image is taken for, in the order of `paths`.
 
     Raises UserError if the graph gives another number of scores than there are labels.
     """
 
     def attempt(worker: Scorer, path: Path) -> Prediction:
         if not path.is_file():
-            return Prediction(path, [], "there is no such picture, or none in that folder")
+            return Prediction(path, [], "there is no such image, or none in that folder")
         try:
             scores, bottleneck = worker(path)
         except ImageError as error:
@@ -249,26 +944,19 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         best_first = sorted(zip(classifier.labels, map(float, scores), strict=True), key=lambda pair: -pair[1])
         return Prediction(path, best_first, unsure=classifier.unsure(scores, bottleneck))
 
-    workers = [lambda path, worker=worker: attempt(worker, path) for worker in classifier.workers]
-    done: dict[Path, Prediction] = {}
-    waiting = iter(paths)
-    next_path = next(waiting, None)
-    for path, prediction in on_all_cores(workers, paths):
-        done[path] = prediction
-        while next_path in done:
-            yield done.pop(next_path)
-            next_path = next(waiting, None)
+    for _, prediction in on_all_cores([functools.partial(attempt, worker) for worker in classifier.workers], paths):
+        yield prediction
 
 
 def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
-    """Print the classic lines of one picture, best first, under its name if there are several; or its line of error."""
+    """Print the classic lines of one image, best first, under its name if there are several; or its line of error."""
     if prediction.error:
         print(f"predict.py: error: {printable(prediction.path)}: {prediction.error}", file=sys.stderr)
         return
     if headed:
         print(printable(prediction.path))
     if prediction.unsure:
-        print("unsure: it is unlike the pictures of the training, or between the classes; the best guesses are")
+        print("unsure: it is unlike the images of the training, or between the classes; the best guesses are")
     for label, score in prediction.scores[:top_k]:
         print(f"{printable(label)} (score = {score:.5f})")
     if headed:
@@ -286,7 +974,7 @@ def harmless(cell: str) -> str:
 
 
 def write_csv(path: Path, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
-    """Write a row per picture: its name, best label and score, error if any, every class's score, and any doubt.
+    """Write a row per image: its name, best label and score, error if any, every class's score, and any doubt.
 
     What could be a formula gets an apostrophe before it.
     """
@@ -302,7 +990,7 @@ def write_csv(path: Path, predictions: Sequence[Prediction], labels: Sequence[st
 
 
 def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
-    """Write a list with an object per picture: image, predictions (label and score, best first), unsure, error."""
+    """Write a list with an object per image: image, predictions (label and score, best first), unsure, error."""
     entries = [
         {
             "image": as_text(prediction.path),
@@ -316,30 +1004,36 @@ def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> Non
         temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+# ======================================================================================================================
+# The command line
+# ======================================================================================================================
+
+
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = Parser(
-        prog="predict.py", allow_abbrev=False, description="Name pictures with what retrain.py has trained."
+    parser = Parser(prog="predict.py", allow_abbrev=False, description="Name images with what retrain.py has trained.")
+    images = "files, folders, globs (test_images)"
+    flag = parser.add_argument
+    flag("images", nargs="*", metavar="FILE", help="the same as --image")
+    flag("--image", nargs="+", action="extend", default=[], metavar="FILE", help=images)
+    flag("--graph", default="output_graph.pb", metavar="FILE", help="the trained graph, .pb or .tflite (%(default)s)")
+    flag("--labels", default="output_labels.txt", metavar="FILE", help="its classes (%(default)s)")
+    flag("--trust_model", nargs="?", const=True, default=False, type=switch, help="run the graph whatever it does")
+    flag(
+        "--top_k", default=5, type=number(int, 1), metavar="N", help="how many classes to print for each (%(default)s)"
     )
-    pictures = "files, folders, globs (test_images)"
-    parser.add_argument("pictures", nargs="*", metavar="FILE", help="the same as --image")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help=pictures)
-    add_flag(parser, "--graph", "output_graph.pb", str, "FILE", "the trained graph, .pb or .tflite")
-    add_flag(parser, "--labels", "output_labels.txt", str, "FILE", "its classes")
-    add_flag(parser, "--trust_model", False, switch, "BOOL", "run the graph whatever it does: a graph is a program")
-    add_flag(parser, "--top_k", 5, number(int, 1), "N", "how many classes to print for each picture")
-    add_flag(parser, "--cpu_threads", 0, number(int, 1, also=[0]), "N", "how many cores to use; 0 for all")
-    add_flag(parser, "--csv", "", str, "FILE", "also write a table, a row per picture")
-    add_flag(parser, "--json", "", str, "FILE", "also write a list, an object per picture")
+    flag("--cpu_threads", default=0, type=number(int, 1, also=[0]), metavar="N", help="cores to use; 0 for all")
+    flag("--csv", default="", metavar="FILE", help="also write a table, a row per image")
+    flag("--json", default="", metavar="FILE", help="also write a list, an object per image")
     return parser.parse_args(arguments)
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Name the pictures; return 1 if one of them could not be read, else 0."""
+    """Name the images; return 1 if one of them could not be read, else 0."""
     for name in ("csv", "json"):
         if getattr(flags, name):
             check_writable(name, Path(getattr(flags, name)), is_folder=False)
-    paths = find_images(flags.pictures + flags.image or ["test_images"])
+    paths = find_images(flags.images + flags.image or ["test_images"])
     classifier = load_classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions = []
     for prediction in predict(classifier, paths):

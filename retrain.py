@@ -15,13 +15,11 @@ common ground, flags, crawl, images, base model, bottlenecks, head, evaluation, 
 from __future__ import annotations
 
 import argparse
-import base64
 import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import datetime
-import difflib
 import email.utils
 import functools
 import gc
@@ -38,7 +36,6 @@ import logging
 import math
 import os
 import pickle
-import queue
 import random
 import re
 import shutil
@@ -46,7 +43,6 @@ import signal
 import socket
 import stat
 import string
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -62,11 +58,52 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+
+from predict import (
+    BOTTLENECK_NODE,
+    INSTALL,
+    JPEG_NODE,
+    MOST_BYTES,
+    RESIZED_NODE,
+    Familiar,
+    ImageError,
+    LiteModel,
+    OutputFiles,
+    Parser,
+    Reading,
+    UserError,
+    check_ops,
+    check_writable,
+    core_count,
+    decode_image,
+    end_process,
+    exit_code,
+    first_line,
+    fold_batch_norm,
+    graph_input_size,
+    import_tensorflow,
+    is_hidden,
+    log,
+    number,
+    on_all_cores,
+    printable,
+    quiet_stderr,
+    read_bytes,
+    read_graph,
+    read_image,
+    resize_bilinear,
+    sha256_of,
+    switch,
+    telling_of_damage,
+    unit,
+    whole_file,
+)
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
-    from multiprocessing.connection import Connection
-
     from keras import Layer as KerasLayer
     from keras import Model as KerasModel
     from matplotlib.axes import Axes
@@ -82,155 +119,10 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
     from tensorflow.core.framework.summary_pb2 import Summary
     from tqdm import tqdm
 
-started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
-
-
-def leave_at_once(signal_number: int, frame: object, stderr: int = 2) -> None:
-    """End a process that has done nothing yet, with a word on a descriptor."""
-    with contextlib.suppress(OSError):  # it may be closed
-        os.write(stderr, f"{Path(sys.argv[0]).name}: stopped.\n".encode())
-    os._exit(128 + signal_number)
-
-
-if started_here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # which `&` in a shell sets aside
-    signal.signal(signal.SIGINT, leave_at_once)  # Ctrl-C while the packages are imported
-    signal.signal(signal.SIGTERM, leave_at_once)
-
-# What installs a package where this Python looks for it.
-INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
-
-try:
-    import numpy as np
-    import PIL.Image
-    import simplejpeg
-except ImportError as missing:
-    # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
-    environment = Path(__file__).resolve().with_name(".venv")
-    own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if started_here and os.access(own_python, os.X_OK) and Path(sys.prefix) != environment:
-        if os.name != "nt":
-            os.execv(own_python, [str(own_python), *sys.argv])
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other Python's, which says what is to be said
-        sys.exit(subprocess.call([own_python, *sys.argv]))
-    remedy = f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
-    if started_here:
-        sys.exit(remedy)
-    raise ImportError(remedy) from missing
 
 # ======================================================================================================================
 # Common ground: errors, whole files, journals, progress, all cores, names
 # ======================================================================================================================
-
-log = logging.getLogger("retrain")
-# What is read, by the names that Pillow gives to formats.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
-# Large pictures and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
-warnings.filterwarnings("ignore", module="PIL")
-
-
-# None: there is none. Else pandas, which TensorFlow, cleanlab and Ray Data load, takes our folder for the package.
-sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
-
-
-class UserError(Exception):
-    """Something the user can put right: one sentence that names the file or flag and what to do."""
-
-
-class ImageError(Exception):
-    """A picture that can't be used, and why, in a few words."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The process was asked to end, by SIGTERM; handled like Ctrl-C."""
-
-
-def stop(signal_number: int, frame: object) -> None:
-    """End the process in an orderly way when it is asked to."""
-    raise Stopped
-
-
-def open_closed_streams() -> None:
-    """Give a process that was started without stdin, stdout or stderr the null device for them.
-
-    Else the next file to be opened takes the number of stderr, and what native code prints goes into it.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-
-
-def exit_code(program: str, work: Callable[[], int | None]) -> int:
-    """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
-    open_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
-        # By its name, since the script and the module `retrain` each have one of their own.
-        if getattr(signal.getsignal(signal.SIGINT), "__name__", "") == leave_at_once.__name__:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        code = work() or 0
-        sys.stdout.flush()  # while there are still words for what goes wrong
-        return code
-    except UserError as error:
-        message, code = f"error: {error}", 1
-    except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        message, code = f"error: {error.filename or 'the system'}: {error.strerror or error}.", 1
-    except MemoryError:
-        message, code = "error: there is not enough memory for so many pictures, or for such large ones.", 1
-    except KeyboardInterrupt as error:
-        kept = "; what is done is kept, and the same command goes on from there" if program == "retrain.py" else ""
-        message, code = f"stopped{kept}.", 130
-        if isinstance(error, Stopped):
-            code = 143
-    print(f"{program}: {printable(message)}", file=sys.stderr)
-    return code
-
-
-def end_process(code: int) -> None:
-    """End the process with an exit code, now, before a late signal or a thread that is stuck can spoil the end."""
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.SIG_IGN)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` when the block ends well: nobody sees half a file.
-
-    Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
-    """
-    # Plain strings, and few questions to the disk: there are as many files as pictures.
-    given, path = path, os.fspath(path)
-    if os.path.islink(path):  # it stays a link, to the new file
-        path = os.path.realpath(path)
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".retrain-{uuid.uuid4().hex}.tmp")
-    try:
-        if folder and not os.path.isdir(folder):
-            os.makedirs(folder, exist_ok=True)
-        if os.path.isdir(path):
-            raise UserError(f"{given} could not be written (it is a folder).")
-        if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, /dev/null: nothing may replace a device
-            yield Path(path)
-        else:
-            yield Path(temporary)
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{given} could not be written ({error.strerror or error}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -313,175 +205,6 @@ def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tq
     )
 
 
-def core_count() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tuple, None, None]:
-    """Yield (item, result) as they are finished; each worker is a function of its own thread, for it alone.
-
-    The workers spend their time in code that releases the interpreter lock (decoding, the network), so threads do.
-    An exception in a worker is raised here.
-    """
-    items = list(items)
-    waiting, lock, stopped = iter(items), threading.Lock(), threading.Event()
-    finished: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-
-    def work(worker: Callable) -> None:
-        while not stopped.is_set():
-            with lock:
-                item = next(waiting, stopped)
-            if item is stopped:
-                return
-            try:
-                finished.put((item, worker(item), None))
-            except BaseException as error:  # it is raised again in the thread that waits for the results
-                finished.put((item, None, error))
-
-    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers[: len(items)]]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in items:
-            item, result, error = finished.get()
-            if error is not None:
-                raise error
-            yield item, result
-    finally:
-        stopped.set()
-        deadline = time.monotonic() + 2
-        for thread in threads:  # they finish the item in hand, unless it is stuck, on a dead network drive, say
-            thread.join(timeout=max(0, deadline - time.monotonic()))
-
-
-def answer(work: Callable, arguments: Sequence, pipe: Connection) -> None:
-    """Send (result, error) of the work: what the process does that in_child starts, and which ends with that one."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        result: tuple[Any, Exception | None] = work(*arguments), None
-    except Exception as error:
-        result = None, error
-    with contextlib.suppress(BrokenPipeError):  # nobody is left to be answered
-        pipe.send(result)
-
-
-def end_with_parent() -> None:
-    """Wait for the end of the process that started this one, which may be killed at any moment, and end, too."""
-    import multiprocessing
-
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def in_child(what: str, seconds: float, forked: bool, work: Callable, *arguments: object) -> Any:
-    """Return what `work` returns, or raise what it raises, in a process of its own, for native code that may crash.
-
-    what: the beginning of a sentence about what is wrong if it does, or takes longer than so many seconds: a UserError.
-    forked: whether a copy of this process will do, which is there at once; TensorFlow doesn't run in one.
-    """
-    import multiprocessing
-
-    way = "fork" if forked and sys.platform == "linux" else "spawn"
-    context: Any = multiprocessing.get_context(way)  # Any: the type of all contexts has no Process
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(work, arguments, theirs), daemon=True)
-    signals = (signal.SIGINT, signal.SIGTERM)
-    if hasattr(signal, "pthread_sigmask"):  # they are for us, who end the other process
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        process.start()
-    finally:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    theirs.close()
-    try:
-        if not ours.poll(seconds):
-            raise UserError(f"{what} (it comes to no end).")
-        result, error = ours.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"{what} (it crashed, with the exit code {process.exitcode}).") from None
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-    if error is not None:
-        raise error
-    return result
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-ONE_AT_A_TIME = threading.RLock()
-
-
-@contextlib.contextmanager
-def leaving_at_once(stderr: int = 2) -> Iterator[None]:
-    """End the process right where a signal asks for it, with a word on a descriptor, while a package is imported.
-
-    There an exception gets lost: in the callbacks of Python's import locks, or in C++, which says that its
-    initialization failed. Does nothing but in the main thread of a program of ours.
-    """
-    here = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if here}
-    if getattr(handlers.get(signal.SIGTERM), "__name__", "") != stop.__name__:
-        handlers = {}
-    for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, functools.partial(leave_at_once, stderr=stderr))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[int]:
-    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch.
-
-    Yields a descriptor of what stderr was.
-    """
-    with ONE_AT_A_TIME, open(os.devnull, "w") as nowhere:  # else one thread would take another's silence for stderr
-        sys.stderr.flush()
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield kept
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def import_tensorflow() -> types.ModuleType:
-    """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal.
-
-    Raises UserError if it is missing or can't be loaded.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        with quiet_stderr() as stderr, leaving_at_once(stderr):
-            import tensorflow
-    except ImportError as error:
-        raise UserError(f"TensorFlow can't be loaded ({error}); install it with: {INSTALL} tensorflow") from error
-    tensorflow.get_logger().setLevel("ERROR")
-    return tensorflow
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, or for want of that is, without what it goes on to explain."""
-    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
-
-
 def without_frames(record: logging.LogRecord) -> bool:
     """Turn the errors in a log record into text, for handlers that keep records, as test runners have; return True.
 
@@ -503,8 +226,7 @@ def import_ray() -> types.ModuleType:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
     try:
-        with leaving_at_once():
-            import ray.data
+        import ray.data
     except ImportError as error:
         raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
     logger = logging.getLogger("ray.data")
@@ -543,7 +265,7 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
             ray.init(
                 address,
                 runtime_env={
-                    "py_modules": [__file__],
+                    "py_modules": [__file__, str(Path(__file__).with_name("predict.py"))],
                     "worker_process_setup_hook": hide_folder,
                 },
                 logging_level=logging.CRITICAL,
@@ -643,15 +365,6 @@ def writing_by_tensorflow(path: Path) -> Iterator[None]:
         raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}).") from error
 
 
-def printable(text: object) -> str:
-    """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
-    odd = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, and separators of lines and paragraphs
-    escaped = (
-        c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in odd else c for c in str(text)
-    )
-    return "".join(escaped)
-
-
 def label_of(folder: str) -> str:
     """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
 
@@ -670,49 +383,6 @@ def label_of(folder: str) -> str:
 OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 # The base models by their names, and the layers that each can keep as its bottleneck, the usual one first.
 ARCHITECTURES = {"auto": (), "inception_v3": (), "starter": (), "vgg16": ("avg_pool", "block5_pool", "fc2")}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistyped flag with the one that was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
-            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
-            if not near and Path(wrong).is_dir() and "--image_dir" in self._option_string_actions:
-                near = [f"--image_dir {wrong}"]
-            message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def number(kind: type, low: float, high: float = math.inf, also: Sequence[float] = ()) -> Callable:
-    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all').
-
-    Like all types of flags here it raises argparse.ArgumentTypeError, of which argparse makes a sentence with the flag.
-    """
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
-        if not (low <= value <= high or value in also):
-            allowed = f"{low} to {high}" if high < math.inf else f"{low} or more"
-            allowed += "".join(f", or {other}" for other in also)
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
-        return value
-
-    return parse
-
-
-def switch(text: str) -> bool:
-    """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
-    if text.lower() in ("true", "t", "1", "yes"):
-        return True
-    if text.lower() in ("false", "f", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def verbosity(text: str) -> str:
@@ -1706,7 +1376,7 @@ def look_at(path: Path, min_side: int, decode: Callable[[bytes], np.ndarray]) ->
     facts: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
     reason, header = "", None
     try:
-        header = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        header = PIL.Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "GIF", "BMP", "WEBP"))
         facts |= {"width": header.width, "height": header.height}
     except PIL.Image.DecompressionBombError:
         reason = "too many pixels"
@@ -2167,7 +1837,7 @@ def open_eyes(look: Callable[[Path], Picture]) -> Iterator[Callable[[Path], Pict
     def look_in_turn(path: Path) -> Picture:
         with eyes:
             if closed.is_set():
-                raise Stopped  # nobody hears it, and the file waits for the next run
+                raise KeyboardInterrupt  # nobody hears it, and the file waits for the next run
             return look(path)
 
     try:
@@ -2214,26 +1884,6 @@ def only_run(folder: Path) -> Iterator[None]:
 # ======================================================================================================================
 # Images: which there are, what they show, who trains and who tests
 # ======================================================================================================================
-
-# Files that operating systems put into folders of pictures without anybody's asking, and the record of --crawl.
-NOT_PICTURES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
-# How the files begin that can be pictures, and the most bytes of one: nothing else is read into memory.
-BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP", re.DOTALL)
-MOST_BYTES = 150_000_000
-TOO_LARGE = f"larger than {MOST_BYTES // 10**6} MB, as no honest picture is"
-# Formats of cameras and scanners that are not read, by how their files begin.
-FOREIGN = {"HEIC or AVIF": rb"....ftyp(heic|heix|hevc|mif1|msf1|avif)", "TIFF or raw": rb"II\*\0|MM\0\*|....ftypcrx"}
-ORIENTATION_TAG = 0x0112
-# What makes a picture upright, for each value of the EXIF orientation (1 is upright already).
-UPRIGHT = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -2285,14 +1935,6 @@ class Image:
     def key(self) -> str:
         """`<class folder>/<file name>`: what identifies the picture, wherever its image_dir lies."""
         return f"{self.path.parent.name}/{self.path.name}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How pictures are read: turned upright or not, very large photographs at reduced scale or not."""
-
-    ignore_exif_orientation: bool = False
-    exact_decode: bool = False
 
 
 def shown(url: str) -> str:
@@ -2426,11 +2068,6 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
         log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
     check_classes(given, images, list(folder_of), "file", least)
     return images
-
-
-def is_hidden(path: Path | StoredPath) -> bool:
-    """Tell whether a file or folder is none of the user's pictures by its name alone."""
-    return path.name.startswith(".") or path.name.lower() in NOT_PICTURES
 
 
 def leave_out(images: Sequence[Image], list_path: Path) -> list[Image]:
@@ -2617,107 +2254,9 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
     return [dataclasses.replace(image, split=splits[image.key]) for image in images]
 
 
-def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of a JPEG at 1/scale (1, 2, 4, 8), as TensorFlow's DecodeJpeg does.
-
-    TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
-    were the same to the bit on 2,296 photographs.
-    """
-    cmyk = image.mode == "CMYK"
-    wanted: dict[str, Any] = {"colorspace": "CMYK" if cmyk else "RGB", "fastdct": True}
-    if scale > 1:
-        wanted |= {"min_width": math.ceil(image.width / scale), "min_height": math.ceil(image.height / scale)}
-    try:
-        pixels = simplejpeg.decode_jpeg(data, **wanted)
-    except ValueError:
-        # Strict decoding also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow
-        # tells those (and decodes them) from truncated ones (and raises).
-        image.load()
-        try:
-            pixels = simplejpeg.decode_jpeg(data, strict=False, **wanted)
-        except ValueError:  # a blemish before the scan is never forgiven; Pillow's pixels are a few levels off
-            pixels = 255 - np.asarray(image) if cmyk else np.asarray(image.convert("RGB"))
-    if not cmyk:
-        return pixels
-    inks = pixels.astype(np.uint16)
-    if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
-        inks = 255 - inks
-    return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
-
-
-def pixels_of(image: PIL.Image.Image) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of an opened picture that is no JPEG.
-
-    16-bit values keep their upper byte, and transparency is dropped, not blended: both as TensorFlow's decoders do.
-    """
-    if image.mode.startswith("I"):
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
-
-
-def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of a picture, of the first frame if it has several.
-
-    A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
-    shorter side, unless reading.exact_decode. Raises ImageError for bytes that are no whole picture.
-    """
-    if not data:
-        raise ImageError("the file is empty")
-    try:
-        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.format in ("JPEG", "MPO"):
-            shorter, target = min(image.size), max(input_size)
-            reduced = not reading.exact_decode and shorter > 4 * target
-            scale = next(s for s in (8, 4, 2, 1) if shorter / s >= 2 * target or s == 1) if reduced else 1
-            pixels = decode_jpeg(data, image, scale)
-        else:
-            pixels = pixels_of(image)
-    except PIL.UnidentifiedImageError:
-        for name, beginning in FOREIGN.items():
-            if re.match(beginning, data, re.DOTALL):
-                raise ImageError(f"a picture in {name} format, which is not read; save it as JPEG") from None
-        raise ImageError("not a picture in JPEG, PNG, GIF, BMP or WebP format") from None
-    except PIL.Image.DecompressionBombError:
-        raise ImageError("more pixels than any honest picture has") from None
-    except MemoryError:
-        raise ImageError("too large for the memory") from None
-    except Exception as error:  # decoders raise many kinds of errors on damaged data
-        truncated = "truncated" in str(error).lower() or "premature end" in str(error).lower()
-        raise ImageError("the file is truncated" if truncated else f"damaged ({error})") from None
-    return pixels if reading.ignore_exif_orientation else upright(pixels, image)
-
-
-def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
-    """Return the pixels [height, width, 3] turned as the EXIF orientation of the opened picture says."""
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # a broken EXIF block is no reason to lose the picture
-        return pixels
-    return pixels if turn is None else np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
-
-
-def read_bytes(path: Path | StoredPath, file_system: FileSystem | None = None) -> bytes:
-    """Return the content of a file. Raises ImageError for one that can't be read.
-
-    file_system: of the object store in which a StoredPath lies, if it is open already.
-    """
-    try:
-        if isinstance(path, StoredPath):
-            data = read_stored(path, file_system)
-        elif not Path(path).is_file():  # a pipe or a device could be read for ever
-            raise ImageError("it can't be read (no such file, or no ordinary one)")
-        else:
-            with open(path, "rb") as file:
-                data = file.read(64)
-                if BEGINNINGS.match(data):
-                    file.seek(0)
-                    data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise ImageError(f"it can't be read ({error.strerror or error})") from None
-    if len(data) > MOST_BYTES:
-        raise ImageError(TOO_LARGE)
-    return data
+def read_anywhere(path: Path | StoredPath, file_system: FileSystem | None = None) -> bytes:
+    """Return the content of a file here or in an object store. Raises ImageError for one that can't be read."""
+    return read_stored(path, file_system) if isinstance(path, StoredPath) else read_bytes(path)
 
 
 def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
@@ -2726,7 +2265,7 @@ def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
     It comes whole at once, since requests are paid.
     """
     if path.size > MOST_BYTES:
-        raise ImageError(TOO_LARGE)
+        raise ImageError("too large a file")
     for pause in (0.5, 2, None):
         try:
             return path.read_bytes(MOST_BYTES + 1, file_system)
@@ -2735,44 +2274,6 @@ def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
                 raise ImageError(f"it can't be read ({first_line(error)})") from None
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
-
-
-def read_image(path: Path | StoredPath, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
-    return decode_image(read_bytes(path), reading, input_size)
-
-
-def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return uint8 pixels [height, width, 3] resized to float32 [size[0], size[1], 3], values in [0, 255].
-
-    The kernel of TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale, without
-    half-pixel centres; float32 throughout.
-    """
-
-    def neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        place = np.arange(target, dtype=np.float32) * (np.float32(source) / np.float32(target))
-        low = place.astype(np.intp)
-        return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
-
-    top, bottom, down = neighbours(pixels.shape[0], size[0])
-    left, right, across = neighbours(pixels.shape[1], size[1])
-    # Picked by value rather than by pixel of three, in place rather than anew: four times as fast, to the same bit.
-    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    across = np.repeat(across, 3)
-    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
-
-    def between(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
-        end -= start
-        end *= share
-        end += start
-        return end
-
-    def across_lines(at: np.ndarray) -> np.ndarray:
-        picked = lines.take(at, axis=0)
-        start, end = (picked.take(side, axis=1).astype(np.float32) for side in (left, right))
-        return between(start, end, across)
-
-    return between(across_lines(top), across_lines(bottom), down[:, None]).reshape(*size, 3)
 
 
 # ======================================================================================================================
@@ -2793,76 +2294,8 @@ SHORT_TIMEOUT = 5
 # The small network that comes with this script.
 STARTER_FILE = "starter_graph_def.pb"
 
-JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 
-# A graph is a program: it could read and write files, or call Python. What one of somebody else's may hold are these
-# operations, which turn tensors into tensors and touch nothing else: wiring and control flow; shapes, sorting, picking;
-# arithmetic; special functions, complex numbers, Fourier transforms, linear algebra; networks; pictures; lists of
-# tensors; random numbers. They were picked by hand from those that TensorFlow 2.21 registers; that it calls an
-# operation stateless says little, since ReadFile, MatchingFiles, ImmutableConst (which maps a file), DebugIdentity
-# (which can write one), PyFuncStateless and XlaCustomCall are stateless, too. Pure ones that a model of pictures is not
-# known to need are left out: gradients, most of sparse and ragged tensors, of text and of quantization, sound, TPUs.
-# They touch nothing, but may crash on nonsense: what somebody made to do so ends the process, and does no other harm.
-PURE_OPS = """
-Assert Case Const EnsureShape Enter Exit GuaranteeConst Identity IdentityN If LoopCond Merge NextIteration NoOp
-PartitionedCall Placeholder PlaceholderV2 PlaceholderWithDefault PreventGradient Snapshot StatefulPartitionedCall
-StatelessCase StatelessIf StatelessWhile StopGradient Switch While
-
-ApproxTopK BatchToSpace BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatOffset ConcatV2 ConjugateTranspose
-DepthToSpace Diag DiagPart DynamicPartition DynamicStitch ExpandDims ExtractImagePatches Fill Gather GatherNd GatherV2
-InvertPermutation LinSpace ListDiff LowerBound MatrixBandPart MatrixDiag MatrixDiagPart MatrixDiagPartV2
-MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3 MatrixSetDiag MatrixSetDiagV2 MatrixSetDiagV3 MirrorPad NthElement OneHot
-OnesLike Pack Pad PadV2 ParallelDynamicStitch Range Rank Reshape Reverse ReverseSequence ReverseV2 Roll ScatterNd Shape
-ShapeN Size Slice SpaceToBatch SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice TensorScatterAdd
-TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate TensorStridedSliceUpdate Tile TopK TopKV2
-Transpose Unique UniqueV2 UniqueWithCounts UniqueWithCountsV2 Unpack UnravelIndex UpperBound Where ZerosLike
-
-Abs AccumulateNV2 Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin AsString Asin Asinh Atan Atan2 Atanh
-BatchMatMul BatchMatMulV2 BatchMatMulV3 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor Bucketize Cast Ceil ClipByValue
-Cos Cosh Cumprod Cumsum CumulativeLogsumexp DenseBincount Div DivNoNan Einsum Equal Erf Erfc Erfinv EuclideanNorm Exp
-Expm1 Floor FloorDiv FloorMod Greater GreaterEqual HistogramFixedWidth InTopK InTopKV2 Inv Invert IsFinite IsInf IsNan
-L2Loss LeftShift Less LessEqual Log Log1p LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mod Mul
-MulNoNan Neg NextAfter NotEqual PopulationCount Pow Prod RealDiv Reciprocal RightShift Rint Round Rsqrt SegmentMax
-SegmentMean SegmentMin SegmentProd SegmentSum Select SelectV2 Sigmoid Sign Sin Sinh SparseSegmentMean
-SparseSegmentMeanWithNumSegments SparseSegmentSqrtN SparseSegmentSqrtNWithNumSegments SparseSegmentSum
-SparseSegmentSumWithNumSegments SparseToDense Sqrt Square SquaredDifference StringLength StringToHashBucketFast
-StringToNumber Sub Sum Tan Tanh TruncateDiv TruncateMod UnsortedSegmentMax UnsortedSegmentMin UnsortedSegmentProd
-UnsortedSegmentSum Xdivy Xlog1py Xlogy
-
-Angle BandedTriangularSolve BesselI0 BesselI0e BesselI1 BesselI1e BesselJ0 BesselJ1 BesselK0 BesselK0e BesselK1
-BesselK1e BesselY0 BesselY1 Betainc Cholesky Complex ComplexAbs Conj Cross Dawsn Digamma Eig Expint FFT FFT2D FFT3D
-FresnelCos FresnelSin IFFT IFFT2D IFFT3D IRFFT IRFFT2D IRFFT3D Igamma Igammac Imag Lgamma
-LogMatrixDeterminant Lu MatrixDeterminant MatrixExponential MatrixInverse MatrixSolve MatrixSolveLs
-MatrixSquareRoot MatrixTriangularSolve Ndtri Polygamma Qr RFFT RFFT2D RFFT3D Real SelfAdjointEigV2 Spence Svd
-TridiagonalMatMul TridiagonalSolve Zeta
-
-AvgPool AvgPool3D BatchNormWithGlobalNormalization BiasAdd BiasAddV1 BlockLSTM BlockLSTMV2 CheckNumerics CheckNumericsV2
-Conv Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInput Conv3DBackpropInputV2 DataFormatDimMap
-DataFormatVecPermute DepthwiseConv2dNative Dequantize Dilation2D Elu ExtractVolumePatches FakeQuantWithMinMaxArgs
-FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel FractionalAvgPool FractionalMaxPool FusedBatchNorm
-FusedBatchNormV2 FusedBatchNormV3 FusedPadConv2D FusedResizeAndPadConv2D GRUBlockCell LRN LSTMBlockCell LeakyRelu
-LogSoftmax MaxPool MaxPool3D MaxPoolV2 MaxPoolWithArgmax QuantizeAndDequantize QuantizeAndDequantizeV2
-QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 QuantizeDownAndShrinkRange QuantizeV2 QuantizedAvgPool QuantizedBiasAdd
-QuantizedConcat QuantizedConv2D QuantizedMatMul QuantizedMaxPool QuantizedRelu QuantizedRelu6 QuantizedReshape Relu
-Relu6 RequantizationRange Requantize Selu Softmax SoftmaxCrossEntropyWithLogits Softplus Softsign
-SparseSoftmaxCrossEntropyWithLogits _FusedConv2D _FusedMatMul
-
-AdjustContrast AdjustContrastv2 AdjustHue AdjustSaturation CombinedNonMaxSuppression CropAndResize DecodeAndCropJpeg
-DecodeBase64 DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeRaw DecodeWebP DrawBoundingBoxes
-DrawBoundingBoxesV2 ExtractGlimpse ExtractGlimpseV2 ExtractJpegShape HSVToRGB
-ImageProjectiveTransformV2 ImageProjectiveTransformV3 NonMaxSuppression NonMaxSuppressionV2 NonMaxSuppressionV3
-NonMaxSuppressionV4 NonMaxSuppressionV5 NonMaxSuppressionWithOverlaps RGBToHSV ResizeArea ResizeBicubic ResizeBilinear
-ResizeNearestNeighbor ScaleAndTranslate
-
-EmptyTensorList TensorArrayCloseV3 TensorArrayConcatV3 TensorArrayGatherV3 TensorArrayReadV3 TensorArrayScatterV3
-TensorArraySizeV3 TensorArraySplitV3 TensorArrayV3 TensorArrayWriteV3 TensorListConcatV2 TensorListElementShape
-TensorListFromTensor TensorListGather TensorListGetItem TensorListLength TensorListPopBack TensorListPushBack
-TensorListReserve TensorListResize TensorListScatterV2 TensorListSetItem TensorListSplit TensorListStack
-
-RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt StatelessRandomGetKeyCounter StatelessRandomNormal
-StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
-"""
 
 # What a SavedModel holds beside these: its variables, and how they are saved and restored.
 VARIABLE_OPS = """
@@ -2886,96 +2319,6 @@ class BaseModel:
     input_size: tuple[int, int]  # height, width
     bottleneck_size: int
     trusted: bool = False  # whether its graph may hold any operation
-
-
-class LiteModel:
-    """A .tflite network on one interpreter, for one thread at a time: float32 [height, width, 3] to float32 [n]."""
-
-    def __init__(self, path: Path, threads: int = 1):
-        """Load `path`. Raises UserError for a file that LiteRT can't run."""
-        try:
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError as error:
-            raise UserError(f"LiteRT can't be loaded ({error}); install it with: {INSTALL} ai-edge-litert") from error
-        try:
-            self.interpreter = Interpreter(str(path), num_threads=threads)
-            (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
-        except (ValueError, RuntimeError, TypeError) as error:  # UnicodeDecodeError, for names, is a ValueError
-            raise UserError(f"{path} is no model that LiteRT can run ({str(error).splitlines()[0]}).") from error
-        shapes = [details["shape"].tolist() for details in (self.input, *self.outputs)]
-        sizes = [len(shape) for shape in shapes]
-        rows = len(self.outputs)
-        if not rows or sizes != [4, *[2] * rows] or shapes[0][::3] != [1, 3] or min(sum(shapes, [])) < 1:
-            raise UserError(
-                f"{path} is no model from a picture to a row of numbers, but from {shapes[0]} to {shapes[1:]}."
-            )
-        self.input_size, self.output_size = tuple(shapes[0][1:3]), shapes[1][1]
-        self.path, self.prepared = path, False
-
-    def prepare(self) -> None:
-        """Lay out and pack the weights, which takes a tenth of a second, if that is not done yet.
-
-        Raises UserError for a file that LiteRT can't run.
-        """
-        if not self.prepared:
-            try:
-                with quiet_stderr():
-                    self.interpreter.allocate_tensors()
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"{self.path} is no model that LiteRT can run ({error}).") from error
-            self.prepared = True
-
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the first output, float32 [n], for pixels float32 [height, width, 3]."""
-        return self.run(pixels)[0]
-
-    def run(self, pixels: np.ndarray) -> list[np.ndarray]:
-        """Return all outputs, float32 [n] each, for pixels float32 [height, width, 3]; raise UserError as `prepare`.
-
-        Those of a trained graph are the scores and the bottleneck.
-        """
-        self.prepare()  # not before, so that the threads that still prepare theirs don't hold up those that have
-        try:
-            self.interpreter.set_tensor(self.input["index"], pixels[None])
-            self.interpreter.invoke()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path} is no model that LiteRT can run ({str(error).splitlines()[0]}).") from error
-        return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
-
-
-# So many bytes more than now may be taken to try a network.
-MOST_TRYING = 4 << 30
-
-
-def try_lite(path: Path) -> None:
-    """Run a .tflite of unknown origin once, on black; raises UserError if LiteRT can't. See check_lite."""
-    if sys.platform == "linux":
-        import resource
-
-        now = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
-        limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
-        most = min([now + MOST_TRYING, *limits])
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    with quiet_stderr():  # C++ says why it gives up
-        model = LiteModel(path)
-        model(np.zeros([*model.input_size, 3], np.float32))
-
-
-def check_lite(path: Path) -> None:
-    """Raise UserError for a .tflite that LiteRT can't run, or that makes it crash, as some damaged ones do."""
-    in_child(f"{path} is no model that LiteRT can run", 60, True, try_lite, path)
-
-
-def sealed(lite: bytes) -> bytes:
-    """Return a .tflite with its SHA-256 behind it, where LiteRT doesn't look: a flipped bit gives other features."""
-    return lite + hashlib.sha256(lite).digest()
-
-
-def check_seal(path: Path) -> None:
-    """Raise UserError unless a .tflite is as `sealed` left it."""
-    data = memoryview(path.read_bytes() if path.is_file() else b"")  # whose parts are no copies of a hundred megabytes
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise UserError(f"{path} is damaged.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3318,41 +2661,6 @@ def choose_graph(architecture: str, model_dir: Path, model_url: str) -> tuple[st
         return "starter", find_starter(model_dir), warning
 
 
-def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
-    """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
-    import_tensorflow()
-    from tensorflow.python.framework import op_def_registry
-
-    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
-    # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
-    names = (function.signature.name for function in graph.library.function)
-    allowed = {*PURE_OPS.split(), *also.split(), *(name for name in names if op_def_registry.get(name) is None)}
-    for node in itertools.chain.from_iterable(bodies):
-        if node.op not in allowed:
-            raise UserError(
-                f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
-                "program, which could read and write your files; if you trust whoever made it, add --trust_model."
-            )
-
-
-def read_graph(path: Path, trusted: bool = False) -> GraphDef:
-    """Return the GraphDef of a file, as it is. Raises UserError for a file that is none.
-
-    trusted: whether it may hold any operation; else UserError is raised for one that is not in PURE_OPS.
-    """
-    graph = import_tensorflow().compat.v1.GraphDef()
-    try:
-        graph.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, by its several names
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
-        raise UserError(
-            f"{path} ({size}) is no TensorFlow graph, or not a whole one; put the right file there."
-        ) from error
-    if not trusted:
-        check_ops(graph, path)
-    return graph
-
-
 def load_graph(path: Path, trusted: bool = False) -> GraphDef:
     """Return the GraphDef of a base model from image bytes to bottleneck, folded and fit for batches of any size.
 
@@ -3376,59 +2684,6 @@ def load_graph(path: Path, trusted: bool = False) -> GraphDef:
                 shape[0] = -1
                 node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
     return graph
-
-
-@contextlib.contextmanager
-def telling_of_damage(path: Path) -> Iterator[None]:
-    """Turn whatever comes of nodes that are not as their neighbours take them to be into a UserError."""
-    try:
-        yield
-    except (LookupError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        raise UserError(f"{path} is a damaged graph ({printable(first_line(error))}).") from error
-
-
-def fold_batch_norm(graph: GraphDef) -> GraphDef:
-    """Return a GraphDef with batch normalisation folded into the convolutions before it, and without CheckNumerics.
-
-    BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs:
-    (conv(x, w) - mean) / sqrt(variance + epsilon) * gamma + beta = conv(x, w * scale) + (beta - mean * scale).
-    """
-    tf = import_tensorflow()
-    nodes = {node.name: node for node in graph.node}
-    folded = type(graph)()
-    folded.library.CopyFrom(graph.library)
-    # Old enough for any reader of TensorFlow 1, new enough for the ops that are left.
-    folded.versions.producer = max(graph.versions.producer, 21)
-    constants = {}
-
-    def value(name: str) -> np.ndarray:
-        return tf.make_ndarray(nodes[name].attr["value"].tensor)
-
-    for node in graph.node:
-        if node.op != "BatchNormWithGlobalNormalization":
-            continue
-        conv, mean, variance, beta, gamma = node.input
-        scale = 1 / np.sqrt(value(variance) + node.attr["variance_epsilon"].f)
-        if node.attr["scale_after_normalization"].b:
-            scale = scale * value(gamma)
-        weights = nodes[conv].input[1]
-        constants[weights] = value(weights) * scale  # [height, width, inputs, outputs] * [outputs]
-        constants[beta] = value(beta) - value(mean) * scale
-    for node in graph.node:
-        if node.op == "CheckNumerics":
-            continue
-        copy = folded.node.add()
-        if node.op == "BatchNormWithGlobalNormalization":
-            copy.name, copy.op = node.name, "BiasAdd"
-            copy.input.extend([node.input[0], node.input[3]])
-            copy.attr["T"].CopyFrom(node.attr["T"])
-            continue
-        copy.CopyFrom(node)
-        if node.name in constants:
-            copy.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(constants[node.name].astype(np.float32)))
-        del copy.input[:]
-        copy.input.extend(name for name in node.input if not name.startswith("^"))
-    return folded
 
 
 def pool_after_convolving(graph: GraphDef) -> GraphDef:
@@ -3458,15 +2713,6 @@ def pool_after_convolving(graph: GraphDef) -> GraphDef:
             user.input[list(user.input).index(conv.name)] = pool.name
         conv.input[0], pool.input[0] = pool.input[0], conv.name
     return swapped
-
-
-def graph_input_size(graph: GraphDef) -> tuple[int, int]:
-    """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its pictures."""
-    tf = import_tensorflow()
-    nodes = {node.name: node for node in graph.node}
-    size = nodes[nodes[RESIZED_NODE].input[1]]
-    height, width = (int(side) for side in tf.make_ndarray(size.attr["value"].tensor))
-    return height, width
 
 
 def graph_bottleneck_size(graph: GraphDef) -> int:
@@ -3502,9 +2748,9 @@ def convert_to_lite(graph_path: Path, lite_path: Path, trusted: bool = False) ->
     except Exception as error:  # the converter raises many kinds
         raise ConversionError(str(error).strip().splitlines()[0]) from error
     with whole_file(lite_path) as temporary:
-        temporary.write_bytes(sealed(lite))
+        temporary.write_bytes(lite)
         try:
-            LiteModel(temporary).prepare()
+            LiteModel(temporary)
         except UserError as error:
             raise ConversionError("it has operators that LiteRT doesn't know") from error
 
@@ -3535,16 +2781,13 @@ def load_base_model(
     folders = keeping_folders(graph_path.parent, cache_dir)
     for lite_path in (folder / lite_name for folder in folders):
         with contextlib.suppress(UserError, ValueError):  # not there yet, or damaged
-            check_seal(lite_path)
             lite = LiteModel(lite_path)
             break
     else:
         lite_path = folders[0] / lite_name
         log.info("Converting the base model for the LiteRT engine, once.")
-        # In a process of its own: TensorFlow can crash on a damaged graph, and hears no Ctrl-C meanwhile.
-        what = f"{graph_path} is no graph that TensorFlow can convert"
         try:
-            in_child(what, 600, False, convert_to_lite, graph_path, lite_path, trusted)
+            convert_to_lite(graph_path, lite_path, trusted)
         except ConversionError as error:
             log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
             graph = load_graph(graph_path, trusted)
@@ -4036,7 +3279,7 @@ def read_job(job: bytes, file_system: FileSystem | None = None) -> bytes:
     path, recipe, variants = pickle.loads(job)
     try:
         record = record_of(path, recipe)  # before it is read, as extract does
-        return pickle.dumps((record, read_bytes(path, file_system), variants))
+        return pickle.dumps((record, read_anywhere(path, file_system), variants))
     except ImageError as error:
         return pickle.dumps(str(error))
     except OSError as error:
@@ -4103,8 +3346,6 @@ class ClusterWorker:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
             path = Path(folder, network_file)
             path.write_bytes(data)
-            if network_file == "lite_path":
-                check_seal(path)
             at_once = networks(dataclasses.replace(self.base, **{network_file: path}), engine, LARGEST_BLOCK)
         self.network = at_once[0]
         self.network(np.zeros([*self.base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
@@ -4869,8 +4110,7 @@ def log_two_stages(stages: TwoStages, held_out: Rows) -> None:
 def import_matplotlib() -> types.ModuleType:
     """Import matplotlib's figures, which only the pictures of training need. Raises UserError if they are missing."""
     try:
-        with leaving_at_once():
-            import matplotlib.figure
+        import matplotlib.figure
     except ImportError as error:
         raise UserError(f"matplotlib can't be loaded ({error}); install it with: {INSTALL} matplotlib") from error
     return matplotlib.figure
@@ -5267,56 +4507,6 @@ def calibration_error(probabilities: np.ndarray, classes: np.ndarray, bins: int 
     return float(np.abs(gaps).sum() / len(classes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Familiar:
-    """What tells a picture like those of the training from one of something else, for predict.py's `unsure`.
-
-    exemplars: float16 [k, n], unit vectors in the middle of clusters of the training's bottlenecks. A picture is named
-    if its bottleneck has a cosine of `least_similarity` with one of them, and its best score is `least_score`.
-    """
-
-    exemplars: np.ndarray
-    least_similarity: float
-    least_score: float
-    coverage: float
-
-    def similarity(self, features: np.ndarray) -> np.ndarray:
-        """Return the greatest cosine with an exemplar, float32 [rows], of bottlenecks [rows, n]."""
-        return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=1)
-
-    def unsure(self, features: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Tell of bottlenecks [rows, n] and scores [rows, classes] which are not to be named, bool [rows]."""
-        return (self.similarity(features) < self.least_similarity) | (scores.max(axis=1) < self.least_score)
-
-    def as_facts(self) -> dict:
-        """Return it as it is kept in output_graph.json."""
-        return {
-            "coverage": self.coverage,
-            "least_score": self.least_score,
-            "least_similarity": self.least_similarity,
-            "exemplars_shape": self.exemplars.shape,
-            "exemplars_float16": base64.b64encode(self.exemplars.tobytes()).decode("ascii"),
-        }
-
-    @classmethod
-    def from_facts(cls, facts: dict) -> Familiar:
-        """Return what `as_facts` has kept. Raises ValueError for facts that nobody can have kept."""
-        try:
-            values = np.frombuffer(base64.b64decode(facts["exemplars_float16"], validate=True), np.float16)
-            exemplars = values.reshape([int(side) for side in facts["exemplars_shape"]])
-            limits = [float(facts[name]) for name in ("least_similarity", "least_score", "coverage")]
-        except (KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"no measure of what is familiar ({error})") from None
-        if exemplars.ndim != 2 or not np.isfinite(exemplars).all() or not np.isfinite(limits).all():
-            raise ValueError("no measure of what is familiar")
-        return cls(exemplars, *limits)
-
-
-def unit(features: np.ndarray) -> np.ndarray:
-    """Return vectors [rows, n] brought to length 1."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-
-
 EXEMPLARS = 16  # of each class, as long as all classes together have no more than
 MOST_EXEMPLARS = 1024
 
@@ -5386,8 +4576,8 @@ def doubtful_labels(probabilities: np.ndarray, classes: np.ndarray) -> list[Doub
 
     probabilities: float32 [rows, classes] of heads that never saw the row.
     """
-    with leaving_at_once():
-        from cleanlab.filter import find_label_issues
+    from cleanlab.filter import find_label_issues
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = find_label_issues(
@@ -6054,10 +5244,10 @@ def shortened(label: str, longest: int = LONGEST_LABEL) -> str:
 @contextlib.contextmanager
 def drawing(labels: Sequence[str], inches: tuple[float, float]) -> Iterator[tuple]:
     """Yield an empty matplotlib figure, the names of the classes to write on it, and letters that no font here has."""
-    with leaving_at_once():
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     fonts, missing = fonts_for("".join(labels))
     names = [
@@ -6325,28 +5515,6 @@ def write_projector(report: Report, features: np.ndarray, folder: Path) -> None:
 # ======================================================================================================================
 # Export: the trained graph in its formats
 # ======================================================================================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputFiles:
-    """Where a graph and what belongs to it lie: x.pb, and beside it x.tflite and x.json, which ties the three."""
-
-    graph: Path
-
-    @classmethod
-    def of(cls, path: str) -> OutputFiles:
-        """Return the files of a graph, or of a .tflite that has lost its graph."""
-        return cls(Path(path.removesuffix(".tflite") + ".pb" if path.endswith(".tflite") else path))
-
-    @property
-    def lite(self) -> Path:
-        """The same network for LiteRT."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".tflite")
-
-    @property
-    def facts(self) -> Path:
-        """What predict.py needs beyond the network, as JSON."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".json")
 
 
 HEAD_NODES = ("input/", "final_training_ops/")
@@ -6631,24 +5799,6 @@ def place_of_file(path: Path) -> Path:
     return Path(os.path.normcase(os.path.realpath(path)))
 
 
-def check_writable(name: str, path: Path, is_folder: bool) -> None:
-    """Raise UserError if a file or folder, by the name of its flag, can't be written."""
-    path = path.absolute()
-    if not is_folder and path.is_dir():
-        raise UserError(f"--{name} {path}: a folder of that name lies there; name another file.")
-    places = [path, *path.parents] if is_folder else path.parents
-    place = next(place for place in places if place.exists())
-    if not place.is_dir():
-        raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
-    if not os.access(path if is_device(path) else place, os.W_OK):
-        raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
-
-
-def is_device(path: Path) -> bool:
-    """Tell whether a path is neither file nor folder, such as /dev/null, into which any number of flags may write."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
 def folders_read(flags: argparse.Namespace) -> list[tuple[str, Path]]:
     """Return (flag, path) of each folder that holds class folders of pictures."""
     return [(name, Path(getattr(flags, name))) for name in PICTURE_FOLDERS if getattr(flags, name)]
@@ -6670,7 +5820,7 @@ def check_apart(flags: argparse.Namespace) -> None:
     readers, classes = {place_of_file(path): name for name, path in reversed(read)}, class_folders(flags)
     writers: dict[Path, str] = {}
     for name, path in written:
-        if is_device(path):
+        if path.is_char_device():
             continue
         place = place_of_file(path)
         if reader := readers.get(place):

@@ -133,23 +133,6 @@ def make_graph(path: Path, seed: int = 0) -> Path:
     return path
 
 
-# Where many small graphs are converted: a process of its own, in which TensorFlow begins anew, takes seconds for each.
-CONVERT_MUCH = {"test_base_model", "test_bottlenecks", "test_export", "test_head", "test_hub", "test_predict"}
-
-
-@pytest.fixture(autouse=True)
-def conversion_in_this_process(request, monkeypatch):
-    """Convert here, but for the runs of scripts and in the tests that are about that process of its own."""
-    in_child = retrain.in_child
-
-    def only_others(what: str, seconds: float, forked: bool, work, *arguments):
-        here = work is retrain.convert_to_lite
-        return work(*arguments) if here else in_child(what, seconds, forked, work, *arguments)
-
-    if request.module.__name__ in CONVERT_MUCH:
-        monkeypatch.setattr(retrain, "in_child", only_others)
-
-
 @pytest.fixture(scope="session")
 def small_graph(tmp_path_factory) -> Path:
     """The small base model, in a folder of its own where its conversion may be kept."""

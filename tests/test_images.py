@@ -222,7 +222,7 @@ def test_the_content_tells_the_format_and_not_the_ending(tmp_path, form, name):
 @pytest.mark.parametrize("form", ["TIFF", "PPM", "ICO", "TGA"])
 def test_other_formats_are_refused_by_name(form):
     with pytest.raises(
-        ImageError, match="a picture in TIFF or raw format, which is not read|not a picture in JPEG, PNG, GIF, BMP or"
+        ImageError, match="an image in TIFF or raw format, which is not read|not an image in JPEG, PNG, GIF, BMP or"
     ):
         decoded(encoded(picture(32, 32), form))
 
@@ -366,7 +366,7 @@ def test_a_reduced_photograph_is_turned_upright_too():
 # Damage
 # ----------------------------------------------------------------------------------------------------------------------
 
-NO_PICTURE = "not a picture in JPEG, PNG, GIF, BMP or WebP format"
+NO_PICTURE = "not an image in JPEG, PNG, GIF, BMP or WebP format"
 TRUNCATED = "truncated"
 TOO_MANY_PIXELS = "more pixels"
 

@@ -186,7 +186,7 @@ def test_csv_and_json(folder, capsys):
     assert (rows[0]["label"], rows[0]["error"]) == ("red things", "")
     assert {label: f"{float(rows[0][label]):.5f}" for label, _ in printed} == dict(printed)
     assert rows[0]["score"] == rows[0]["red things"]
-    reason = "not a picture in JPEG, PNG, GIF, BMP or WebP format"
+    reason = "not an image in JPEG, PNG, GIF, BMP or WebP format"
     assert list(rows[1].values()) == ["broken.jpg", "", "", reason, "", "", "", ""]
 
     good, bad = json.loads(Path("new/out.json").read_text("utf-8"))
@@ -222,7 +222,7 @@ def test_unreadable_pictures_are_told_and_the_others_go_on(folder, capsys):
     bad = {
         "a.jpg": (b"", "the file is empty"),
         "c.jpg": (good[:-600], "the file is truncated"),
-        "d.txt": (b"hello", "not a picture in JPEG, PNG, GIF, BMP or WebP format"),
+        "d.txt": (b"hello", "not an image in JPEG, PNG, GIF, BMP or WebP format"),
     }
     for name, (data, _) in bad.items():
         Path(name).write_bytes(data)
@@ -332,7 +332,7 @@ def varied(folder) -> list[str]:
     names = []
     for orientation in (1, 3, 6):
         exif = PIL.Image.Exif()
-        exif[retrain.ORIENTATION_TAG] = orientation
+        exif[0x0112] = orientation
         names.append(f"turned{orientation}.jpg")
         both = PIL.Image.blend(colours, picture(GREEN, 3), 0.4)
         both.save(names[-1], exif=exif, quality=95)
@@ -483,16 +483,16 @@ def test_a_missing_picture_does_not_keep_the_others_from_being_named(folder, cap
     assert predict.main(["--image", "nosuch.jpg", "a.jpg", "--top_k", "1"]) == 1
     said = capsys.readouterr()
     assert said.out.startswith("a.jpg\n")
-    assert said.err == "predict.py: error: nosuch.jpg: there is no such picture, or none in that folder\n"
+    assert said.err == "predict.py: error: nosuch.jpg: there is no such image, or none in that folder\n"
 
 
 def test_what_is_not_found_is_told_with_the_likely_cause(folder, capsys):
     save("more/red/a.jpg")
     Path("empty/red").mkdir(parents=True)
     for arguments, said in (
-        (["my", "photos"], "--image my, photos: there is no such picture; put a name that has spaces into quotes."),
+        (["my", "photos"], "--image my, photos: there is no such image; put a name that has spaces into quotes."),
         (["empty"], "--image empty: there is no file in that folder, nor in those in it"),
-        (["nosuch.jpg"], "--image nosuch.jpg: there is no such picture."),
+        (["nosuch.jpg"], "--image nosuch.jpg: there is no such image."),
         (["more/red/a.jpg", "--csv", "more"], f"--csv {Path('more').resolve()}: a folder of that name lies there"),
     ):
         assert predict.main(arguments) == 1
@@ -516,7 +516,7 @@ def test_a_pipe_among_the_pictures_is_told_and_not_waited_for(folder, capsys):
     save("pictures/a.jpg")
     os.mkfifo("pictures/pipe")
     assert predict.main(["--image", "pictures", "--top_k", "1"]) == 1
-    assert "pictures/pipe: there is no such picture" in capsys.readouterr().err
+    assert "pictures/pipe: there is no such image" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no /dev/stdout")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import predict
-import retrain
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +114,21 @@ def test_a_function_can_not_borrow_the_name_of_an_operation(tf, bare, trained, c
 def test_every_op_on_the_list_is_one_of_tensorflow(tf):
     from tensorflow.python.framework import op_def_registry
 
-    assert [op for op in retrain.PURE_OPS.split() if op_def_registry.get(op) is None] == []
+    assert [op for op in predict.PURE_OPS.split() if op_def_registry.get(op) is None] == []
 
 
 def test_no_op_on_the_list_touches_files_or_runs_other_code(tf):
     from tensorflow.python.framework import op_def_registry
 
     # TensorFlow calls stateful what touches something, but also lists of tensors, random numbers, and whatever calls.
-    stateful = {op for op in retrain.PURE_OPS.split() if op_def_registry.get(op).is_stateful}
+    stateful = {op for op in predict.PURE_OPS.split() if op_def_registry.get(op).is_stateful}
     known = (
         "Assert Case CheckNumerics CheckNumericsV2 GuaranteeConst If While StatefulPartitionedCall FractionalAvgPool"
     )
     random = "RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt TruncatedNormal"
     assert {op for op in stateful if not op.startswith("TensorArray")} <= {*known.split(), *random.split()}
     harmful = "ReadFile MatchingFiles ImmutableConst DebugIdentity PyFuncStateless XlaCustomCall XlaCustomCallV2"
-    assert not {*harmful.split()} & set(retrain.PURE_OPS.split())
+    assert not {*harmful.split()} & set(predict.PURE_OPS.split())
 
 
 def test_plain_mathematics_needs_no_trust(tf):

@@ -175,7 +175,7 @@ def seed_pictures() -> dict[str, bytes]:
     image, other = (picture(colour, 7, (90, 70)) for colour in list(COLOURS.values())[:2])
     exif = {turn: PIL.Image.Exif() for turn in range(1, 9)}
     for turn, block in exif.items():
-        block[retrain.ORIENTATION_TAG] = turn
+        block[0x0112] = turn
     deep = PIL.Image.fromarray((np.asarray(image.convert("L"), np.uint16) << 8) + 77)
     from PIL import ImageCms
 
@@ -350,6 +350,7 @@ def write_bombs(folder: Path) -> list[Path]:
 # Prints the MB that reading a file takes beyond reading a small one, the seconds, and what came of it.
 READ_ONE = """
 import re, sys, time
+import predict
 import retrain
 def peak():  # getrusage tells the peak of whoever started us, if that is higher
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -833,7 +834,7 @@ def hostile_graphs(t: Torture) -> None:
     from tensorflow.python.client import pywrap_tf_session
 
     known = op_def_pb2.OpList.FromString(pywrap_tf_session.TF_GetBuffer(pywrap_tf_session.TF_GetAllOpList()))
-    names = [op.name for op in known.op if op.name not in retrain.PURE_OPS.split()] + ["CustomOp"]
+    names = [op.name for op in known.op if op.name not in predict.PURE_OPS.split()] + ["CustomOp"]
     if t.share < 1:
         names = t.random("ops").sample(names, t.count(len(names))) + ["ReadFile", "PyFunc"]
     path, lost = t.place("graphs") / "graph.pb", []
