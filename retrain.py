@@ -6274,5 +6274,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # where `python -I` and -P don't look
     end_process(importlib.import_module(Path(__file__).stem).main())

@@ -139,29 +139,6 @@ def test_sh_tries_again_after_a_failed_installation(start):
 
 
 @POSIX
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_in_an_import_is_not_lost(tmp_path, name, code):
-    """An exception in a destructor is, as in the callbacks of Python's import locks; stderr is away meanwhile."""
-    script = f"""
-import os, retrain, signal, sys
-
-class Imported:
-    def __del__(self):
-        os.kill(os.getpid(), signal.{name})
-
-def work():
-    with retrain.quiet_stderr() as stderr, retrain.leaving_at_once(stderr):
-        Imported()
-    print("not stopped")
-
-sys.argv = ["retrain.py"]
-retrain.exit_code("retrain.py", work)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "retrain.py: stopped.\n")
-
-
-@POSIX
 @pytest.mark.parametrize("python", ["python3", "python3.11", "python"])
 def test_sh_finds_python_by_its_names(start, python):
     assert start(python=python).returncode == 7
@@ -436,14 +413,3 @@ def test_the_one_command_works_offline_on_the_starter(clone):
     right = [Path(entry["image"]).name.startswith(entry["predictions"][0]["label"]) for entry in entries]
     assert len(right) == 10
     assert sum(right) >= 8
-
-
-def test_python_may_be_told_not_to_look_beside_the_script(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-I", ROOT / "retrain.py", "--image_dir", "nowhere"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("retrain.py: error: --image_dir nowhere: there is no such folder")

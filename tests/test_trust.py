@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import predict
+import retrain
 
 
 @pytest.fixture(scope="module")
