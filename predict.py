@@ -44,6 +44,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+# Where every default lies: beside the scripts, wherever they are started from, unless RETRAIN_HOME names a folder.
+HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
 # What installs a package where this Python looks for it.
 INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
 
@@ -238,12 +240,19 @@ def printable(text: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistyped flag with the one that was probably meant."""
+    """An argument parser that answers a mistyped flag with the one that was probably meant.
+
+    meant: our flag for what users of other programs type (without its dashes).
+    """
+
+    meant: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
-            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            name = wrong.lstrip("-").replace("-", "_")
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
+            near = [self.meant[name]] if name in self.meant else near
             if not near and Path(wrong).is_dir() and "--image_dir" in self._option_string_actions:
                 near = [f"--image_dir {wrong}"]
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
@@ -262,7 +271,7 @@ def number(kind: type, low: float, high: float = math.inf, also: Sequence[float]
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
-        if not (low <= value <= high or value in also):
+        if not (low <= value <= high and math.isfinite(value)) and value not in also:
             allowed = f"{low} to {high}" if high < math.inf else f"{low} or more"
             allowed += "".join(f", or {other}" for other in also)
             raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
@@ -278,6 +287,11 @@ def switch(text: str) -> bool:
     if text.lower() in ("false", "f", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def at_home(name: str) -> str:
+    """Return a flag's default: the path of a file or folder that lies beside the scripts, as short as can be."""
+    return name if Path.cwd() == HOME else str(HOME / name)
 
 
 def check_writable(name: str, path: Path, is_folder: bool) -> None:
@@ -699,6 +713,16 @@ class OutputFiles:
     def facts(self) -> Path:
         """What predict.py needs beyond the network, as JSON."""
         return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".json")
+
+    @property
+    def labels(self) -> Path:
+        """The classes, a line each: output_labels.txt of output_graph.pb, ants_labels.txt of ants.pb."""
+        return self.graph.with_name(self.graph.name.removesuffix(".pb").removesuffix("_graph") + "_labels.txt")
+
+    @property
+    def report(self) -> Path:
+        """The report: output_report.html of output_graph.pb, ants_report.html of ants.pb."""
+        return self.graph.with_name(self.graph.name.removesuffix(".pb").removesuffix("_graph") + "_report.html")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,7 @@ from predict import (
     Parser,
     Reading,
     UserError,
+    at_home,
     check_ops,
     check_writable,
     core_count,
@@ -379,36 +380,57 @@ def label_of(folder: str) -> str:
 # Flags: the classic script's names and meanings, and ours
 # ======================================================================================================================
 
+EXAMPLES = """\
+Teach a computer a few classes of images from few samples. Three examples:
 
+  python retrain.py --image_dir photos
+      learn the classes of photos/cats, photos/dogs and so on: a folder of images for each class
+  python retrain.py --image_dir birds --output_graph birds.pb
+      keep the classifier under a name of its own, beside those that were trained before
+  python retrain.py --crawl names.txt --crawl_count 100
+      first download 100 images for each name in the file
+"""
+# The flags that --help shows; the others are under `--help all`.
+EVERYDAY = "image_dir how_many_training_steps output_graph architecture testing_percentage validation_percentage "
+EVERYDAY += "exclude relabel crawl crawl_count"
+# What users of other programs type, and what it is called here.
+MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "--learning_rate"}
+MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
 OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 # The base models by their names, and the layers that each can keep as its bottleneck, the usual one first.
 ARCHITECTURES = {"auto": (), "inception_v3": (), "starter": (), "vgg16": ("avg_pool", "block5_pool", "fc2")}
+# Kinds of values that several flags take.
+PERCENTAGE, RATE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(float, 0), number(int, 1), number(int, 1, also=[-1])
 
 
-def verbosity(text: str) -> str:
-    """Read a level of --logging_verbosity."""
-    if text.upper() not in ("DEBUG", "INFO", "WARN", "ERROR", "FATAL"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of DEBUG, INFO, WARN, ERROR and FATAL")
-    return text.upper()
+class Help(argparse.Action):
+    """Prints the flags of every day, or all of them; what stands before --help on the command line counts as default.
+
+    So `retrain.sh --help` tells the number of steps that retrain.sh passes.
+    """
+
+    def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
+        if value not in (None, "all"):
+            parser.error(f"--help {value}: write --help, or --help all")
+        for action in parser._actions:
+            action.default = getattr(namespace, action.dest, None)
+            if value is None and action.dest not in (*EVERYDAY.split(), "help"):
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag that may stand alone as one that does."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        alone = action.nargs == "?"
+        return ", ".join(action.option_strings) if alone else super()._format_action_invocation(action)
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Read the numbers of a flag such as --hidden_units 512,256; '' for none."""
-    return tuple(number(int, 1)(part) for part in text.split(",")) if text.strip() else ()
-
-
-def name_of_file(text: str) -> str:
-    """Read the name of a file or folder that must be given."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it needs a name")
-    return text
-
-
-def report_name(text: str) -> str:
-    """Read the name of the report's picture."""
-    if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
-    return text
+    return tuple(map(COUNT, text.split(","))) if text.strip() else ()
 
 
 def is_store_url(text: str) -> bool:
@@ -427,152 +449,150 @@ def ip_networks(text: str) -> tuple:
 def add_flag(
     group: argparse._ActionsContainer,
     name: str,
-    default: object,
-    kind: Callable,
-    metavar: str,
+    metavar: str | None,
     purpose: str,
+    default: object = "",
+    kind: Callable = str,
     **options: Any,
 ) -> None:
-    """Add a flag to a group of the parser; its default is told with its purpose, unless that is 'nothing'."""
-    told = "" if default in (None, "", ()) or kind in (switch, source_named) else f" ({default})"
-    if kind in (switch, ip_networks):
-        options = {"nargs": "?", "const": True if kind is switch else ip_networks("all")}
-    group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose + told, **options)
+    """Add a flag to a group of the parser; without a metavar, it needs no value, though --flag=true is read, too.
+
+    --help tells its default after its purpose, unless that is 'nothing'.
+    """
+    if not metavar and "choices" not in options:
+        default, kind, options = False, switch, {"nargs": "?", "const": True}
+    if default not in (None, "", (), False):
+        purpose += " (%(default)s)"
+    group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose, **options)
 
 
-def add_crawl_flags(room: Callable) -> None:
-    """Add the flags of the room crawl; `room` gives the function that adds to a room's group."""
-    flag = room("crawl")
-    flag("--crawl", "", str, "FILE", "first collect pictures of the classes named in FILE, a line each")
-    flag("--crawl_count", None, number(int, 1), "N", "pictures wanted for each class")
-    flag("--crawl_dir", "", str, "DIR", "where they go, a folder per class; by default the --image_dir")
-    flag("--crawl_only", False, switch, "BOOL", "don't train afterwards")
-    flag(
-        "--crawl_source",
-        None,
-        source_named,
-        "SOURCE",
-        "where they are looked up, the preferred source first: openverse, bing, baidu, page:URL, list:FILE "
-        "({} in URL or FILE is for the search words; openverse gives more with a key in OPENVERSE_TOKEN) (openverse)",
-        nargs="+",
-        action="extend",
-    )
-    flag("--crawl_min_side", 100, number(int, 1), "N", "pixels that the shorter side must have")
-    flag("--crawl_max_bytes", 20_000_000, number(int, 1), "N", "largest file that is fetched")
-    flag("--crawl_parallel", 8, number(int, 1, 64), "N", "downloads at once")
-    flag("--crawl_host_parallel", None, number(int, 1, 64), "N", "of them from one host (2; all with a delay of 0)")
-    flag("--crawl_host_delay", 1.0, number(float, 0, 3600), "S", "seconds between two requests to one host")
-    flag("--crawl_timeout", 15.0, number(float, 0.1, 3600), "S", "seconds without an answer until one is given up")
-    flag(
-        "--crawl_allow_private",
-        (),
-        ip_networks,
-        "NET",
-        "allow pictures at private addresses: all, or in these networks",
-    )
+def add_image_flags(flag: Callable) -> None:
+    """Add the flags of the room images; `flag` adds one to the room's group."""
+    flag("--image_dir", "DIR", "folder that holds a folder of images for each class (also s3://...)", at_home("data"))
+    flag("--testing_percentage", "N", "percent of the images that are kept for the final test", 10, PERCENTAGE)
+    flag("--validation_percentage", "N", "percent that are kept to validate during training", 10, PERCENTAGE)
+    flag("--test_dir", "DIR", "test on the images of this folder instead")
+    flag("--validation_dir", "DIR", "validate on the images of this folder instead")
+    flag("--split_file", "FILE", "table of each image's path, label, and training, validation or testing; with tabs")
+    flag("--write_split_file", "FILE", "write such a table of this run")
+    flag("--exclude", "FILE", "leave out the images in this list, which the report can save")
+    flag("--relabel", "FILE", "train the images in this list, which the report can save, under its labels")
+    flag("--coarse_image_dir", "DIR", "train first on these many images, which may be mislabelled, then on --image_dir")
+    flag("--ignore_exif_orientation", None, "don't turn photographs upright (the classic script never did)")
+    flag("--exact_decode", None, "read very large photographs at full size: slower (the classic script always did)")
 
 
-def add_picture_flags(room: Callable) -> None:
-    """Add the flags of the rooms from images to bottlenecks."""
-    percentage, share = number(int, 0, 100), number(int, 0, 99)
-    flag = room("images")
-    flag(
-        "--image_dir",
-        None,
-        name_of_file,
-        "DIR",
-        "holds a folder of pictures per class; or s3://, gs://, hdfs:// (data; with --crawl, crawled)",
-    )
-    flag("--testing_percentage", 10, share, "N", "percentage kept for the final test")
-    flag("--validation_percentage", 10, share, "N", "percentage kept for validation")
-    flag("--validation_dir", "", str, "DIR", "validate on these pictures, with the same class folders as --image_dir")
-    flag("--test_dir", "", str, "DIR", "test on these, likewise")
-    flag("--split_file", "", str, "FILE", "table of which picture does what: path, label, training|validation|testing")
-    flag("--write_split_file", "", str, "FILE", "write such a table of this run")
-    flag("--coarse_image_dir", "", str, "DIR", "train on these coarse pictures first, then on those of --image_dir")
-    flag("--ignore_exif_orientation", False, switch, "BOOL", "read photographs as they lie, like the classic script")
-    flag("--exclude", "", str, "FILE", "leave out the pictures in this list, such as output_report.tsv when edited")
-    flag("--exact_decode", False, switch, "BOOL", "decode very large photographs at full size, like the classic script")
-    flag = room("base model")
-    flag("--architecture", "auto", str, "NAME", "inception_v3, starter, vgg16, or auto: inception_v3, else starter")
-    flag("--bottleneck_layer", "", str, "NAME", "of vgg16: avg_pool (the usual one), block5_pool or fc2")
-    flag("--model_dir", "inception_model", name_of_file, "DIR", "where the base model lies, or is downloaded to")
-    flag("--model_url", "", str, "URL", "another address of the base model, graph (.pb) or archive (.tgz)")
-    flag("--trust_model", False, switch, "BOOL", "run a base model whatever it does: a graph is a program")
-    flag("--tfhub_module", "", str, "HANDLE", "a TF-Hub or Kaggle address, or a SavedModel folder, as the base model")
-    flag("--image_size", 0, number(int, 1, also=[0]), "N", "input size of a --tfhub_module that leaves it free")
-    flag("--engine", "auto", str, "NAME", "litert, tensorflow (in batches), or auto: tensorflow if there is a GPU")
-    flag("--cpu_threads", 0, number(int, 1, also=[0]), "N", "how many cores to use; 0 for all")
-    flag = room("bottlenecks")
-    flag("--bottleneck_dir", "bottleneck", name_of_file, "DIR", "where the features are kept, a file per picture")
-    flag("--ray_address", "", str, "ADDR", "compute them on a Ray cluster: auto, host:port, or local for this machine")
-    flag("--ray_shared_files", False, switch, "BOOL", "its nodes find the pictures at the same paths as this machine")
-    flag("--flip_left_right", False, switch, "BOOL", "also train on pictures flipped at random")
-    flag("--random_crop", 0, share, "N", "also train on pictures with a margin of N %% cropped away at random")
-    flag("--random_scale", 0, number(int, 0, 1000), "N", "also train on pictures enlarged at random by up to N %%")
-    flag("--random_brightness", 0, percentage, "N", "also train on pictures brighter or darker by up to N %%")
-    flag("--distortions_per_image", 8, number(int, 1, 1000), "N", "such variants of each, computed once and cached")
+def add_crawl_flags(flag: Callable) -> None:
+    """Add the flags of the room crawl."""
+    sources = "where to search, the preferred source first: openverse (used by default), bing, baidu, page:URL, "
+    sources += "list:FILE; {} in URL or FILE stands for the search words; a key in OPENVERSE_TOKEN lets it give more"
+    flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
+    flag("--crawl_count", "N", "how many images to download for each class", None, COUNT)
+    flag("--crawl_dir", "DIR", "folder for the downloaded images, if it is not the --image_dir")
+    flag("--crawl_only", None, "download images, and don't train afterwards")
+    flag("--crawl_source", "SOURCE", sources, None, source_named, nargs="+", action="extend")
+    flag("--crawl_license", "NAMES", "download only images under one of these licenses, as in by,by-sa,cc0")
+    flag("--crawl_min_side", "N", "skip images with fewer pixels on their shorter side", 100, COUNT)
+    flag("--crawl_parallel", "N", "how many downloads run at the same time", 8, number(int, 1, 64))
+    flag("--crawl_host_delay", "S", "seconds between two requests to one server", 1.0, number(float, 0, 3600))
+    flag("--crawl_allow_private", "NET", "also download from such private addresses, or from `all`", (), ip_networks)
 
 
-def add_head_flags(room: Callable) -> None:
-    """Add the flags of the rooms from head to export."""
-    batch, steps = number(int, 1, also=[-1]), number(int, 1)
-    flag = room("head")
-    flag(
-        "--head", "auto", str, "NAME", "softmax: the classic way; auto: another where cross-validation proves it better"
-    )
-    flag("--how_many_training_steps", 4000, number(int, 1), "N", "training steps")
-    flag("--learning_rate", None, number(float, 0), "X", "of the training (0.01; 0.001 with adam and rmsprop)")
-    flag("--hidden_units", None, whole_numbers, "N,N", "fully-connected layers before the softmax, first to last")
-    flag("--dropout", None, number(float, 0, 0.99), "X", "share of a hidden layer that is dropped while training")
-    flag("--batch_norm", False, switch, "BOOL", "batch normalisation in the hidden layers")
-    flag("--optimizer", "sgd", str, "NAME", f"how it is trained: {', '.join(OPTIMIZERS)}")
-    flag("--class_weights", "none", str, "NAME", "balanced: classes count alike even with --train_batch_size -1")
-    flag("--train_batch_size", 100, batch, "N", "pictures drawn for each step, -1 for all")
-    flag("--validation_batch_size", 100, batch, "N", "pictures drawn for each validation, -1 for all")
-    flag("--eval_step_interval", 10, number(int, 1), "N", "steps between two validations")
-    flag("--random_seed", None, number(int, 0), "N", "makes a run repeatable")
-    flag("--coarse_training_steps", 300, steps, "N", "training steps of stage one, on --coarse_image_dir")
-    flag("--coarse_learning_rate", None, number(float, 0), "X", "of stage one (as --learning_rate)")
-    flag("--refine_training_steps", 300, steps, "N", "training steps of stage two, on --image_dir")
-    flag("--refine_learning_rate", None, number(float, 0), "X", "of stage two (0.3 of it; with other classes, all)")
-    flag("--rehearsal", 0.5, number(float, 0, 0.99), "X", "share of stage two in which it goes on with the coarse ones")
-    flag("--summaries_dir", "retrain_logs", str, "DIR", "logs for TensorBoard; '' for none")
-    flag("--checkpoint_path", "", str, "FILE", "also write the head as a TensorFlow checkpoint")
-    flag = room("evaluation")
-    flag("--no_report", False, switch, "BOOL", "no calibration, doubtful pictures and report")
-    flag("--output_report", "output_report.png", report_name, "FILE", "the report; beside it .json and .tsv")
-    flag("--coverage", 0.93, number(float, 0.5, 1), "X", "share of your classes' pictures that predict.py shall name")
-    flag("--quarantine", "", str, "DIR", "copy the pictures that may be in the wrong folder there, to look through")
-    flag("--test_batch_size", -1, batch, "N", "pictures drawn for the final test, -1 for all")
-    flag("--print_misclassified_test_images", False, switch, "BOOL", "list the test pictures taken for another class")
-    flag("--two_stage_picture", "output_two_stage.png", name_of_file, "FILE", "curves of training in two stages")
-    flag("--logging_verbosity", "INFO", verbosity, "LEVEL", "DEBUG, INFO, WARN, ERROR or FATAL")
-    flag = room("export")
-    flag("--output_graph", "output_graph.pb", name_of_file, "FILE", "the trained graph")
-    flag("--output_labels", "output_labels.txt", name_of_file, "FILE", "its classes, a line each")
-    flag("--final_tensor_name", "final_result", str, "NAME", "name of its output")
-    flag("--saved_model_dir", "", str, "DIR", "also write a SavedModel, from image bytes to scores")
-    flag(
-        "--intermediate_output_graphs_dir",
-        "intermediate_graph",
-        name_of_file,
-        "DIR",
-        "for graphs written while training",
-    )
-    flag("--intermediate_store_frequency", 0, number(int, 0), "N", "steps between two of them; 0 for none")
+def add_base_model_flags(flag: Callable) -> None:
+    """Add the flags of the room base model."""
+    flag("--architecture", "NAME", "network that looks at the images: inception_v3, vgg16, starter or auto", "auto")
+    flag("--bottleneck_layer", "NAME", "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2")
+    flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
+    flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
+    flag("--trust_model", None, "run a network although it could read and write files; only for one that you trust")
+    flag("--tfhub_module", "NAME", "use this network from TF-Hub or Kaggle, or in this folder with a SavedModel")
+    flag("--image_size", "N", "pixels of a side that a --tfhub_module is given, if it takes any", 0, number(int, 0))
+    flag("--quantize", None, "compute with 8-bit integers: faster, and a little less exact")
+    flag("--engine", None, "what runs the network; auto: the fastest", "auto", choices=("auto", "litert", "tensorflow"))
+    flag("--cpu_threads", "N", "how many processor cores to use; 0 for all", 0, number(int, 0))
+
+
+def add_bottleneck_flags(flag: Callable) -> None:
+    """Add the flags of the rooms bottlenecks and cluster."""
+    flag("--bottleneck_dir", "DIR", "folder for what the network computes, kept for later runs", at_home("bottleneck"))
+    flag("--flip_left_right", None, "also train on images mirrored at random")
+    flag("--random_crop", "N", "also train on images with a margin of N percent cut off", 0, number(int, 0, 99))
+    flag("--random_scale", "N", "also train on images enlarged by up to N percent", 0, number(int, 0, 1000))
+    flag("--random_brightness", "N", "also train on images brighter or darker by up to N percent", 0, PERCENTAGE)
+    flag("--random_rotation", "N", "also train on images turned by up to N degrees", 0, number(int, 0, 180))
+    flag("--random_color", "N", "also train on images with N percent more or less color and contrast", 0, PERCENTAGE)
+    flag("--distortions_per_image", "N", "how many variants of an image the flags above make", 8, number(int, 1, 1000))
+    flag("--ray_address", "ADDRESS", "compute on a Ray cluster: auto, host:port, or local for one on this machine")
+    flag("--ray_shared_files", None, "the cluster's machines find the images at the same paths as this one does")
+
+
+def add_head_flags(flag: Callable) -> None:
+    """Add the flags of the room head, with the defaults that TrainingSettings has."""
+    usual, share = TrainingSettings(), number(float, 0, 0.99)
+    way = "how the classes are learnt: softmax, step by step, or logistic, at once, which is often a little better"
+    weights = "balanced: a class of few images counts as much as one of many, even with --train_batch_size -1"
+    kept = "share of the later steps in which the images of --coarse_image_dir are trained on, so as not to forget them"
+    flag("--head", None, way, usual.head, choices=("softmax", "logistic"))
+    flag("--how_many_training_steps", "N", "how many steps to train", usual.how_many_training_steps, COUNT)
+    flag("--learning_rate", "X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
+    flag("--train_batch_size", "N", "how many images a step looks at; -1 for all", usual.train_batch_size, COUNT_OR_ALL)
+    flag("--validation_batch_size", "N", "images to validate on; -1 for all", usual.validation_batch_size, COUNT_OR_ALL)
+    flag("--eval_step_interval", "N", "how many steps from one validation to the next", usual.eval_step_interval, COUNT)
+    flag("--random_seed", "N", "any number; two runs with the same one give the same", None, number(int, 0))
+    flag("--hidden_units", "N,N", "train hidden layers of these sizes, too, as in 512,256", None, whole_numbers)
+    flag("--dropout", "X", "share of each hidden layer that a step leaves out at random", None, share)
+    flag("--batch_norm", None, "normalise the hidden layers over each batch of images")
+    flag("--optimizer", None, "how a step is made from the gradient", usual.optimizer, choices=OPTIMIZERS)
+    flag("--class_weights", None, weights, usual.class_weights, choices=("none", "balanced"))
+    flag("--coarse_training_steps", "N", "steps on --coarse_image_dir", usual.coarse_training_steps, COUNT)
+    flag("--coarse_learning_rate", "X", "how far each of those steps goes (as --learning_rate)", None, RATE)
+    flag("--refine_training_steps", "N", "later steps, on --image_dir", usual.refine_training_steps, COUNT)
+    flag("--refine_learning_rate", "X", "how far each of the later steps goes (less than that)", None, RATE)
+    flag("--rehearsal", "X", kept, usual.rehearsal, share)
+
+
+def add_report_flags(flag: Callable) -> None:
+    """Add the flags of the rooms diagnostics and report, and of what is told while the program runs."""
+    sure = "share of its right answers that predict.py shall be sure of; with more, it is sure of more wrong ones, too"
+    flag("--no_report", None, "train, test and write the classifier, and no more: no cross-validation, no report")
+    flag("--output_report", "FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
+    flag("--coverage", "X", sure, 0.93, number(float, 0.5, 1))
+    flag("--test_batch_size", "N", "how many images the final test looks at; -1 for all", -1, COUNT_OR_ALL)
+    flag("--print_misclassified_test_images", None, "list the test images that were taken for another class")
+    flag("--summaries_dir", "DIR", "folder for the log of all steps, also for TensorBoard", at_home("retrain_logs"))
+    levels = ("DEBUG", "INFO", "WARN", "ERROR", "FATAL")
+    flag("--logging_verbosity", None, "how much to print; DEBUG: each step, too", "INFO", str.upper, choices=levels)
+
+
+def add_export_flags(flag: Callable) -> None:
+    """Add the flags of the room export."""
+    flag("--output_graph", "FILE", "the trained classifier", at_home("output_graph.pb"))
+    flag("--output_labels", "FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
+    flag("--final_tensor_name", "NAME", "name of the graph's output, for programs that read the graph", "final_result")
+    flag("--saved_model_dir", "DIR", "also write the classifier as a SavedModel, for other TensorFlow programs")
+    flag("--checkpoint_path", "FILE", "also write what was learnt as a TensorFlow checkpoint")
+    intermediate = at_home("intermediate_graph")
+    flag("--intermediate_output_graphs_dir", "DIR", "folder for classifiers of the steps before the last", intermediate)
+    flag("--intermediate_store_frequency", "N", "steps from one of those to the next; 0 for none", 0, number(int, 0))
 
 
 def build_parser() -> Parser:
     """Return the parser of the command line, with a group of flags for each room."""
-    parser = Parser(prog="retrain.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-
-    def room(name: str) -> Callable:
-        return functools.partial(add_flag, parser.add_argument_group(name))
-
-    add_crawl_flags(room)
-    add_picture_flags(room)
-    add_head_flags(room)
+    shape: dict[str, Any] = {"usage": "python retrain.py [flags]", "formatter_class": HelpFormatter}
+    parser = Parser(prog="retrain.py", description=EXAMPLES, allow_abbrev=False, add_help=False, **shape)
+    parser.meant = MEANT
+    rooms = {
+        "images": add_image_flags,
+        "crawl": add_crawl_flags,
+        "base model": add_base_model_flags,
+        "bottlenecks": add_bottleneck_flags,
+        "head": add_head_flags,
+        "report": add_report_flags,
+        "export": add_export_flags,
+    }
+    for name, add_flags in rooms.items():
+        add_flags(functools.partial(add_flag, parser.add_argument_group(name)))
+    parser.add_argument("-h", "--help", action=Help, nargs="?", help="show this; `--help all` shows every flag")
     return parser
 
 
@@ -580,57 +600,43 @@ def check_base_model_flags(parser: Parser, flags: argparse.Namespace) -> None:
     """End with a sentence for a base model that is not known, or one that is asked for what it doesn't have."""
     if flags.architecture not in ARCHITECTURES:
         parser.error(f"--architecture: {flags.architecture!r} is not known; choose {', '.join(ARCHITECTURES)}")
-    if flags.engine not in ("auto", "litert", "tensorflow"):
-        parser.error(f"--engine: {flags.engine!r} is not known; choose auto, litert or tensorflow")
     if flags.tfhub_module and flags.architecture != "auto":
         parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
     if flags.image_size and not flags.tfhub_module:
         parser.error("--image_size is for --tfhub_module only; the other base models have a size of their own")
     layers = () if flags.tfhub_module else ARCHITECTURES[flags.architecture]
     if flags.bottleneck_layer and flags.bottleneck_layer not in layers:
-        whose = "the TF-Hub module" if flags.tfhub_module else f"--architecture {flags.architecture}"
         choice = f"choose {', '.join(layers)}" if layers else "leave the flag out, or use --architecture vgg16"
-        parser.error(f"--bottleneck_layer: {flags.bottleneck_layer!r} is no layer of {whose}; {choice}")
+        parser.error(f"--bottleneck_layer: {flags.bottleneck_layer!r} is no layer of the base model; {choice}")
 
 
 def complete_head_flags(parser: Parser, flags: argparse.Namespace) -> None:
     """Set the flags of the head whose defaults depend on others; end with a sentence for those that contradict them."""
-    if flags.head not in ("softmax", "auto"):
-        parser.error(f"--head: {flags.head!r} is not known; choose softmax or auto")
-    if flags.optimizer not in OPTIMIZERS:
-        parser.error(f"--optimizer: {flags.optimizer!r} is not known; choose {', '.join(OPTIMIZERS)}")
-    if flags.class_weights not in ("none", "balanced"):
-        parser.error(f"--class_weights: {flags.class_weights!r} is not known; choose none or balanced")
-    if flags.coarse_image_dir:  # as published for VGG16's fc2
-        flags.hidden_units = (256,) if flags.hidden_units is None else flags.hidden_units
-        flags.dropout = 0.4 if flags.dropout is None else flags.dropout
-        if not flags.hidden_units:
-            parser.error("--coarse_image_dir: training in two stages needs a hidden layer; leave --hidden_units out")
-    flags.hidden_units = flags.hidden_units or ()
+    two_stages = bool(flags.coarse_image_dir)  # their defaults are as published for VGG16's fc2
+    if flags.hidden_units is None:
+        flags.hidden_units = (256,) if two_stages else ()
+    if flags.dropout is None:
+        flags.dropout = 0.4 if two_stages else 0.0
+    if two_stages and not flags.hidden_units:
+        parser.error("--coarse_image_dir: training in two stages needs a hidden layer; leave --hidden_units out")
     if not flags.hidden_units and (flags.dropout or flags.batch_norm):
         parser.error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
-    flags.dropout = flags.dropout or 0.0
+    if flags.head == "logistic" and (flags.hidden_units or flags.optimizer != "sgd"):
+        parser.error("--head logistic has neither hidden layers, two stages nor an optimizer; leave it out, or them")
     usual_rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
-    for name in ("learning_rate", "coarse_learning_rate"):
-        if getattr(flags, name) is None:
-            setattr(flags, name, usual_rate)
+    flags.learning_rate = usual_rate if flags.learning_rate is None else flags.learning_rate
+    flags.coarse_learning_rate = usual_rate if flags.coarse_learning_rate is None else flags.coarse_learning_rate
 
 
-def check_cluster_flags(parser: Parser, flags: argparse.Namespace) -> None:
-    """End with a sentence for flags that don't fit a Ray cluster, or pictures in an object store."""
+def check_store_flags(parser: Parser, flags: argparse.Namespace) -> None:
+    """End with a sentence for flags that don't fit a Ray cluster, or images in an object store."""
     stored = is_store_url(flags.image_dir)
     if stored and (not flags.ray_address or (flags.crawl and not flags.crawl_dir)):
         parser.error("--image_dir: an object store is read by a Ray cluster, and not crawled into; add --ray_address")
-    for name in ("validation_dir", "test_dir", "coarse_image_dir"):
-        if is_store_url(getattr(flags, name)):
-            parser.error(f"--{name}: only the --image_dir may lie in an object store")
-    for name in ("validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file"):
-        if stored and getattr(flags, name):
-            parser.error(f"--{name}: it needs an --image_dir that is a folder, not an object store")
-    if is_store_url(flags.crawl_dir):
-        parser.error("--crawl_dir: pictures are crawled into a folder, not into an object store")
-    if flags.ray_shared_files and not flags.ray_address:
-        parser.error("--ray_shared_files: there are no nodes without --ray_address")
+    for name in ("validation_dir", "test_dir", "coarse_image_dir", "crawl_dir", "split_file", "write_split_file"):
+        value = getattr(flags, name)
+        if is_store_url(value) or (value and stored and name != "crawl_dir"):
+            parser.error(f"--{name}: only an --image_dir may lie in an object store, and then without this flag")
     if flags.ray_address.startswith("ray://"):
         parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
 
@@ -639,27 +645,35 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
-    if flags.image_dir is None:
-        flags.image_dir = "crawled" if flags.crawl and not flags.crawl_dir else "data"  # whose pictures are drawn
+    if flags.crawl and not flags.crawl_dir and flags.image_dir == parser.get_default("image_dir"):
+        flags.image_dir = at_home("crawled")  # data/ holds the drawings that come along
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
-    can_be_asked = sys.stdin is not None and sys.stdin.isatty()  # None where it was closed
-    if flags.crawl and not flags.crawl_count and not can_be_asked:
-        parser.error("--crawl_count: say how many pictures of each class are wanted")
+    if flags.crawl and not flags.crawl_count and not (sys.stdin and sys.stdin.isatty()):
+        parser.error("--crawl_count: say how many images of each class are wanted")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
     if flags.crawl and not flags.crawl_only and flags.crawl_dir not in ("", flags.image_dir, flags.coarse_image_dir):
         parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
-    check_cluster_flags(parser, flags)
     if flags.split_file and (flags.validation_dir or flags.test_dir):
-        parser.error("--split_file says what every picture does; leave out --validation_dir and --test_dir")
-    if flags.quarantine and flags.no_report:
-        parser.error("--quarantine copies the pictures that the report finds doubtful; leave out --no_report")
-    check_base_model_flags(parser, flags)
-    complete_head_flags(parser, flags)
+        parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
+    check_store_flags(parser, flags)
+    check_base_model_flags(parser, flags)
+    complete_head_flags(parser, flags)
+    files = OutputFiles(Path(flags.output_graph))
+    flags.output_labels = flags.output_labels or str(files.labels)
+    flags.output_report = flags.output_report or str(files.report)
+    if not flags.output_report.endswith(".html"):
+        parser.error(f"--output_report: {flags.output_report!r} does not end in .html")
     return flags
+
+
+def from_flags(kind: type, flags: argparse.Namespace, prefix: str = "") -> Any:
+    """Return a dataclass of settings, its fields as the flags of the same names say."""
+    names = [field.name for field in dataclasses.fields(kind) if hasattr(flags, prefix + field.name)]
+    return kind(**{name: getattr(flags, prefix + name) for name in names})
 
 
 # ======================================================================================================================
@@ -3661,7 +3675,12 @@ class TrainingSettings:
     batch_norm: bool = False
     optimizer: str = "sgd"
     class_weights: str = "none"
-    rehearsal: float = 0
+    head: str = "softmax"
+    coarse_training_steps: int = 300
+    coarse_learning_rate: float = 0.01
+    refine_training_steps: int = 300
+    refine_learning_rate: float | None = None
+    rehearsal: float = 0.5
 
     @property
     def is_classic(self) -> bool:
@@ -5765,7 +5784,6 @@ def files_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
         "output_graph": [graph.graph, graph.lite, graph.facts],
         "output_labels": [flags.output_labels],
         "output_report": () if flags.no_report else ReportFiles(Path(flags.output_report)).paths,
-        "two_stage_picture": [flags.two_stage_picture] if flags.coarse_image_dir else (),
         "write_split_file": [flags.write_split_file],
         "bottleneck_dir": sorted(Path(flags.bottleneck_dir).glob("skipped_*.tsv")),
     }
@@ -5777,7 +5795,7 @@ def files_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
 
 def folders_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
     """Return (flag, path) of each folder that the run writes into."""
-    names = ["bottleneck_dir", "summaries_dir", "saved_model_dir", "quarantine"]
+    names = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
     if flags.intermediate_store_frequency:
         names.append("intermediate_output_graphs_dir")
     return [(name, Path(getattr(flags, name))) for name in names if getattr(flags, name)]
@@ -6034,12 +6052,6 @@ def dataset_of(
     return Dataset(images, features[: len(images)], labels, rows, known, coarse, coarse_labels)
 
 
-def settings_of(flags: argparse.Namespace) -> TrainingSettings:
-    """Return the flags of the room 'head'."""
-    names = [field.name for field in dataclasses.fields(TrainingSettings) if hasattr(flags, field.name)]
-    return TrainingSettings(**{name: getattr(flags, name) for name in names})
-
-
 def stages_of(
     flags: argparse.Namespace,
     rows: dict[str, Rows],
@@ -6053,7 +6065,7 @@ def stages_of(
     if rates["refined"] is None:  # gently, to keep what stage one knows; a new output layer has all to learn
         rates["refined"] = rates["base"] * (0.3 if same_classes else 1)
     steps = {"base": flags.coarse_training_steps, "refined": flags.refine_training_steps}
-    alone = settings_of(flags)
+    alone = from_flags(TrainingSettings, flags)
     settings = {"alone": alone} | {
         name: dataclasses.replace(alone, learning_rate=rates[name], how_many_training_steps=steps[name])
         for name in rates
@@ -6075,8 +6087,6 @@ def train_as_asked(
     held_out = rows["testing"] if len(rows["testing"].rows) else rows["validation"]
     if len(held_out.rows):
         log_two_stages(stages, held_out)
-    draw_two_stages(stages, Path(flags.two_stage_picture))
-    log.info("Wrote %s.", flags.two_stage_picture)
     return stages.heads["refined"], stages.histories["refined"]
 
 
@@ -6114,12 +6124,9 @@ def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray
         with whole_file(path) as temporary:
             temporary.write_text(text, "utf-8")
     worst = [mistake.row for mistake in report.worst_mistakes[: 2 * MOST_MISTAKES]]  # some may be gone
-    draw_report(report, thumbnails_of(report.images, worst, (200, 200)), files.picture)
+    draw_report(report, thumbnails_of(report.images, worst, (200, 200)), files.picture.with_suffix(".png"))
     if flags.summaries_dir:
         write_evaluation_summaries(report, features, Path(flags.summaries_dir) / "evaluation")
-    if flags.quarantine:
-        copied, there = quarantine(report, Path(flags.quarantine))
-        log.info("Copied %d doubtful pictures to %s, where %d lay already.", copied, flags.quarantine, there)
     log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
 
 
@@ -6133,10 +6140,10 @@ def log_old_report(flags: argparse.Namespace) -> None:
 
 def flags_for(flags: argparse.Namespace, features: np.ndarray) -> argparse.Namespace:
     """Return the flags, but without what needs all features float32 [images, n] in memory if those are too many."""
-    if fits_in_memory(features.nbytes) or (flags.no_report and flags.head == "softmax"):
+    if fits_in_memory(features.nbytes) or flags.no_report:
         return flags
-    log.warning("The features fill over a quarter of the memory: that means --no_report and --head softmax.")
-    return argparse.Namespace(**vars(flags) | {"no_report": True, "head": "softmax"})
+    log.warning("The features fill over a quarter of the memory: that means --no_report.")
+    return argparse.Namespace(**vars(flags) | {"no_report": True})
 
 
 def learn(
@@ -6160,12 +6167,8 @@ def learn(
         path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
         write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
 
-    settings = settings_of(flags)
-    is_chosen = flags.head == "auto" and settings.is_classic and data.coarse is None
-    is_examined = is_chosen or not flags.no_report
-    material = gather_material(data.images, data.features, data.known, settings) if is_examined else None
-    if material and is_chosen:
-        settings = choose_settings(material, len(labels), settings)
+    settings = from_flags(TrainingSettings, flags)
+    material = None if flags.no_report else gather_material(data.images, data.features, data.known, settings)
     head, history = train_as_asked(flags, settings, data, after_step)
     test = final_test(flags, head, data)
     if material is None or flags.no_report:  # the first goes with the second
@@ -6196,8 +6199,7 @@ def ask_for_count() -> int:
 def collect(flags: argparse.Namespace) -> None:
     """Go through the room of crawling."""
     crawl_dir = Path(flags.crawl_dir or flags.image_dir)
-    names = [field.name for field in dataclasses.fields(CrawlSettings)]
-    settings = CrawlSettings(**{name: getattr(flags, f"crawl_{name}") for name in names})
+    settings = from_flags(CrawlSettings, flags, "crawl_")
     if settings.count is None:
         settings = dataclasses.replace(settings, count=ask_for_count())
     classes = read_names(flags.crawl, crawl_dir)

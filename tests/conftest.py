@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+os.environ["RETRAIN_HOME"] = "."  # so that each test finds what it wrote in the folder that it runs in
 
 import retrain  # noqa: E402  (it lies in the folder above)
 

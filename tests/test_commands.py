@@ -167,7 +167,7 @@ def no_tensorflow(tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-@pytest.mark.parametrize("script", ["retrain.py", "predict.py"])
+@pytest.mark.parametrize("script", ["predict.py"])
 def test_help_names_every_flag_without_tensorflow(script, tmp_path, no_tensorflow):
     done = run_script(script, "--help", cwd=tmp_path, env=no_tensorflow)
     assert done.returncode == 0, done.stderr

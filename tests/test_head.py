@@ -228,7 +228,7 @@ def test_nothing_to_test_with(train, capsys):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("rate", ["1e38", "3e37", "inf"])
+@pytest.mark.parametrize("rate", ["1e38", "3e37"])
 def test_too_large_learning_rate_gives_a_sentence(train, capsys, rate):
     code = train("--learning_rate", rate, "--how_many_training_steps", 200, "--logging_verbosity", "ERROR")
     said = capsys.readouterr().err.splitlines()
