@@ -2332,8 +2332,8 @@ TIMEOUTS = (5, 30)  # seconds to connect and to read
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 # What a SavedModel holds beside PURE_OPS: its variables, and how they are saved and restored.
 VARIABLE_OPS = """
-Assign AssignVariableOp DisableCopyOnRead IsVariableInitialized MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2
-ShardedFilename StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp Variable VariableV2
+AssignVariableOp DisableCopyOnRead MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2 ShardedFilename
+StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp
 """
 # Where a module keeps its function from images to features, in the order in which it is looked for.
 HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
