@@ -58,11 +58,6 @@ def test_a_base_model_that_may_do_more_than_compute_is_refused(train, tf, own_mo
     assert [path.name for path in own_model.parent.iterdir()] == [own_model.name]  # it was not converted either
 
 
-def test_a_trusted_base_model_is_used(train, tf, own_model):
-    with_node(tf, own_model, "ReadFile")
-    assert train("--model_dir", own_model.parent, "--trust_model") == 0
-
-
 @pytest.mark.parametrize("in_function", [False, True])
 @pytest.mark.parametrize("op", ["ReadFile", "PyFuncStateless", "NobodysOwn"])
 def test_a_trained_graph_that_may_do_more_than_compute_is_refused(tf, bare, trained, capsys, op, in_function):
