@@ -60,9 +60,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import PIL.Image
-
+# First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
 from predict import (
     BOTTLENECK_NODE,
     INSTALL,
@@ -103,6 +101,10 @@ from predict import (
     unit,
     whole_file,
 )
+
+# isort: split
+import numpy as np
+import PIL.Image
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
     from matplotlib.axes import Axes
