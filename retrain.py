@@ -602,7 +602,8 @@ def build_parser() -> Parser:
     }
     for name, add_flags in rooms.items():
         add_flags(functools.partial(add_flag, parser.add_argument_group(name)))
-    parser.add_argument("-h", "--help", action=Help, nargs="?", help="show this; `--help all` shows every flag")
+    told = "show this; `--help all` shows every flag"
+    parser.add_argument("-h", "--help", action=Help, nargs="?", default=argparse.SUPPRESS, help=told)
     return parser
 
 
@@ -5515,30 +5516,27 @@ def find_class_folders(flags: argparse.Namespace) -> None:
 
     Raises UserError for an archive, and for the folder of one class.
     """
-    root, given = Path(flags.image_dir), f"--image_dir {flags.image_dir}"
+    root = Path(flags.image_dir)
     if root.is_file() and root.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"):
-        raise UserError(f"{given}: it is an archive; unpack it, and name the folder that the folders of images lie in.")
+        raise UserError(f"--image_dir {root}: it is an archive; unpack it, and name the folder of the class folders.")
     if is_store_url(flags.image_dir) or not root.is_dir():
         return
-    entries = sorted(root.iterdir())
-    folders = {entry.name.lower(): entry for entry in entries if entry.is_dir()}
-    # Those that hold folders themselves: a class may well be called `train`.
-    found = {name: folder for name, folder in folders.items() if any(child.is_dir() for child in folder.iterdir())}
-    training = found.get("train") or found.get("training")
-    validation = next((found[name] for name in ("val", "valid", "validation") if name in found), None)
-    testing = found.get("test") or found.get("testing")
-    if training and (validation or testing) and not flags.split_file:
-        flags.image_dir = str(training)
-        flags.validation_dir = flags.validation_dir or str(validation or "")
-        flags.test_dir = flags.test_dir or str(testing or "")
-        others = f"validates on {validation}" if validation else ""
-        others += " and " * bool(validation and testing) + (f"tests on {testing}" if testing else "")
-        log.info("%s holds folders of its own for that, so this run trains on %s, and %s.", root, training, others)
-    elif not folders and any(entry.suffix.lower() in (".jpg", ".jpeg", ".png", ".heic") for entry in entries):
+    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    if not folders and any(entry.suffix.lower() in (".jpg", ".jpeg", ".png", ".heic") for entry in root.iterdir()):
         raise UserError(
-            f"{given}: it holds images, but no folders of images. If it is the folder of one class, name the folder "
-            f"above it ({root.absolute().parent}); else put the images of each class into a folder of their own."
+            f"--image_dir {root}: it holds images, but no folders of images. If it is the folder of one class, name "
+            f"the folder above it ({root.absolute().parent}); else put each class into a folder of its own."
         )
+    names = {"train": "training", "val": "validation", "valid": "validation", "test": "testing"}
+    roles = {names.get(folder.name.lower(), folder.name.lower()): folder for folder in folders}
+    # Those that hold folders themselves, for a class may well be called `train`.
+    roles = {role: folder for role, folder in roles.items() if any(child.is_dir() for child in folder.iterdir())}
+    if "training" in roles and len(roles.keys() & {"validation", "testing"}) and not flags.split_file:
+        flags.image_dir = str(roles["training"])
+        flags.validation_dir = flags.validation_dir or str(roles.get("validation", ""))
+        flags.test_dir = flags.test_dir or str(roles.get("testing", ""))
+        used = {"trains": flags.image_dir, "validates": flags.validation_dir, "tests": flags.test_dir}
+        log.info("This run %s.", ", ".join(f"{does} on {folder}" for does, folder in used.items() if folder))
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
@@ -5625,15 +5623,6 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), note
 
 
-def log_skipped(skipped: dict, list_path: Path) -> None:
-    """Say which files were skipped and why, the first of them in full."""
-    if not skipped:
-        return
-    log.warning("%d of the files could not be used and were skipped (listed in %s):", len(skipped), list_path)
-    for path, reason in list(skipped.items())[:3]:
-        log.warning("  %s: %s", printable(path), printable(reason))
-
-
 def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
     """Return the usable images in their order, each with its split, and say how many there are of what."""
     listed = [image for image in images if image.split != "coarse"]
@@ -5655,19 +5644,12 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
     return listed + list(images[len(listed) :])
 
 
-def rows_of(split: str, images: Sequence[Image], features: np.ndarray, labels: Sequence[str]) -> Rows:
-    """Return the rows of one split, from images and their features float32 [images, n]."""
-    class_of = {label: i for i, label in enumerate(labels)}
-    rows = [row for row, image in enumerate(images) if image.split == split]
-    return Rows(features, np.array(rows, np.intp), np.array([class_of[images[row].label] for row in rows], np.intp))
-
-
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The usable images of --image_dir and what goes with it, their features float32 [images, n], and who does what.
+    """The usable images of --image_dir, with their features float32 [images, n] and what they are used for.
 
     rows: by split, in training with the distorted variants, if any; known: training and validation, without those.
-    coarse: the rows of stage one, if there are two, with their classes as places in `coarse_labels`.
+    coarse: the rows of stage one, if there are two; coarse_labels: `labels`, if stage one has the same classes.
     """
 
     images: list[Image]
@@ -5682,16 +5664,21 @@ class Dataset:
 def dataset_of(flags: argparse.Namespace, images: Sequence[Image], features: np.ndarray, labels: list[str]) -> Dataset:
     """Return what the usable images and their features float32 [images, n] are for, as the flags say."""
     images = split_images(flags, images, labels)
-    rows = {split: rows_of(split, images, features, labels) for split in ("training", "validation", "testing")}
-    both = [rows["training"], rows["validation"]]
-    known = Rows(features, np.concatenate([x.rows for x in both]), np.concatenate([x.classes for x in both]))
-    coarse, coarse_labels = None, list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
+    theirs = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
+    coarse_labels = labels if set(theirs) == set(labels) else theirs
+
+    def rows_of(*splits: str, labels: list[str] = labels) -> Rows:
+        rows = np.array([row for split in splits for row, image in enumerate(images) if image.split == split], np.intp)
+        return Rows(features, rows, np.array([labels.index(images[row].label) for row in rows], np.intp))
+
+    rows = {split: rows_of(split) for split in ("training", "validation", "testing")}
+    coarse = None
     if flags.coarse_image_dir:
-        coarse_labels = list(labels) if set(coarse_labels) == set(labels) else coarse_labels
-        coarse = without_twins(rows_of("coarse", images, features, coarse_labels), features, images)
+        coarse = without_twins(rows_of("coarse", labels=coarse_labels), features, images)
         if not len(coarse.rows):
             raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
     images = [image for image in images if image.split != "coarse"]  # which come first
+    known = rows_of("training", "validation")
     return Dataset(images, features[: len(images)], labels, rows, known, coarse, coarse_labels)
 
 
@@ -5711,8 +5698,8 @@ def add_distortions(flags: argparse.Namespace, data: Dataset, store: BottleneckS
     matrix = empty_matrix((len(images), 1 + count, variants.shape[2]), store.folder)
     for i, row in enumerate(training.rows):
         matrix[i, 0], matrix[i, 1:] = training.matrix[row], variants[i]
-    matrix = matrix.reshape(-1, variants.shape[2])
-    data.rows["training"] = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
+    rows = np.arange(len(images) * (1 + count))
+    data.rows["training"] = Rows(matrix.reshape(len(rows), -1), rows, np.repeat(training.classes, 1 + count))
 
 
 def train_as_asked(
@@ -5728,20 +5715,17 @@ def train_as_asked(
         return head, {"head": history}, train_head
     same = data.coarse_labels == data.labels
     seen = validation if same else Rows(validation.matrix, validation.rows[:0], validation.classes[:0])
-    log.info("Stage one, on %d coarse images:", len(data.coarse.rows))
+    log.info("Stage one trains on %d coarse images, stage two on %d others.", len(data.coarse.rows), len(training.rows))
     base = train_head(data.coarse, seen, len(data.coarse_labels), settings.of_stage_one())
-    log.info("For comparison, the same layers on the %d other images alone:", len(training.rows))
-    alone = train_head(training, validation, count, settings)
-    log.info("Stage two, from the weights of stage one on those %d images:", len(training.rows))
     refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
-    refined = refine(training, validation, count, settings.of_stage_two(same), after_step)
-    trained = {"stage one": base, "without stage one": alone, "both stages": refined}
+    trained = {"stage one": base, "without stage one": train_head(training, validation, count, settings)}
+    trained["both stages"] = refine(training, validation, count, settings.of_stage_two(same), after_step)
     held_out = data.rows["testing"] if len(data.rows["testing"].rows) else validation
     for name, (head, _) in trained.items() if len(held_out.rows) else ():
         if same or name != "stage one":
             accuracy = (head.logits(held_out.features()).argmax(axis=1) == held_out.classes).mean()
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * accuracy, len(held_out.rows))
-    return refined[0], {name: history for name, (_, history) in trained.items()}, refine
+    return trained["both stages"][0], {name: history for name, (_, history) in trained.items()}, refine
 
 
 def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> tuple[float | None, int]:
@@ -5769,19 +5753,13 @@ def write_all(
     facts: what output_graph.json is to hold of how it was tested and judged.
     """
     files = OutputFiles(Path(flags.output_graph))
+    remove_leftovers(files.graph.parent)
     graph = graph_with_head(base_graph, head, flags.final_tensor_name)
-    facts = {
-        "architecture": base.name,
-        "base_model_sha256": base.fingerprint,
-        "input_size": base.input_size,
-        "final_tensor_name": flags.final_tensor_name,
-        "ignore_exif_orientation": flags.ignore_exif_orientation,
-        "exact_decode": flags.exact_decode,
-        "quantized": flags.quantize,  # the .tflite; the graph never is
-        **facts,
-    }
     lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
-    write_outputs(files, graph, lite, labels, Path(flags.output_labels), facts)
+    model = {"architecture": base.name, "base_model_sha256": base.fingerprint, "input_size": base.input_size}
+    asked = {name: getattr(flags, name) for name in ("final_tensor_name", "ignore_exif_orientation", "exact_decode")}
+    quantized = {"quantized": flags.quantize}  # the .tflite; the graph never is
+    write_outputs(files, graph, lite, labels, Path(flags.output_labels), model | asked | quantized | facts)
     if flags.checkpoint_path:
         write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
@@ -5889,7 +5867,10 @@ def make_classifier(flags: argparse.Namespace) -> None:
         usable = [image for image in images if image.path not in skipped]
         learn(flags, base, store, compute, usable, features[:, 0], labels)
     finally:
-        log_skipped(skipped, store.skipped_path)
+        for path, reason in list(skipped.items())[:3]:
+            log.warning("%s: %s", printable(path), printable(reason))
+        if skipped:
+            log.warning("In all, %d files could not be used (listed in %s).", len(skipped), store.skipped_path)
     if note:
         log.warning(note)
     script, graph = Path(__file__).with_name("predict.py"), flags.output_graph

@@ -299,7 +299,7 @@ def test_train_and_val_are_taken_as_they_are(train, image_dir, capsys):
         make_image_dir(image_dir.parent / "set" / name, count)
     assert train("--image_dir", "set", "--no_report") == 0
     said = capsys.readouterr().out
-    assert "this run trains on set/train, and validates on set/valid and tests on set/test." in said
+    assert "This run trains on set/train, validates on set/valid, tests on set/test." in said
     assert "Images: 30 to train, 12 to validate, 9 to test." in said
 
 
