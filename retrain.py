@@ -3875,13 +3875,14 @@ def train_head(
     """
     if settings.head == "logistic":
         head = train_logistic(training, validation, class_count, settings)
-        return head, [score(head, training, np.arange(len(training.rows)), 0, "train")]
+        every = np.arange(len(training.rows))
+        return head, [score(head, training, every, 0, "train")] if settings.eval_step_interval else []
     random, steps = np.random.default_rng(settings.random_seed), settings.how_many_training_steps
-    if settings.hidden_units or settings.optimizer != "sgd":
+    if settings.is_classic:
+        learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, random)
+    else:
         start = (*base.hidden, *([(base.weights, base.biases)] if coarse else ())) if base else ()
         learn, head_now = keras_learner(training, class_count, settings, start)
-    else:
-        learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, random)
     sources = [(training, 1 - settings.rehearsal), (coarse, settings.rehearsal)] if coarse else [(training, 1.0)]
     draw = batch_mixer(sources, class_count, settings, random)
     # With random numbers of its own, so that evaluating more often doesn't change what is learnt.
@@ -5704,28 +5705,29 @@ def add_distortions(flags: argparse.Namespace, data: Dataset, store: BottleneckS
 
 def train_as_asked(
     data: Dataset, settings: TrainingSettings, after_step: Callable[[int, Head], None]
-) -> tuple[Head, dict[str, list[Scores]], Callable]:
+) -> tuple[Head, dict[str, list[Scores]], Callable, TrainingSettings]:
     """Train the head, in two stages if there are coarse images.
 
-    Returns it with the scores of each training by name, and the function that trained it: see train_head.
+    Returns it with the scores of each training by name, and with what trained it: train_head or the like, and settings.
     """
     training, validation, count = data.rows["training"], data.rows["validation"], len(data.labels)
     if data.coarse is None:
         head, history = train_head(training, validation, count, settings, after_step)
-        return head, {"head": history}, train_head
+        return head, {"head": history}, train_head, settings
     same = data.coarse_labels == data.labels
     seen = validation if same else Rows(validation.matrix, validation.rows[:0], validation.classes[:0])
     log.info("Stage one trains on %d coarse images, stage two on %d others.", len(data.coarse.rows), len(training.rows))
     base = train_head(data.coarse, seen, len(data.coarse_labels), settings.of_stage_one())
     refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
     trained = {"stage one": base, "without stage one": train_head(training, validation, count, settings)}
-    trained["both stages"] = refine(training, validation, count, settings.of_stage_two(same), after_step)
+    second = settings.of_stage_two(same)
+    trained["both stages"] = refine(training, validation, count, second, after_step)
     held_out = data.rows["testing"] if len(data.rows["testing"].rows) else validation
     for name, (head, _) in trained.items() if len(held_out.rows) else ():
         if same or name != "stage one":
             accuracy = (head.logits(held_out.features()).argmax(axis=1) == held_out.classes).mean()
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * accuracy, len(held_out.rows))
-    return trained["both stages"][0], {name: history for name, (_, history) in trained.items()}, refine
+    return trained["both stages"][0], {name: history for name, (_, history) in trained.items()}, refine, second
 
 
 def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> tuple[float | None, int]:
@@ -5792,8 +5794,8 @@ def learn(
         with whole_file(path) as temporary:
             temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
 
-    settings = from_flags(TrainingSettings, flags)
-    head, histories, train = train_as_asked(data, settings, after_step)
+    trained = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
+    head, histories, train, settings = trained
     history = [*histories.values()][-1]
     accuracy, count = final_test(flags, head, data)
     facts: dict[str, Any] = {"test_accuracy": accuracy, "test_images": count, "temperature": 1.0, "familiar": None}
