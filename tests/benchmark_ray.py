@@ -268,7 +268,7 @@ def main() -> None:
         model_dir = Path(folder, "model")
         model_dir.mkdir()
         (model_dir / retrain.GRAPH_FILE).symlink_to(flags.graph.resolve())
-        base = retrain.load_base_model(model_dir / retrain.GRAPH_FILE, model_dir)
+        base = retrain.load_base_model(retrain.inception_recipe(model_dir), model_dir, model_dir)
         on_cluster = functools.partial(retrain.extract_on_cluster, shared_files=False)
         photographs = retrain.list_images(str(flags.image_dir))
         images = repeated(photographs, cores * flags.images, Path(folder))

@@ -85,7 +85,7 @@ def start(train, image_dir, model_dir):
 
 def model_ready(model_dir: Path, folder: Path) -> retrain.BaseModel:
     """Return the base model, converted."""
-    return retrain.load_base_model(model_dir / retrain.GRAPH_FILE, folder)
+    return retrain.load_base_model(retrain.inception_recipe(model_dir), model_dir, folder)
 
 
 def bottlenecks(folder: Path) -> dict[str, Path]:

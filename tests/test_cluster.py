@@ -133,7 +133,7 @@ def test_400_photographs_and_a_node_that_is_lost(shared, cluster, tmp_path, done
     """Byte for byte the features of one machine, although a node is killed after a quarter of the pictures."""
     monkeypatch.setattr(retrain, "TRIES_OF_BLOCK", tries)
     monkeypatch.setattr(retrain, "MOST_HELPERS", 2)
-    base = retrain.load_base_model(retrain.find_starter(tmp_path), tmp_path, "starter")
+    base = retrain.load_base_model(retrain.efficientnet_recipe("efficientnet_lite2"), tmp_path, tmp_path)
     images = retrain.list_images(str(shared / "photos/cats_dogs"))
     assert len(images) == 400
     here, there = (retrain.BottleneckStore(str(tmp_path / name), base, retrain.Reading()) for name in ("here", "there"))

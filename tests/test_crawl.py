@@ -1306,7 +1306,8 @@ def test_from_names_to_a_graph_that_names_pictures(tmp_path):
         done = run_script(
             "retrain.py", "--crawl", "names.txt", "--crawl_count", 12, "--crawl_source", server.source("bing"),
             "--crawl_host_delay", 0, "--crawl_allow_private", "127.0.0.1", "--image_dir", "pictures",
-            "--architecture", "starter", "--model_dir", ROOT / "inception_model", "--how_many_training_steps", 100,
+            "--architecture", "efficientnet_lite0", "--model_dir", ROOT / "inception_model",
+            "--how_many_training_steps", 100,
             "--learning_rate", 0.1, "--random_seed", 1, cwd=tmp_path, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -56,8 +56,8 @@ def make_tf1(tf, folder: Path, signature: str = "default") -> Path:
     for tags in ([], ["train"]):
         with tf.Graph().as_default(), tf.compat.v1.Session() as session:
             images = tf.compat.v1.placeholder(tf.float32, [None, SIDE, SIDE, 3])
-            weights = tf.compat.v1.get_variable("weights", initializer=filters((3, 3, 3, SIZE)), use_resource=False)
-            offset = tf.compat.v1.get_variable("offset", initializer=filters((SIZE,), 1), use_resource=False)
+            weights = tf.compat.v1.get_variable("weights", initializer=filters((3, 3, 3, SIZE)), use_resource=True)
+            offset = tf.compat.v1.get_variable("offset", initializer=filters((SIZE,), 1), use_resource=True)
             features = network(tf, images, weights, offset)
             session.run(tf.compat.v1.global_variables_initializer())
             signatures = {
@@ -74,16 +74,27 @@ def make_tf1(tf, folder: Path, signature: str = "default") -> Path:
     return folder
 
 
+def make_exported(tf, folder: Path) -> Path:
+    """Write what keras.Model.export writes: a SavedModel that has signatures only, and can't be called."""
+    weights, offset = tf.Variable(filters((3, 3, 3, SIZE))), tf.Variable(filters((SIZE,), 1))
+    module = tf.Module()
+    module.kept = [weights, offset]
+    spec = tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32, name="images")
+    module.serve = tf.function(lambda images: network(tf, images, weights, offset), input_signature=[spec])
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+    return folder
+
+
 MAKERS = {
     "TF2": make_tf2,
     "TF2, any size": lambda tf, folder: make_tf2(tf, folder, None),
+    "signatures only": make_exported,
     "TF1": make_tf1,
     "TF1, image_feature_vector": lambda tf, folder: make_tf1(tf, folder, "image_feature_vector"),
 }
 
 
-@pytest.mark.parametrize("engine", ["litert", "tensorflow"])
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind, engine", [*((kind, "litert") for kind in MAKERS), ("TF2", "tensorflow")])
 def test_from_photographs_to_predictions(tf, train, image_dir, tmp_path, kind, engine):
     MAKERS[kind](tf, tmp_path / "modules/some_net")
     size = ["--image_size", SIDE] if "any" in kind else []
@@ -117,14 +128,11 @@ def test_second_run_computes_nothing_and_a_changed_module_all(tf, train, tmp_pat
 
 
 def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir, tmp_path, capsys):
-    """The module takes a sum over the pixels of each of three hash buckets, in strings, which are TensorFlow's only."""
     module = tf.Module()
 
     def call(images):
-        words = tf.strings.as_string(tf.cast(tf.reduce_mean(images, [1, 2]) * 4, tf.int32))
-        return (
-            tf.one_hot(tf.strings.to_hash_bucket_fast(words[:, 0], 5), 5) + tf.reduce_mean(images, [1, 2, 3])[:, None]
-        )
+        brightness = tf.reduce_mean(images, [1, 2, 3])[:, None]
+        return tf.concat([brightness, tf.math.betainc(brightness + 1, 2.0 + 0 * brightness, brightness / 2)], 1)
 
     module.__call__ = tf.function(call, input_signature=[tf.TensorSpec([None, 8, 8, 3], tf.float32)])
     tf.saved_model.save(module, str(tmp_path / "net"))
@@ -169,14 +177,14 @@ def bad_module(tf, kind: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "kind, flags, said",
     [
-        ("empty", (), "is no SavedModel that can be loaded (SavedModel file does not exist"),
-        ("damaged", (), "is no SavedModel that can be loaded ("),
+        ("empty", (), "it can't be loaded (SavedModel file does not exist"),
+        ("damaged", (), "it can't be loaded ("),
         ("text", (), "it is no image feature model (its call takes string"),
         ("maps", (), "it is no image feature model (its call gives"),
-        ("two inputs", (), "where one batch of pictures is expected"),
+        ("two inputs", (), "where one batch of images is expected"),
         ("silent", (), "it can't be called, and has none of the signatures default, image_feature_vector"),
-        ("any size", (), "it takes pictures of any size; choose one with --image_size"),
-        ("fixed size", ("--image_size", 33), "--image_size 33: the module takes pictures of 20 x 20 only"),
+        ("any size", (), "it takes images of any size; choose one with --image_size"),
+        ("fixed size", ("--image_size", 33), "--image_size 33: the module takes images of 20 x 20 only"),
     ],
 )
 def test_a_folder_that_is_no_image_feature_model_gets_one_sentence(tf, train, tmp_path, capsys, kind, flags, said):
@@ -216,7 +224,23 @@ def test_an_address_is_resolved_by_tensorflow_hub(tf, train, tmp_path, monkeypat
     assert names == {"https~tfhub.dev~google~net~feature_vector~5.txt"}  # as the classic script named them
 
 
-def test_an_over_long_handle_gives_names_that_fit():
-    name = retrain.hub_name("/" + "deep/" * 60 + "net")
-    assert len(name) < 80 and name.endswith("~deep~net")
-    assert name != retrain.hub_name("/" + "deep/" * 61 + "net")
+def test_an_over_long_handle_gives_names_that_fit(tmp_path, monkeypatch):
+    names = []
+    for depth in (30, 31):
+        folder = tmp_path / Path(*["deep__"] * depth, "net")
+        folder.mkdir(parents=True)
+        names.append(retrain.hub_recipe(str(folder), 0).name)
+    assert len(names[0]) < 80 and names[0].endswith("~deep__~net") and names[0] != names[1]
+
+
+def test_an_average_pool_before_a_narrow_convolution_is_kept(tf, train, tmp_path):
+    """As Keras' InceptionV3 has it in a tf.Module."""
+    module = tf.Module()
+    module.weights = tf.Variable(filters((1, 1, 3, SIZE)))
+
+    def call(images):
+        return tf.reduce_mean(tf.nn.conv2d(tf.nn.avg_pool2d(images, 3, 1, "SAME"), module.weights, 1, "SAME"), [1, 2])
+
+    module.__call__ = tf.function(call, input_signature=[tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32)])
+    tf.saved_model.save(module, str(tmp_path / "net"))
+    assert train("--tfhub_module", "net", "--model_dir", "kept", "--no_report") == 0

@@ -130,13 +130,3 @@ def test_no_op_on_the_list_touches_files_or_runs_other_code(tf):
     assert {op for op in stateful if not op.startswith("TensorArray")} <= {*known.split(), *random.split()}
     harmful = "ReadFile MatchingFiles ImmutableConst DebugIdentity PyFuncStateless XlaCustomCall XlaCustomCallV2"
     assert not {*harmful.split()} & set(predict.PURE_OPS.split())
-
-
-def test_plain_mathematics_needs_no_trust(tf):
-    with tf.Graph().as_default() as graph:
-        square = tf.linalg.svd(tf.random.uniform([3, 3]))[1]
-        tf.sort(tf.abs(tf.signal.fft2d(tf.cast(square, tf.complex64))), direction="DESCENDING")
-        tf.math.igamma(square, tf.math.lgamma(square) + tf.math.bessel_i0(square))
-        tf.nn.conv3d_transpose(tf.ones([1, 2, 2, 2, 1]), tf.ones([2, 2, 2, 1, 1]), [1, 3, 3, 3, 1], 1, "VALID")
-        tf.searchsorted(square, square)
-    retrain.check_ops(graph.as_graph_def(), Path("own.pb"))

@@ -57,8 +57,8 @@ class Sets:
     """The sets of photographs by name, as a base model sees them."""
 
     def __init__(self, photos: Path, model_dir: Path, architecture: str, bottleneck_dir: Path):
-        name, graph, _ = retrain.choose_graph(architecture, model_dir, "")
-        self.photos, self.base = photos, retrain.load_base_model(graph, bottleneck_dir, name)
+        recipe, _ = retrain.find_recipe(architecture, "", model_dir)
+        self.photos, self.base = photos, retrain.load_base_model(recipe, model_dir, bottleneck_dir)
         self.bottleneck_dir = bottleneck_dir
 
     def compute(self, images: list[retrain.Image], kept: str) -> Set:
@@ -361,7 +361,7 @@ def main() -> int:
     parser.add_argument("checks", nargs="+", choices=list(CHECKS), help="what to check")
     parser.add_argument("--photos", type=Path, default=ROOT.parent / "shared/photos", help="a folder of sets")
     parser.add_argument("--model_dir", type=Path, default=ROOT / "inception_model", help="where the base model lies")
-    parser.add_argument("--architecture", default="starter", help="starter or inception_v3")
+    parser.add_argument("--architecture", default="efficientnet_lite2", help="as retrain.py's")
     parser.add_argument("--bottleneck_dir", type=Path, default=Path("truth_bottlenecks"), help="keeps the features")
     parser.add_argument("--repeats", type=int, default=300, help="of the coverage")
     flags: argparse.Namespace = parser.parse_args()

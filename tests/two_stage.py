@@ -109,7 +109,7 @@ def main() -> int:
     """Print the table; return 1 if the refined model doesn't earn its keep in a row of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--photos", type=Path, required=True, help="a folder with cats_dogs and flowers_small")
-    parser.add_argument("--graph", type=Path, help="the Inception-v3 graph; without it, the starter only")
+    parser.add_argument("--graph", type=Path, help="the Inception-v3 graph; without it, EfficientNet-Lite2 only")
     parser.add_argument("--cache", type=Path, help="a folder to keep the features in")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first_seed", type=int, default=1000, help="0 to 29 chose the settings")
@@ -117,9 +117,9 @@ def main() -> int:
     wrong = []
     with tempfile.TemporaryDirectory() as temporary:
         cache = flags.cache or Path(temporary)
-        bases = [retrain.load_base_model(retrain.find_starter(cache), cache, "starter")]
+        bases = [retrain.load_base_model(retrain.efficientnet_recipe("efficientnet_lite2"), cache, cache)]
         if flags.graph:
-            bases.append(retrain.load_base_model(flags.graph, cache))
+            bases.append(retrain.load_base_model(retrain.inception_recipe(flags.graph.parent), cache, cache))
         print("| features, photographs | precious of each class | base (stage one alone) | precious only | refined |")
         print("| --- | --- | --- | --- | --- |")
         for base in bases:
