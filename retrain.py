@@ -662,6 +662,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
+    for name in ("image_dir", "model_dir", "bottleneck_dir", "output_graph"):
+        if not getattr(flags, name).strip():
+            parser.error(f"--{name}: it needs a name")
     if flags.crawl and not flags.crawl_dir and flags.image_dir == parser.get_default("image_dir"):
         flags.image_dir = at_home("crawled")  # data/ holds the drawings that come along
     if flags.testing_percentage + flags.validation_percentage > 99:
@@ -5412,9 +5415,13 @@ def check_outputs(flags: argparse.Namespace) -> None:
     folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
     written = [(name, Path(path), False) for name, paths in files.items() for path in paths if path]
     written += [(name, Path(getattr(flags, name)), True) for name in folders if getattr(flags, name)]
+    places: dict[Path, str] = {}
     for name, path, is_folder in written:
         check_writable(name, path, is_folder)
         place = path.resolve()
+        if place in places and path.parts[:2] != ("/", "dev"):
+            raise UserError(f"--{places[place]} and --{name} would both write {path}; name another for one.")
+        places[place] = name
         for other in LISTS:
             if getattr(flags, other) and Path(getattr(flags, other)).resolve() == place:
                 raise UserError(f"--{name} would replace {path}, which --{other} reads; save that under another name.")

@@ -238,6 +238,7 @@ def test_classic_flags_are_all_there_with_their_defaults():
         (["--final_tensor_name", "a b"], "'a b' can't name a node"),
         (["--head", "logistic", "--hidden_units", "8"], "--head logistic has neither hidden layers"),
         (["--output_report", "x.png"], "'x.png' does not end in .html"),
+        (["--output_graph", ""], "--output_graph: it needs a name"),
         (["--help", "me"], "write --help, or --help all"),
     ],
 )
