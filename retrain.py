@@ -5388,7 +5388,8 @@ def find_class_folders(flags: argparse.Namespace) -> None:
     if is_store_url(flags.image_dir) or not root.is_dir():
         return
     folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
-    if not folders and any(entry.suffix.lower() in (".jpg", ".jpeg", ".png", ".heic") for entry in root.iterdir()):
+    siblings = [path for path in root.absolute().parent.iterdir() if path.is_dir() and path.name != root.name]
+    if not folders and siblings and any(entry.suffix.lower() in (".jpg", ".jpeg", ".png") for entry in root.iterdir()):
         raise UserError(
             f"--image_dir {root}: it holds images, but no folders of images. If it is the folder of one class, name "
             f"the folder above it ({root.absolute().parent}); else put each class into a folder of its own."
@@ -5741,7 +5742,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
         for path, reason in list(skipped.items())[:3]:
             log.warning("%s: %s", printable(path), printable(reason))
         if skipped:
-            log.warning("In all, %d files could not be used (listed in %s).", len(skipped), store.skipped_path)
+            log.warning("%d of the files could not be used (listed in %s).", len(skipped), store.skipped_path)
     if note:
         log.warning(note)
     script, graph = Path(__file__).with_name("predict.py"), flags.output_graph
