@@ -156,18 +156,6 @@ def test_classes_count_alike_when_drawn():
     assert counts[5:].max() < 60
 
 
-def test_batches_differ_and_are_of_the_size():
-    draw = retrain.batch_drawer(np.array([0, 1, 0, 1, 1]), 50, np.random.default_rng(0))
-    first, second = draw(), draw()
-    assert len(first) == len(second) == 50
-    assert not np.array_equal(first, second)
-
-
-def test_batch_of_all():
-    draw = retrain.batch_drawer(np.array([1, 0, 1]), -1, np.random.default_rng(0))
-    assert draw().tolist() == draw().tolist() == [0, 1, 2]
-
-
 @pytest.mark.parametrize(
     "flags, train_n, final_n",
     [
@@ -239,13 +227,6 @@ def test_scores_are_those_of_the_head():
         assert scores.histograms["weights"][0].sum() == head.weights.size
 
 
-def test_nothing_to_validate_with(train, capsys):
-    assert train("--validation_percentage", 0) == 0
-    said = capsys.readouterr().out
-    assert "0 to validate" in said
-    assert "Train accuracy" in said and "Validation accuracy" not in said
-
-
 def test_nothing_to_test_with(train, capsys):
     assert train("--testing_percentage", 0) == 0
     said = capsys.readouterr()
@@ -293,17 +274,6 @@ def test_tensorboard_reads_the_summaries(trained, split):
         assert histogram.min < histogram.max
     assert last[scopes[0]].histo.num == 16 * 3 and last[scopes[1]].histo.num == 3
     assert last[scopes[2]].histo.min >= 0 and last[scopes[2]].histo.max <= 1
-
-
-def test_summaries_agree_with_what_was_printed(trained):
-    printed = re.findall(r"Step (\d+): Cross entropy = (.*)", (trained / "stdout.txt").read_text())
-    written = {
-        event.step: value.simple_value
-        for event in events(trained / "retrain_logs/train")
-        for value in event.summary.value
-        if value.tag == "cross_entropy"
-    }
-    assert written == pytest.approx({int(step): float(value) for step, value in printed}, abs=1e-6)
 
 
 def test_next_run_replaces_the_summaries_and_nothing_else(train, tmp_path):
