@@ -28,8 +28,8 @@ def run_script(name: str, *arguments, cwd: Path, **options) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", **options)
 
 
-def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (60, 48)) -> PIL.Image.Image:
-    """Return a noisy picture of one colour with a lighter disc somewhere in it: easy to tell by its colour."""
+def make_image(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (60, 48)) -> PIL.Image.Image:
+    """Return a noisy image of one colour with a lighter disc somewhere in it: easy to tell by its colour."""
     random = np.random.default_rng(seed)
     pixels = np.asarray(colour) + random.integers(-30, 31, (size[1], size[0], 3))
     image = PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -39,12 +39,15 @@ def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (60
     return image
 
 
+picture = make_image  # its old name
+
+
 def make_image_dir(folder: Path, count: int = 20) -> Path:
     """Write `count` JPEGs for each of three classes, and return the folder."""
     for label, colour in COLOURS.items():
         (folder / label).mkdir(parents=True)
         for i in range(count):
-            picture(colour, i).save(folder / label / f"{label}_{i:02}.jpg", quality=95)
+            make_image(colour, i).save(folder / label / f"{label}_{i:02}.jpg", quality=95)
     return folder
 
 
