@@ -184,14 +184,18 @@ def image_dir(tmp_path) -> Path:
 
 
 @pytest.fixture
-def train(image_dir, model_dir, monkeypatch):
-    """A function that runs retrain.py on `image_dir` in this process, in the folder above it; returns its exit code."""
+def train(image_dir, model_dir, monkeypatch, request):
+    """A function that runs retrain.py on `image_dir` in this process, in the folder above it; returns its exit code.
+
+    Without the report, which takes most of the time of so small a run, but in the tests that are about it.
+    """
     monkeypatch.chdir(image_dir.parent)
     monkeypatch.setattr(retrain.log, "handlers", [])  # main's write to the stdout of one test
+    no_report = request.node.path.stem not in ("test_report", "test_diagnostics")
 
     def run(*flags) -> int:
         usual = ["--image_dir", "pictures", "--model_dir", model_dir, "--how_many_training_steps", 20]
-        return retrain.main([str(argument) for argument in (*usual, *flags)])
+        return retrain.main([str(argument) for argument in (*usual, f"--no_report={no_report}", *flags)])
 
     return run
 
