@@ -289,8 +289,9 @@ def images(t: Torture) -> None:
     t.note("bombs, under 200 MB each", len(bombs), losses, f"most {most} MB")
 
 
-# What a run has printed when a stretch of it begins, so that signals fall on all of them.
-STRETCHES = {"start": "", "extraction": "Bottlenecks:", "training": "Step 0: Cross", "export": "Final test"}
+# What a run has printed when a stretch of it begins, so that signals fall on all of them. (While Python starts and
+# imports, they are Python's.)
+STRETCHES = {"extraction": "Bottlenecks:", "training": "Step 0: Cross", "export": "Final test"}
 
 
 class Lives:
@@ -298,14 +299,13 @@ class Lives:
 
     def __init__(self, t: Torture):
         self.t, self.images = t, make_image_dir(t.place("death") / "images", 60)
-        cwd, self.spans, stretch, began = self.cwd(), {}, "start", time.monotonic()
+        cwd, began = self.cwd(), {}
         process = t.start(cwd)
         for line in process.stdout:
-            for name, mark in STRETCHES.items():
-                if mark and mark in line and name not in self.spans and name != stretch:
-                    self.spans[stretch], stretch, began = time.monotonic() - began, name, time.monotonic()
+            began |= {name: time.monotonic() for name, mark in STRETCHES.items() if mark in line and name not in began}
         t.note("an undisturbed run", 1, [complaint(ended(process))])
-        self.spans[stretch] = time.monotonic() - began
+        ends = [*began.values(), time.monotonic()][1:]
+        self.spans = {name: end - start for (name, start), end in zip(began.items(), ends, strict=True)}
         self.expected = outputs(cwd)
 
     def cwd(self) -> Path:
@@ -319,11 +319,10 @@ class Lives:
         chance, cwd = self.t.random(f"{what} {number}"), self.cwd()
         stretch = list(self.spans)[number % len(self.spans)]
         process = self.t.start(cwd)
-        for line in process.stdout if STRETCHES[stretch] else ():
+        for line in process.stdout:
             if STRETCHES[stretch] in line:
                 break
-        # Nothing of ours can guard Python's own start.
-        time.sleep(0.3 * (stretch == "start") + chance.uniform(0, self.spans[stretch]))
+        time.sleep(chance.uniform(0, self.spans[stretch]))
         process.send_signal(getattr(signal, what))
         struck = time.monotonic()
         return cwd, ended(process), time.monotonic() - struck, stretch
