@@ -190,7 +190,7 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tupl
     try:
         yield from zip(items, pool.map(work, items), strict=True)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # what is being written is finished
 
 
 def sha256_of(path: Path) -> str:
@@ -355,7 +355,8 @@ def read_bytes(path: Any) -> bytes:
         with path.open("rb") as file:
             data = file.read(64)
             if BEGINNINGS.match(data):
-                data += file.read(MOST_BYTES + 1 - len(data))
+                file.seek(0)  # rather than joining two pieces, which would be there twice
+                data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
     if len(data) > MOST_BYTES:
