@@ -49,6 +49,8 @@ HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
 # What installs a package where this Python looks for it.
 INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
 
+if sys.version_info < (3, 10):  # noqa: UP036  (whoever has an older one is told so)
+    sys.exit(f"This is Python {sys.version.split()[0]}, which is too old; run it with Python 3.10 to 3.13.")
 try:
     import numpy as np
     import PIL.Image
@@ -64,6 +66,8 @@ except ImportError as missing:
             os.execv(own_python, [str(own_python), *sys.argv])
         sys.exit(subprocess.call([own_python, *sys.argv]))
     remedy = f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
+    if Path(sys.prefix) == environment:
+        remedy = f"{missing}: the installation in {environment} is broken; remove that folder and run retrain.sh again"
     if started_here:
         sys.exit(remedy)
     raise ImportError(remedy) from missing
@@ -116,6 +120,11 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         return 141
     except OSError as error:
         message, code = f"error: {error.filename or 'the system'}: {error.strerror or error}.", 1
+    except ImportError as error:
+        message, code = (
+            f"error: {error}; the installation is broken: {INSTALL} --force-reinstall -r requirements.txt",
+            1,
+        )
     except MemoryError:
         message, code = "error: there is not enough memory for so many images, or for such large ones.", 1
     except KeyboardInterrupt as error:
@@ -181,7 +190,7 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tupl
     try:
         yield from zip(items, pool.map(work, items), strict=True)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # what is being written is finished
 
 
 def sha256_of(path: Path) -> str:
@@ -346,7 +355,8 @@ def read_bytes(path: Any) -> bytes:
         with path.open("rb") as file:
             data = file.read(64)
             if BEGINNINGS.match(data):
-                data += file.read(MOST_BYTES + 1 - len(data))
+                file.seek(0)  # rather than joining two pieces, which would be there twice
+                data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
     if len(data) > MOST_BYTES:

@@ -1,45 +1,52 @@
 @echo off
-rem Train on the folders of pictures in data:   retrain.bat [flags of retrain.py]   or a double click
+rem Train on the folders of images in data:   retrain.bat [flags of retrain.py]   or a double click
 rem
-rem Makes the environment .venv with what requirements.txt names, then runs retrain.py with the flags below and yours.
-rem Flags of yours come last, so they win. Paths are relative to this folder.
+rem Makes the environment .venv with what requirements.txt names, then runs retrain.py. It trains 200 steps unless a flag
+rem says otherwise; what is written lies beside this script, unless a flag names another place.
 rem The window stays open at the end; set RETRAIN_NO_PAUSE=1 tells it not to.
 setlocal
-cd /d "%~dp0"
+set "HERE=%~dp0"
 
 rem TensorFlow exists for these versions of Python.
 set "SUPPORTED=import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))"
-set "VENV_PYTHON=.venv\Scripts\python.exe"
+set "ROOM=import shutil, sys; sys.exit(shutil.disk_usage(sys.argv[1]).free < 4e9)"
+set "OWN=%HERE%.venv"
+set "VENV_PYTHON=%OWN%\Scripts\python.exe"
 
 set "READY="
 if not exist "%VENV_PYTHON%" goto install
-"%VENV_PYTHON%" -c "%SUPPORTED%" >nul 2>nul
+rem An environment without pip is one whose making was interrupted.
+"%VENV_PYTHON%" -c "import pip; %SUPPORTED%" >nul 2>nul
 if errorlevel 1 goto install
 set "READY=1"
-fc /b requirements.txt .venv\installed.txt >nul 2>nul
+fc /b "%HERE%requirements.txt" "%OWN%\installed.txt" >nul 2>nul
 if not errorlevel 1 goto train
 
 :install
 set "PYTHON="
 for %%P in ("py -3" "py -3.13" "py -3.12" "py -3.11" "py -3.10" "python3" "python") do call :try_python %%P
 if not defined PYTHON goto no_python
+if not defined READY %PYTHON% -c "%ROOM%" "%HERE%."
+if errorlevel 1 (
+    echo retrain.bat: error: the disk has less than 4 GB left, which the packages need; free some. 1>&2
+    goto failed
+)
 echo Installing what requirements.txt names into .venv; the first time, this takes some minutes.
-if not defined READY if exist .venv rmdir /s /q .venv
-%PYTHON% -m venv .venv
+if not defined READY if exist "%OWN%" rmdir /s /q "%OWN%"
+%PYTHON% -m venv "%OWN%"
 if errorlevel 1 (
     echo retrain.bat: error: Python's venv module does not work; install Python anew from https://www.python.org/downloads/ 1>&2
     goto failed
 )
-"%VENV_PYTHON%" -m pip install --disable-pip-version-check -r requirements.txt
+"%VENV_PYTHON%" -m pip install --disable-pip-version-check -r "%HERE%requirements.txt"
 if errorlevel 1 (
     echo retrain.bat: error: the packages could not be installed, see above; the next run tries again. 1>&2
     goto failed
 )
-copy /y requirements.txt .venv\installed.txt >nul
+copy /y "%HERE%requirements.txt" "%OWN%\installed.txt" >nul
 
 :train
-"%VENV_PYTHON%" retrain.py --bottleneck_dir bottleneck --how_many_training_steps 200 ^
-    --model_dir inception_model --output_graph output_graph.pb --output_labels output_labels.txt %*
+"%VENV_PYTHON%" "%HERE%retrain.py" --how_many_training_steps 200 %*
 set "CODE=%ERRORLEVEL%"
 goto finish
 

@@ -60,9 +60,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import PIL.Image
-
+# First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
 from predict import (
     BOTTLENECK_NODE,
     INSTALL,
@@ -104,9 +102,11 @@ from predict import (
     whole_file,
 )
 
+# isort: split
+import numpy as np
+import PIL.Image
+
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
-    from keras import Layer as KerasLayer
-    from keras import Model as KerasModel
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pyarrow import Table
@@ -601,7 +601,8 @@ def build_parser() -> Parser:
     }
     for name, add_flags in rooms.items():
         add_flags(functools.partial(add_flag, parser.add_argument_group(name)))
-    parser.add_argument("-h", "--help", action=Help, nargs="?", help="show this; `--help all` shows every flag")
+    told = "show this; `--help all` shows every flag"
+    parser.add_argument("-h", "--help", action=Help, nargs="?", default=argparse.SUPPRESS, help=told)
     return parser
 
 
@@ -661,6 +662,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
+    for name in ("image_dir", "model_dir", "bottleneck_dir", "output_graph"):
+        if not getattr(flags, name).strip():
+            parser.error(f"--{name}: it needs a name")
     if flags.crawl and not flags.crawl_dir and flags.image_dir == parser.get_default("image_dir"):
         flags.image_dir = at_home("crawled")  # data/ holds the drawings that come along
     if flags.testing_percentage + flags.validation_percentage > 99:
@@ -3400,26 +3404,24 @@ def compute_bottlenecks(
 # Head: a softmax layer, trained by gradient descent
 # ======================================================================================================================
 
-
-# Of a matrix that may be larger than the memory, so many rows are looked at together.
-ROWS_AT_ONCE = 8192
-
-
-def parts(rows: np.ndarray) -> list[np.ndarray]:
-    """Return rows, int [n], in parts that can be looked at together; one part if there are no rows."""
-    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, max(1, len(rows)), ROWS_AT_ONCE)]
+# Hidden layers are given features of this mean squared length. Inception-v3's and the starter's have 120 to 670;
+# networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent go astray.
+FEATURE_POWER = 256
+LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smaller the weights; chosen by measurement
+# The classic lines of each evaluation; main decides where they are shown.
+step_log = logging.getLogger("retrain.steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Some pictures: their rows, int [rows], in a matrix float32 [images, n] that all splits share, and classes."""
+    """Some images: their rows, int [rows], in a matrix float32 [images, n] that all splits share, and classes."""
 
     matrix: np.ndarray
     rows: np.ndarray
     classes: np.ndarray
 
-    def features(self, batch: np.ndarray) -> np.ndarray:
-        """Return the features float32 [batch, n] of a batch, int [batch], of these rows."""
+    def features(self, batch: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the features float32 [batch, n] of a batch, int [batch], of these rows; or of all of them."""
         return self.matrix[self.rows[batch]]
 
 
@@ -3436,14 +3438,10 @@ class Head:
 
     @property
     def feature_count(self) -> int:
-        """How many features it takes."""
         return len(self.hidden[0][0] if self.hidden else self.weights)
 
     def variables(self) -> dict[str, np.ndarray]:
-        """Return all its numbers under the classic script's names, and others for the hidden layers.
-
-        Weights are float32 [inputs, outputs], biases [outputs].
-        """
+        """Return all its numbers, under the classic script's names where that has them."""
         named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
         for i, (weights, biases) in enumerate(self.hidden):
             named |= {f"hidden_{i}/weights": weights, f"hidden_{i}/biases": biases}
@@ -3464,24 +3462,6 @@ class Head:
         cooled = self.weights / np.float32(temperature), self.biases / np.float32(temperature)
         return dataclasses.replace(self, weights=cooled[0], biases=cooled[1])
 
-    def probabilities_of(self, rows: Rows, batch: np.ndarray) -> np.ndarray:
-        """Return the probabilities, float32 [batch, classes], of a batch, int [batch], of rows, a part at a time."""
-        return np.concatenate([self.probabilities(rows.features(part)) for part in parts(batch)])
-
-    def learnt(self, rows: Rows, batch: np.ndarray, rate: float, counts: np.ndarray) -> Head:
-        """Return the head after a step of `rate` down the gradient of a batch's mean cross entropy.
-
-        counts: how much a picture of each class counts, float32 [classes].
-        """
-        weights, biases = self.weights, self.biases
-        for part in parts(batch):
-            features = rows.features(part)  # [part, n]
-            error = self.probabilities(features)  # [part, classes]
-            error[np.arange(len(part)), rows.classes[part]] -= 1
-            error *= counts[rows.classes[part], None] * (np.float32(rate) / np.float32(len(batch)))
-            weights, biases = weights - features.T @ error, biases - error.sum(axis=0)
-        return Head(weights, biases)
-
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Return probabilities [..., classes] from logits [..., classes]."""
@@ -3491,22 +3471,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """What the head is, and how it is trained; the flags of the room, by their names."""
+    """What the head is, and how it is trained: the flags of the room, by their names and with their defaults."""
 
     how_many_training_steps: int = 4000
     learning_rate: float = 0.01
     train_batch_size: int = 100
     validation_batch_size: int = 100
-    eval_step_interval: int = 10
+    eval_step_interval: int = 10  # 0, which is no flag's value: train without a word
     intermediate_store_frequency: int = 0
     random_seed: int | None = None
-    normalise: bool = False  # train on centred features, and fold that into the weights: --head auto may
+    head: str = "softmax"
     hidden_units: tuple[int, ...] = ()
     dropout: float = 0
     batch_norm: bool = False
     optimizer: str = "sgd"
     class_weights: str = "none"
-    head: str = "softmax"
     coarse_training_steps: int = 300
     coarse_learning_rate: float = 0.01
     refine_training_steps: int = 300
@@ -3515,18 +3494,19 @@ class TrainingSettings:
 
     @property
     def is_classic(self) -> bool:
-        """Whether the head is the classic script's: one softmax layer, trained by plain gradient descent."""
-        return not self.hidden_units and self.optimizer == "sgd"
+        """Whether it is the classic script's: a softmax layer, trained by plain gradient descent."""
+        return self.head == "softmax" and not self.hidden_units and self.optimizer == "sgd"
 
-    def is_evaluated(self, step: int) -> bool:
-        """Tell whether the three classic lines are due after a step."""
-        if not self.eval_step_interval:  # not a flag's value: what is trained for the report alone
-            return False
-        return step % self.eval_step_interval == 0 or step == self.how_many_training_steps - 1
+    def of_stage_one(self) -> TrainingSettings:
+        rate, steps = self.coarse_learning_rate, self.coarse_training_steps
+        return dataclasses.replace(self, learning_rate=rate, how_many_training_steps=steps)
 
-    def is_stored(self, step: int) -> bool:
-        """Tell whether an intermediate graph is due after a step."""
-        return step > 0 and self.intermediate_store_frequency > 0 and step % self.intermediate_store_frequency == 0
+    def of_stage_two(self, same_classes: bool) -> TrainingSettings:
+        rate, steps = self.refine_learning_rate, self.refine_training_steps
+        if rate is None:  # gently, to keep what stage one knows; a new output layer has all to learn
+            rate = self.coarse_learning_rate * (0.3 if same_classes else 1)
+        # Batch normalisation stays as stage one left it, folded into the layers.
+        return dataclasses.replace(self, learning_rate=rate, how_many_training_steps=steps, batch_norm=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3540,10 +3520,31 @@ class Scores:
     histograms: dict[str, tuple[np.ndarray, np.ndarray]]  # counts [bins], edges [bins + 1]
 
 
+def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
+    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if they are infinite."""
+    probabilities = head.probabilities(rows.features(batch))
+    if not all(np.isfinite(values).all() for values in (probabilities, *head.variables().values())):
+        raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
+    classes = rows.classes[batch]
+    accuracy = float((probabilities.argmax(axis=1) == classes).mean())
+    cross_entropy = float(-np.log(np.maximum(probabilities[np.arange(len(batch)), classes], 1e-30)).mean())
+    line = f"{datetime.datetime.now()}: Step {step}:"
+    if split == "train":
+        step_log.info("%s Train accuracy = %.1f%%", line, accuracy * 100)
+        step_log.info("%s Cross entropy = %f", line, cross_entropy)
+    else:
+        step_log.info("%s Validation accuracy = %.1f%% (N=%d)", line, accuracy * 100, len(batch))
+    numbers = {name.split("/final_")[0]: values for name, values in head.variables().items()}
+    numbers["activations"] = probabilities
+    # In float64, since thirty float32 bins don't fit between numbers that are nearly equal.
+    histograms = {name: np.histogram(values.astype(np.float64), bins=30) for name, values in numbers.items()}
+    return Scores(step, split, accuracy, cross_entropy, histograms)
+
+
 def batch_drawer(classes: np.ndarray, size: int, random: np.random.Generator) -> Callable[[], np.ndarray]:
     """Return a function that draws a batch of rows, int [size], with replacement: a class first, then one of its rows.
 
-    So the classes count alike, however many pictures each has. A size of -1 gives all rows every time.
+    So the classes count alike, however many images each has. A size of -1 gives all rows every time.
     """
     if size == -1:
         return lambda: np.arange(len(classes))
@@ -3557,89 +3558,121 @@ def batch_drawer(classes: np.ndarray, size: int, random: np.random.Generator) ->
     return draw
 
 
-def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
-    """Return the scores of the head on a batch, int [batch], of the rows. Raises UserError if they are not finite."""
-    probabilities = head.probabilities_of(rows, batch)
-    if not all(np.isfinite(values).all() for values in (probabilities, *head.variables().values())):
-        raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
-    classes = rows.classes[batch]
-    right = probabilities[np.arange(len(batch)), classes]
-    numbers = {name.split("/final_")[0]: values for name, values in head.variables().items()}
-    numbers["activations"] = probabilities
-    return Scores(
-        step,
-        split,
-        accuracy=float((probabilities.argmax(axis=1) == classes).mean()),
-        cross_entropy=float(-np.log(np.maximum(right, 1e-30)).mean()),
-        # In float64, since thirty float32 bins don't fit between numbers that are nearly equal.
-        histograms={name: np.histogram(values.astype(np.float64), bins=30) for name, values in numbers.items()},
-    )
+def batch_mixer(
+    sources: Sequence[tuple[Rows, float]], class_count: int, settings: TrainingSettings, random: np.random.Generator
+) -> Callable[[], tuple]:
+    """Return a function that draws a batch of each source, which counts in the loss by its share, whatever its size.
 
-
-def log_scores(scores: Scores, batch_size: int) -> None:
-    """Print the classic lines: train accuracy and cross entropy, or validation accuracy."""
-    line = f"{datetime.datetime.now()}: Step {scores.step}:"
-    if scores.split == "train":
-        log.info("%s Train accuracy = %.1f%%", line, scores.accuracy * 100)
-        log.info("%s Cross entropy = %f", line, scores.cross_entropy)
-    else:
-        log.info("%s Validation accuracy = %.1f%% (N=%d)", line, scores.accuracy * 100, batch_size)
-
-
-def evaluator(training: Rows, validation: Rows, settings: TrainingSettings) -> Callable:
-    """Return a function of a step, its head and its batch that prints and returns the scores, if they are due then."""
-    # Its own random numbers, so that evaluating more often doesn't change what is learnt.
-    draw = batch_drawer(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
-
-    def evaluate_step(step: int, head: Head, batch: np.ndarray) -> list[Scores]:
-        tried = [(training, batch, "train")]
-        if len(validation.classes):
-            tried.append((validation, draw(), "validation"))
-        history = []
-        for rows, drawn, split in tried:
-            history.append(score(head, rows, drawn, step, split))
-            log_scores(history[-1], len(drawn))
-        return history
-
-    return evaluate_step
-
-
-def class_weights(classes: np.ndarray, class_count: int, settings: TrainingSettings) -> np.ndarray:
-    """Return how much a picture of each class counts in the loss, float32 [classes].
-
-    Balanced, a class counts as much as any other. Drawn batches see to that themselves, by drawing a class first, so it
-    makes a difference for --train_batch_size -1, where each picture comes once.
+    The function returns the batch of the first source, int [batch], and of all of them together the features float32
+    [rows, n], classes int [rows] and weights float32 [rows].
     """
-    if settings.class_weights != "balanced" or settings.train_batch_size != -1:
-        return np.ones(class_count, np.float32)
-    counts = np.bincount(classes, minlength=class_count)
-    return (len(classes) / (class_count * np.maximum(counts, 1))).astype(np.float32)
+    drawers = [batch_drawer(rows.classes, settings.train_batch_size, random) for rows, _ in sources]
+    # How much an image of each class counts; drawn batches see to that themselves, by drawing a class first.
+    counts = [np.ones(class_count, np.float32) for _ in sources]
+    if settings.class_weights == "balanced" and settings.train_batch_size == -1:
+        found = [np.bincount(rows.classes, minlength=class_count) for rows, _ in sources]
+        counts = [(each.sum() / (class_count * np.maximum(each, 1))).astype(np.float32) for each in found]
+
+    def draw() -> tuple:
+        batches = [drawer() for drawer in drawers]
+        total, drawn = sum(map(len, batches)), []
+        for (rows, share), batch, count in zip(sources, batches, counts, strict=True):
+            classes = rows.classes[batch]
+            drawn.append((rows.features(batch), classes, count[classes] * np.float32(share * total / len(batch))))
+        return batches[0], *(drawn[0] if len(drawn) == 1 else map(np.concatenate, zip(*drawn, strict=True)))
+
+    return draw
 
 
-@dataclasses.dataclass(frozen=True)
-class Normalisation:
-    """Features brought to a mean of zero, float32 [n], and by one number back to the mean square that they had."""
+def softmax_learner(
+    feature_count: int, class_count: int, learning_rate: float, random: np.random.Generator
+) -> tuple[Callable, Callable[[], Head]]:
+    """Return two functions: one that learns from a batch as the classic script does, and one that gives the head.
 
-    mean: np.ndarray
-    scale: np.float32
+    The first takes features float32 [batch, n], classes int [batch] and weights float32 [batch], and goes a step down
+    the gradient of the batch's mean cross entropy. The layer begins as a truncated normal of standard deviation 0.001.
+    """
+    weights = random.standard_normal((feature_count, class_count), np.float32)
+    while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
+        weights[outside] = random.standard_normal(outside.sum(), np.float32)
+    head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
 
-    @classmethod
-    def of(cls, features: np.ndarray) -> Normalisation:
-        """Return that of features float32 [rows, n], which must not all be the same."""
-        mean = features.mean(axis=0)
-        centred = ((features - mean) ** 2).sum()
-        return cls(mean, np.sqrt((features**2).sum() / centred) if centred else np.float32(1))
+    def learn(features: np.ndarray, classes: np.ndarray, counts: np.ndarray) -> None:
+        nonlocal head
+        error = head.probabilities(features)  # [batch, classes]
+        error[np.arange(len(classes)), classes] -= 1
+        error *= counts[:, None] * (np.float32(learning_rate) / np.float32(len(classes)))
+        head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
 
-    def apply(self, rows: Rows) -> Rows:
-        """Return the rows with their features normalised."""
-        return Rows(
-            (rows.features(np.arange(len(rows.rows))) - self.mean) * self.scale, np.arange(len(rows.rows)), rows.classes
-        )
+    return learn, lambda: head
 
-    def folded(self, head: Head) -> Head:
-        """Return the head for features as they are which does what `head` does for normalised ones."""
-        weights = head.weights * self.scale
-        return Head(weights, head.biases - self.mean @ weights)
+
+def keras_learner(
+    training: Rows, class_count: int, settings: TrainingSettings, start: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[Callable, Callable[[], Head]]:
+    """Return two functions like those of softmax_learner, for a head with hidden layers or another optimizer.
+
+    start: the weights [inputs, outputs] and biases [outputs] that the first layers begin with; the others are random.
+    """
+    keras = import_tensorflow().keras
+    seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
+    sample = training.features(slice(None, None, 1 + len(training.rows) // 8192)).astype(np.float64)
+    scale = math.sqrt(FEATURE_POWER * len(sample) / ((sample**2).sum() or FEATURE_POWER * len(sample)))
+    model = keras.Sequential([keras.Input([sample.shape[1]]), keras.layers.Rescaling(scale)])
+    dense = [
+        keras.layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
+        for units in (*settings.hidden_units, class_count)
+    ]
+    for layer in dense[:-1]:
+        model.add(layer)
+        if settings.batch_norm:
+            model.add(keras.layers.BatchNormalization())
+        model.add(keras.layers.ReLU())
+        if settings.dropout:
+            model.add(keras.layers.Dropout(settings.dropout, seed=next(seeds)))
+    model.add(dense[-1])
+    for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
+        layer.set_weights([weights if i else weights / np.float32(scale), biases])
+    optimizer = keras.optimizers.get("sgd" if settings.optimizer == "momentum" else settings.optimizer)
+    optimizer.learning_rate = settings.learning_rate
+    optimizer.momentum = 0.9 if settings.optimizer == "momentum" else 0
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+    def head_now() -> Head:
+        """Fold scale and normalisation into the dense layers."""
+        layers = [tuple(layer.get_weights()) for layer in dense]
+        layers[0] = layers[0][0] * np.float32(scale), layers[0][1]
+        normalisations = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+        for i, layer in enumerate(normalisations):
+            gamma, beta, mean, variance = layer.get_weights()
+            gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
+            layers[i] = layers[i][0] * gain, (layers[i][1] - mean) * gain + beta
+        *hidden, (weights, biases) = layers
+        return Head(weights, biases, tuple(hidden))
+
+    return model.train_on_batch, head_now
+
+
+def train_logistic(training: Rows, validation: Rows, class_count: int, settings: TrainingSettings) -> Head:
+    """Return the head of a logistic regression on the rows of both.
+
+    It is fitted to centred features of one common scale; both are folded into the weights.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    features = np.concatenate([training.features(), validation.features()])  # [rows, n]
+    classes = np.concatenate([training.classes, validation.classes])
+    mean = features.mean(axis=0)
+    features -= mean
+    scale = np.sqrt(np.square(features).mean()) or np.float32(1)
+    balance = "balanced" if settings.class_weights == "balanced" else None
+    model = LogisticRegression(C=LOGISTIC_C, max_iter=1000, class_weight=balance).fit(features / scale, classes)
+    slopes, offsets = model.coef_, model.intercept_  # [classes, n], [classes]
+    if len(model.classes_) == 2:  # where scikit-learn gives the second class's logit less the first's
+        slopes, offsets = np.concatenate([-slopes, slopes]) / 2, np.concatenate([-offsets, offsets]) / 2
+    weights, biases = np.zeros((features.shape[1], class_count)), np.full(class_count, -100.0)
+    weights[:, model.classes_], biases[model.classes_] = slopes.T / scale, offsets  # -100: no row, never answered
+    return Head(weights.astype(np.float32), (biases - mean @ weights).astype(np.float32))
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
@@ -3649,218 +3682,44 @@ def train_head(
     class_count: int,
     settings: TrainingSettings,
     after_step: Callable[[int, Head], None] = lambda step, head: None,
+    base: Head | None = None,
+    coarse: Rows | None = None,
 ) -> tuple[Head, list[Scores]]:
-    """Train the softmax layer, and return it with the scores of each evaluation.
+    """Train the head that the settings describe, and return it with the scores of each evaluation.
 
-    after_step: is called with the head of each step that is to be stored.
-
-    Weights begin as a truncated normal of standard deviation 0.001, biases as zero; plain gradient descent on the mean
-    cross entropy of each batch. On normalised features it converges faster, since it doesn't first have to find the
-    mean that all features share; the heads that are given away are for features as they are all the same.
+    after_step: is called with the head of each step that is to be stored. base: in stage two of two, the head of stage
+    one to go on from; coarse: its rows, if they are of the same classes. Then they make up the share settings.rehearsal
+    of what is learnt from, so that the few teach without the many being forgotten; with other classes, only the hidden
+    layers are carried over. Raises UserError when the training goes astray.
     """
-    normalisation = None
-    if settings.normalise:
-        normalisation = Normalisation.of(training.features(np.arange(len(training.rows))))
-        training, validation = normalisation.apply(training), normalisation.apply(validation)
-
-    def folded(head: Head) -> Head:
-        return normalisation.folded(head) if normalisation else head
-
-    random = np.random.default_rng(settings.random_seed)
-    weights = random.standard_normal((training.matrix.shape[1], class_count), np.float32)
-    while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
-        weights[outside] = random.standard_normal(outside.sum(), np.float32)
-    head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
-    history = []
-    draw = batch_drawer(training.classes, settings.train_batch_size, random)
-    counts = class_weights(training.classes, class_count, settings)
-    evaluate_step = evaluator(training, validation, settings)
-    for step in range(settings.how_many_training_steps):
-        batch = draw()
-        head = head.learnt(training, batch, settings.learning_rate, counts)
-        if settings.is_evaluated(step):
-            history += evaluate_step(step, head, batch)
-        if settings.is_stored(step):
-            after_step(step, folded(head))
-    return folded(head), history
-
-
-# The mean squared length of the features that hidden layers are given. Inception-v3's and the starter's have 120 to
-# 670; networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent go astray.
-FEATURE_POWER = 256
-
-
-def build_layers(features: np.ndarray, class_count: int, settings: TrainingSettings) -> KerasModel:
-    """Return an untrained Keras model over hidden layers to logits [n, classes], for such features as [rows, n].
-
-    The features are brought to one scale, so that one learning rate suits all base models.
-    """
-    keras = import_tensorflow().keras
-    seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
-
-    def dense(units: int) -> KerasLayer:
-        return keras.layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
-
-    power = float(np.einsum("ij,ij->", features, features)) / len(features)
-    scale = math.sqrt(FEATURE_POWER / power) if power else 1.0
-    layers = [keras.Input([features.shape[1]]), keras.layers.Rescaling(scale)]
-    for units in settings.hidden_units:
-        normalisation = [keras.layers.BatchNormalization()] if settings.batch_norm else []
-        dropout = [keras.layers.Dropout(settings.dropout, seed=next(seeds))] if settings.dropout else []
-        layers += [dense(units), *normalisation, keras.layers.ReLU(), *dropout]
-    return keras.Sequential([*layers, dense(class_count)])
-
-
-def head_of(model: KerasModel) -> Head:
-    """Return what a Keras model of `build_layers` has learnt, scale and normalisation folded into the dense layers."""
-    layers = import_tensorflow().keras.layers
-    dense, scale = [], np.float32(model.layers[0].scale)
-    for layer in model.layers:
-        if isinstance(layer, layers.Dense):
-            dense.append(tuple(layer.get_weights()))
-        elif isinstance(layer, layers.BatchNormalization):
-            gamma, beta, mean, variance = layer.get_weights()
-            gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
-            weights, biases = dense.pop()
-            dense.append((weights * gain, (biases - mean) * gain + beta))
-    dense[0] = (dense[0][0] * scale, dense[0][1])
-    *hidden, (weights, biases) = dense
-    return Head(weights, biases, tuple(hidden))
-
-
-def keras_step(model: KerasModel, settings: TrainingSettings) -> Callable:
-    """Return a function that trains a Keras model by one batch: features [n, size], classes [n], their weights [n]."""
-    tf = import_tensorflow()
-    rate, optimizers = float(settings.learning_rate), tf.keras.optimizers
-    optimizer = {
-        "sgd": lambda: optimizers.SGD(rate),
-        "momentum": lambda: optimizers.SGD(rate, momentum=0.9),
-        "rmsprop": lambda: optimizers.RMSprop(rate),
-        "adam": lambda: optimizers.Adam(rate),
-    }[settings.optimizer]()
-    optimizer.build(model.trainable_variables)
-
-    @tf.function
-    def train(features: Tensor, classes: Tensor, weights: Tensor) -> None:
-        with tf.GradientTape() as tape:
-            logits = model(features, training=True)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(classes, logits)
-            loss = tf.reduce_mean(losses * weights)
-        variables = model.trainable_variables
-        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-
-    return train
-
-
-def batch_mixer(sources: Sequence[tuple[Rows, float]], class_count: int, settings: TrainingSettings) -> Callable:
-    """Return a function that draws a batch of each source, which counts in the loss by its share, whatever its size.
-
-    The function returns the batch of the first source, int [batch], and of all of them together the features float32
-    [rows, n], classes int [rows] and weights float32 [rows].
-    """
-    random = np.random.default_rng(settings.random_seed)
-    drawers = [batch_drawer(rows.classes, settings.train_batch_size, random) for rows, _ in sources]
-    counts = [class_weights(rows.classes, class_count, settings) for rows, _ in sources]
-
-    def draw() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        batches = [drawer() for drawer in drawers]
-        total, parts = sum(map(len, batches)), []
-        for (rows, share), batch, count in zip(sources, batches, counts, strict=True):
-            classes = rows.classes[batch]
-            parts.append((rows.features(batch), classes, count[classes] * np.float32(share * total / len(batch))))
-        features, classes, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return batches[0], features, classes, weights
-
-    return draw
-
-
-@np.errstate(over="ignore", invalid="ignore")  # as above
-def train_layers(
-    training: Rows,
-    validation: Rows,
-    class_count: int,
-    settings: TrainingSettings,
-    after_step: Callable[[int, Head], None] = lambda step, head: None,
-    model: KerasModel | None = None,
-    rehearsed: Rows | None = None,
-) -> tuple[Head, list[Scores]]:
-    """Train hidden layers and a softmax layer by Keras; takes and returns what `train_head` does.
-
-    model: what to train, of `build_layers`; else a new one. rehearsed: rows that make up the share settings.rehearsal
-    of what is learnt from.
-    """
-    model = model or build_layers(training.features(np.arange(len(training.rows))), class_count, settings)
-    train = keras_step(model, settings)
-    sources = [(training, 1 - settings.rehearsal), (rehearsed, settings.rehearsal)] if rehearsed else [(training, 1)]
-    draw = batch_mixer(sources, class_count, settings)
-    evaluate_step, history = evaluator(training, validation, settings), []
-    for step in range(settings.how_many_training_steps):
-        batch, features, classes, weights = draw()
-        train(features, classes, weights)
-        if settings.is_evaluated(step):
-            history += evaluate_step(step, head_of(model), batch)
-        if settings.is_stored(step):
-            after_step(step, head_of(model))
-    return head_of(model), history
-
-
-@dataclasses.dataclass(frozen=True)
-class TwoStages:
-    """What training in two stages gives: heads and the scores of their training, by name.
-
-    `refined` is the result, `alone` the same layers trained on the few good pictures only, and `base` stage one alone,
-    of which there is no head here if its classes are others.
-    """
-
-    heads: dict[str, Head]
-    histories: dict[str, list[Scores]]
-
-
-def with_new_output(
-    model: KerasModel, features: np.ndarray, class_count: int, settings: TrainingSettings
-) -> KerasModel:
-    """Return a Keras model with the hidden layers of `model`, and an output layer that begins anew.
-
-    features: those [rows, n] that `model` was built for, which its scale comes from.
-    """
-    fresh = build_layers(features, class_count, settings)
-    for ours, theirs in zip(fresh.layers[:-1], model.layers[:-1], strict=True):
-        if ours.weights and not isinstance(ours, import_tensorflow().keras.layers.Dropout):
-            ours.set_weights(theirs.get_weights())
-    return fresh
-
-
-def train_two_stages(
-    coarse: Rows,
-    training: Rows,
-    validation: Rows,
-    class_counts: Sequence[int],
-    same_classes: bool,
-    settings: dict[str, TrainingSettings],
-    after_step: Callable[[int, Head], None] = lambda step, head: None,
-) -> TwoStages:
-    """Train on coarse rows, then go on from there on the training rows; for comparison, on these alone as well.
-
-    Stage two goes on with the coarse rows, too, by the share settings.rehearsal, so that it learns from the few without
-    forgetting the many. class_counts: of the coarse rows, and of the others; if they are not of the same classes, only
-    the hidden layers are carried over, and nothing is rehearsed. settings: for `base`, `alone` and `refined`.
-    """
-    features = coarse.features(np.arange(len(coarse.rows)))
-    model = build_layers(features, class_counts[0], settings["base"])
-    none = Rows(validation.matrix, validation.rows[:0], validation.classes[:0])
-    log.info("Stage one, on %d coarse pictures:", len(coarse.rows))
-    base = train_layers(coarse, validation if same_classes else none, class_counts[0], settings["base"], model=model)
-    log.info("For comparison, the same layers on the %d other pictures alone:", len(training.rows))
-    alone = train_layers(training, validation, class_counts[1], settings["alone"])
-    if not same_classes:
-        model = with_new_output(model, features, class_counts[1], settings["refined"])
-    log.info("Stage two, from the weights of stage one on those %d pictures:", len(training.rows))
-    refined = train_layers(
-        training, validation, class_counts[1], settings["refined"], after_step, model, coarse if same_classes else None
-    )
-    trained = {"base": base, "alone": alone, "refined": refined}
-    heads = {name: head for name, (head, _) in trained.items() if same_classes or name != "base"}
-    return TwoStages(heads, {name: history for name, (_, history) in trained.items()})
+    if settings.head == "logistic":
+        head = train_logistic(training, validation, class_count, settings)
+        every = np.arange(len(training.rows))
+        return head, [score(head, training, every, 0, "train")] if settings.eval_step_interval else []
+    random, steps = np.random.default_rng(settings.random_seed), settings.how_many_training_steps
+    if settings.is_classic:
+        learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, random)
+    else:
+        start = (*base.hidden, *([(base.weights, base.biases)] if coarse else ())) if base else ()
+        learn, head_now = keras_learner(training, class_count, settings, start)
+    sources = [(training, 1 - settings.rehearsal), (coarse, settings.rehearsal)] if coarse else [(training, 1.0)]
+    draw = batch_mixer(sources, class_count, settings, random)
+    # With random numbers of its own, so that evaluating more often doesn't change what is learnt.
+    draw_to_validate = batch_drawer(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
+    interval, frequency, history = settings.eval_step_interval, settings.intermediate_store_frequency, []
+    shows_bar = interval > 0 and sys.stderr.isatty()  # off a terminal, the classic lines tell
+    with progress_bar("Training", steps, "step", disable=not shows_bar) as bar:
+        for step in range(steps):
+            batch, features, classes, counts = draw()
+            learn(features, classes, counts)
+            if interval and (step % interval == 0 or step == steps - 1):
+                history.append(score(head_now(), training, batch, step, "train"))
+                if len(validation.rows):
+                    history.append(score(head_now(), validation, draw_to_validate(), step, "validation"))
+            if frequency and step and step % frequency == 0:
+                after_step(step, head_now())
+            bar.update()
+    return head_now(), history
 
 
 def summary_of(scores: Scores) -> Summary:
@@ -3932,7 +3791,7 @@ class Evaluation:
 def evaluate(head: Head, testing: Rows, batch_size: int, random_seed: int | None) -> Evaluation:
     """Try the head on all test rows (batch_size -1), or on a batch of them."""
     batch = batch_drawer(testing.classes, batch_size, np.random.default_rng(random_seed))()
-    predicted = head.probabilities_of(testing, batch).argmax(axis=1)
+    predicted = head.probabilities(testing.features(batch)).argmax(axis=1)
     return Evaluation(float((predicted == testing.classes[batch]).mean()), batch, predicted)
 
 
@@ -3944,23 +3803,6 @@ def log_misclassified(test: Evaluation, tested: Sequence[Image], labels: Sequenc
             log.info("%70s  %s", printable(tested[row].path), labels[guess])
 
 
-STAGE_NAMES = {
-    "base": "base model, stage one alone",
-    "alone": "trained on --image_dir alone",
-    "refined": "refined, both stages",
-}
-
-
-def log_two_stages(stages: TwoStages, held_out: Rows) -> None:
-    """Print how the heads of training in two stages do on the same held-out rows."""
-    log.info("On the same %d pictures, that none of them was trained on:", len(held_out.rows))
-    for name, told in STAGE_NAMES.items():
-        if name in stages.heads:
-            log.info("  %s: %.1f%%", told, 100 * evaluate(stages.heads[name], held_out, -1, None).accuracy)
-        else:
-            log.info("  %s: other classes, so it can't tell", told)
-
-
 def import_matplotlib() -> types.ModuleType:
     """Import matplotlib's figures, which only the pictures of training need. Raises UserError if they are missing."""
     try:
@@ -3968,22 +3810,6 @@ def import_matplotlib() -> types.ModuleType:
     except ImportError as error:
         raise UserError(f"matplotlib can't be loaded ({error}); install it with: {INSTALL} matplotlib") from error
     return matplotlib.figure
-
-
-def draw_two_stages(stages: TwoStages, path: Path) -> None:
-    """Draw the three training curves, accuracy against steps, into a PNG: of validation, else of training."""
-    figure = import_matplotlib().Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="training steps", ylabel="accuracy (%)", ylim=(0, 101))
-    for name, told in STAGE_NAMES.items():
-        splits = {scores.split for scores in stages.histories[name]}
-        split = "validation" if "validation" in splits else "train"
-        curve = [scores for scores in stages.histories[name] if scores.split == split]
-        steps, accuracies = [scores.step for scores in curve], [100 * scores.accuracy for scores in curve]
-        axes.plot(steps, accuracies, label=f"{told} ({'validation' if split == 'validation' else 'its own training'})")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4078,58 +3904,6 @@ def reduced(features: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # as above
-def train_heads(
-    features: np.ndarray,
-    classes: np.ndarray,
-    members: Sequence[np.ndarray],
-    class_count: int,
-    settings: TrainingSettings,
-) -> np.ndarray:
-    """Train a softmax layer on each of several sets of rows; return the logits [heads, rows, classes] of all rows.
-
-    features: float32 [rows, k]; classes: int [rows]; members: the rows, int [.], on which each head is trained. As
-    train_head does it, batch by batch, but all at once (which is fast), from weights of zero, and without a word.
-    """
-    head_count = len(members)
-    weights = np.zeros((head_count, features.shape[1], class_count), np.float32)
-    biases = np.zeros((head_count, 1, class_count), np.float32)
-    size, longest = settings.train_batch_size, max(map(len, members))
-    randoms = [np.random.default_rng([settings.random_seed or 0, i]) for i in range(head_count)]
-    normalisations = [Normalisation.of(features[rows]) for rows in members] if settings.normalise else []
-    means, scales = (
-        np.array([getattr(normalisation, name) for normalisation in normalisations], np.float32)
-        for name in ("mean", "scale")
-    )
-    means, scales = means[:, None], scales[:, None, None]
-    counts = np.stack([class_weights(classes[rows], class_count, settings) for rows in members])
-    lengths = np.array([len(rows) if size == -1 else size for rows in members])[:, None]
-    rates = np.float32(settings.learning_rate) * (np.arange(lengths.max()) < lengths) / lengths.astype(np.float32)
-    at_once = 100  # steps for which batches are drawn together, since drawing is slow one by one
-    for start in range(0, settings.how_many_training_steps, at_once):
-        steps = min(at_once, settings.how_many_training_steps - start)
-        if size == -1:  # all rows; the shorter sets are filled up with what doesn't count
-            drawn = np.stack([np.resize(rows, longest) for rows in members])[None].repeat(steps, axis=0)
-        else:
-            draws = [
-                rows[batch_drawer(classes[rows], steps * size, random)()].reshape(steps, size)
-                for rows, random in zip(members, randoms, strict=True)
-            ]
-            drawn = np.stack(draws, axis=1)
-        for batch in drawn:  # [heads, batch]
-            rows = features[batch]  # [heads, batch, k]
-            if normalisations:
-                rows = (rows - means) * scales
-            error = softmax(rows @ weights + biases)
-            error[np.arange(head_count)[:, None], np.arange(batch.shape[1]), classes[batch]] -= 1
-            error *= (counts[np.arange(head_count)[:, None], classes[batch]] * rates)[:, :, None]
-            weights -= rows.transpose(0, 2, 1) @ error
-            biases -= error.sum(axis=1, keepdims=True)
-    for i, normalisation in enumerate(normalisations):
-        folded = normalisation.folded(Head(weights[i], biases[i]))
-        weights[i], biases[i] = folded.weights, folded.biases
-    return features @ weights + biases
-
-
 def one_thread() -> contextlib.AbstractContextManager:
     """Return a context in which numpy and scikit-learn use one thread: several halve the speed of small products."""
     import sklearn.cluster  # noqa: F401  (only what is loaded already is limited)
@@ -4149,12 +3923,10 @@ def train_members(
 
     features: [rows, n]; classes: int [rows]; members: int [rows of it] each; the logits are [members, rows, classes].
     """
-    if settings.is_classic:
-        return train_heads(features, classes, members, class_count, settings)
     silent = dataclasses.replace(settings, eval_step_interval=0, intermediate_store_frequency=0)
     nothing, logits = Rows(features, np.array([], np.intp), np.array([], np.intp)), []
     for rows in members:
-        head, _ = train_layers(Rows(features, rows, classes[rows]), nothing, class_count, silent)
+        head, _ = train_head(Rows(features, rows, classes[rows]), nothing, class_count, silent)
         logits.append(head.logits(features))
     return np.stack(logits)
 
@@ -4628,40 +4400,6 @@ def gather_material(images: Sequence[Image], features: np.ndarray, known: Rows, 
     with one_thread():
         groups = groups_of(images, [(pair.first, pair.second) for pair in pairs])
         return Material(known, reduced(own) if settings.is_classic else own, groups[known.rows], pairs)
-
-
-def choose_settings(material: Material, class_count: int, settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings for --head auto: the given ones unless others are proven better by cross-validation.
-
-    Tried are fewer and more steps (four times as many at most, and not beyond MOST_STEPS), each with features as they
-    are and normalised. Proven is what names more of the rows rightly by two standard errors of the difference: of that
-    many tries the best always looks better than it is. A head that Keras trains is left as it is.
-    """
-    if not settings.is_classic:
-        return settings
-    known = material.known.classes
-    given = settings.how_many_training_steps
-    steps = [
-        count for count in (given // 16, given // 4, given, 4 * given) if count == given or 50 <= count <= MOST_STEPS
-    ]
-    right = {}
-    for normalise, count in itertools.product((False, True), steps):
-        tried = dataclasses.replace(settings, how_many_training_steps=count, normalise=normalise)
-        with one_thread():
-            validated = cross_validate(material.components, known, material.groups, class_count, tried, most_repeats=1)
-        if validated is None:
-            return settings
-        right[tried] = (validated.logits[0].argmax(axis=1) == known).astype(float)
-    best = max(right, key=lambda tried: right[tried].mean())
-    gain = right[best] - right[settings]
-    if gain.mean() <= 2 * gain.std() / math.sqrt(len(gain)):
-        return settings
-    kind = "normalised features" if best.normalise else "features as they are"
-    log.info(
-        "The head is trained for %d steps on %s: %+.1f%% in cross-validation against --head softmax.",
-        best.how_many_training_steps, kind, 100 * gain.mean(),
-    )  # fmt: skip
-    return best
 
 
 def examine(material: Material, class_count: int, settings: TrainingSettings, coverage: float) -> Examination:
@@ -5555,12 +5293,23 @@ def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> No
 # Main: the rooms in their order
 # ======================================================================================================================
 
+# The flags that name folders of images, and those that name lists.
+IMAGE_FOLDERS = ("image_dir", "validation_dir", "test_dir", "coarse_image_dir")
+LISTS = ("exclude", "relabel", "split_file", "crawl")
+# The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
+RESULT = logging.WARNING + 1
+
 
 class Console(logging.Handler):
-    """Prints messages on stdout, and warnings and errors, as such, on stderr."""
+    """Prints messages on stdout, and warnings and errors, as such, on stderr.
+
+    On a terminal a progress bar stands for the lines of each step, unless --logging_verbosity is DEBUG.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        serious = record.levelno >= logging.WARNING
+        if record.name == step_log.name and (log.level > logging.INFO or (sys.stdout.isatty() and log.level > 10)):
+            return
+        serious = record.levelno >= logging.WARNING and record.levelno != RESULT
         text = f"{record.levelname}: {record.getMessage()}" if serious else record.getMessage()
         print(printable(text), file=sys.stderr if serious else sys.stdout, flush=True)
 
@@ -5570,209 +5319,94 @@ def set_up_logging(verbosity: str) -> None:
     log.handlers[:] = [Console()]
     log.propagate = False
     log.setLevel(verbosity)
+    step_log.setLevel(logging.INFO)
 
 
-def log_skipped(skipped: dict[Path | StoredPath, str], list_path: Path) -> None:
-    """Say which files were skipped and why, the first ten of them in full."""
-    if not skipped:
-        return
-    log.warning("%d of the files could not be used and were skipped (listed in %s):", len(skipped), list_path)
-    for path, reason in list(skipped.items())[:10]:
-        log.warning("  %s: %s", printable(path), printable(reason))
-    if len(skipped) > 10:
-        log.warning("  and %d more", len(skipped) - 10)
+def log_to_file(folder: str) -> None:
+    """Write all that is told, and the lines of each step, into training.log as well."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        log.addHandler(logging.FileHandler(Path(folder) / "training.log", "w", "utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise UserError(f"--summaries_dir {folder}: it can't be written into ({error.strerror}).") from error
 
 
-def rows_of(split: str, images: Sequence[Image], features: np.ndarray, labels: Sequence[str]) -> Rows:
-    """Return the rows of one split, from images and their features float32 [images, n]."""
-    rows = [row for row, image in enumerate(images) if image.split == split]
-    class_of = {label: i for i, label in enumerate(labels)}
-    return Rows(features, np.array(rows, np.intp), np.array([class_of[images[row].label] for row in rows], np.intp))
+def find_class_folders(flags: argparse.Namespace) -> None:
+    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than a folder for each class.
 
-
-def joined(first: Rows, second: Rows) -> Rows:
-    """Return the rows of both, which are of one matrix."""
-    return Rows(
-        first.matrix, *(np.concatenate([getattr(r, name) for r in (first, second)]) for name in ("rows", "classes"))
-    )
-
-
-def with_distortions(training: Rows, variants: np.ndarray, folder: Path) -> Rows:
-    """Return the training rows with distorted variants, float32 [rows, count, n], beside each.
-
-    Every picture gets the same number of rows, so drawing a row of a class still draws a picture first. folder: see
-    empty_matrix.
+    Raises UserError for an archive, and for the folder of one class.
     """
-    row_count, count, size = variants.shape
-    matrix = empty_matrix((row_count, 1 + count, size), folder)
-    for part in parts(np.arange(row_count)):
-        matrix[part, 0], matrix[part, 1:] = training.features(part), variants[part]
-    matrix = matrix.reshape(-1, size)
-    return Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
-
-
-# Flags that name folders of pictures, and those that name lists.
-PICTURE_FOLDERS = ("image_dir", "validation_dir", "test_dir", "coarse_image_dir")
-LISTS = ("exclude", "split_file", "crawl", "crawl_source")
-
-
-def files_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
-    """Return (flag, path) of each file that the run writes where a flag says, or beside it."""
-    graph, checkpoint = OutputFiles(Path(flags.output_graph)), flags.checkpoint_path
-    table: dict[str, Sequence[str | Path | None]] = {
-        "output_graph": [graph.graph, graph.lite, graph.facts],
-        "output_labels": [flags.output_labels],
-        "output_report": () if flags.no_report else ReportFiles(Path(flags.output_report)).paths,
-        "write_split_file": [flags.write_split_file],
-        "bottleneck_dir": sorted(Path(flags.bottleneck_dir).glob("skipped_*.tsv")),
-    }
-    if checkpoint:
-        parts = [f"{checkpoint}{ending}" for ending in ("", ".index", ".data-00000-of-00001")]
-        table["checkpoint_path"] = [*parts, Path(checkpoint).parent / "checkpoint"]
-    return [(name, Path(path)) for name, paths in table.items() for path in paths if path]
-
-
-def folders_written(flags: argparse.Namespace) -> list[tuple[str, Path]]:
-    """Return (flag, path) of each folder that the run writes into."""
-    names = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
-    if flags.intermediate_store_frequency:
-        names.append("intermediate_output_graphs_dir")
-    return [(name, Path(getattr(flags, name))) for name in names if getattr(flags, name)]
-
-
-def files_read(flags: argparse.Namespace) -> list[tuple[str, Path]]:
-    """Return (flag, path) of each file that the run may read, lists and base models, but for pictures."""
-    read = [(name, getattr(flags, name)) for name in LISTS if name != "crawl_source"]
-    read += [("crawl_source", path) for source, path in flags.crawl_source or () if source == "list"]
-    models = GRAPH_FILE, ARCHIVE_FILE, *VGG16_FILES
-    read += [("model_dir", os.path.join(flags.model_dir, name)) for name in models]
-    read.append(("tfhub_module", flags.tfhub_module and os.path.join(flags.tfhub_module, "saved_model.pb")))
-    return [(name, Path(path)) for name, path in read if path]
-
-
-def place_of_file(path: Path) -> Path:
-    """Return what two names of one file have in common: the path behind links, and on Windows in one case."""
-    return Path(os.path.normcase(os.path.realpath(path)))
-
-
-def folders_read(flags: argparse.Namespace) -> list[tuple[str, Path]]:
-    """Return (flag, path) of each folder that holds class folders of pictures."""
-    return [(name, Path(getattr(flags, name))) for name in PICTURE_FOLDERS if getattr(flags, name)]
-
-
-def class_folders(flags: argparse.Namespace) -> dict[Path, str]:
-    """Return the folders in which pictures are looked for, behind links, each with its flag."""
-    return {
-        place_of_file(entry): name
-        for name, folder in folders_read(flags)
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if not entry.name.startswith(".") and entry.is_dir()
-    }
-
-
-def check_apart(flags: argparse.Namespace) -> None:
-    """Raise UserError if what the run writes would take the place of something else that it writes or reads."""
-    written, folders, read = files_written(flags), folders_written(flags), files_read(flags)
-    readers, classes = {place_of_file(path): name for name, path in reversed(read)}, class_folders(flags)
-    writers: dict[Path, str] = {}
-    for name, path in written:
-        if path.is_char_device():
-            continue
-        place = place_of_file(path)
-        if reader := readers.get(place):
-            remedy = "save the list under another name" if reader in LISTS else "name another file"
-            raise UserError(
-                f"--{name} would write {path}, which --{reader} reads, so this run would replace it; {remedy}."
-            )
-        if place.parent in classes and not is_hidden(place):
-            owner = classes[place.parent]
-            raise UserError(f"--{name} would write {path} among the pictures of --{owner}; name another place.")
-        if place in writers:
-            raise UserError(f"--{writers[place]} and --{name} would both write {path}; name another file for one.")
-        writers[place] = name
-    for name, path in folders:
-        place = place_of_file(path)
-        if writer := writers.get(place):
-            raise UserError(f"--{writer} and --{name} would both write {path}; name another place for one.")
-        for reader, pictures in folders_read(flags):  # where it would be taken for a class by the next run
-            root = place_of_file(pictures)
-            if place.is_relative_to(root) and not any(part[0] == "." for part in place.relative_to(root).parts):
-                raise UserError(f"--{name} {path}: it lies in --{reader}; name a folder elsewhere.")
-    replaced = flags.saved_model_dir and place_of_file(Path(flags.saved_model_dir))
-    for name, path in [*written, *folders, *read, *folders_read(flags)] if replaced else ():
-        if name != "saved_model_dir" and place_of_file(path).is_relative_to(replaced):
-            raise UserError(f"--{name} {path}: it lies in --saved_model_dir, which is replaced; name another place.")
+    root = Path(flags.image_dir)
+    if root.is_file() and root.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"):
+        raise UserError(f"--image_dir {root}: it is an archive; unpack it, and name the folder of the class folders.")
+    if is_store_url(flags.image_dir) or not root.is_dir():
+        return
+    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    siblings = [path for path in root.absolute().parent.iterdir() if path.is_dir() and path.name != root.name]
+    if not folders and siblings and any(entry.suffix.lower() in (".jpg", ".jpeg", ".png") for entry in root.iterdir()):
+        raise UserError(
+            f"--image_dir {root}: it holds images, but no folders of images. If it is the folder of one class, name "
+            f"the folder above it ({root.absolute().parent}); else put each class into a folder of its own."
+        )
+    names = {"train": "training", "val": "validation", "valid": "validation", "test": "testing"}
+    roles = {names.get(folder.name.lower(), folder.name.lower()): folder for folder in folders}
+    # Those that hold folders themselves, for a class may well be called `train`.
+    roles = {role: folder for role, folder in roles.items() if any(child.is_dir() for child in folder.iterdir())}
+    if "training" in roles and len(roles.keys() & {"validation", "testing"}) and not flags.split_file:
+        flags.image_dir = str(roles["training"])
+        flags.validation_dir = flags.validation_dir or str(roles.get("validation", ""))
+        flags.test_dir = flags.test_dir or str(roles.get("testing", ""))
+        used = {"trains": flags.image_dir, "validates": flags.validation_dir, "tests": flags.test_dir}
+        log.info("This run %s.", ", ".join(f"{does} on {folder}" for does, folder in used.items() if folder))
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
-    check_writable("output_graph", Path(flags.output_graph), is_folder=False)  # or there are no files beside it
-    for name, path in files_written(flags):
-        check_writable(name, path, is_folder=False)
-    for name, path in folders_written(flags):
-        check_writable(name, path, is_folder=True)
+    graph = OutputFiles(Path(flags.output_graph))
+    files: dict[str, Sequence] = {"output_graph": [graph.graph, graph.lite, graph.facts]}
+    files["output_report"] = [] if flags.no_report else [flags.output_report]
+    files |= {name: [getattr(flags, name)] for name in ("output_labels", "write_split_file", "checkpoint_path")}
+    folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
+    folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
+    written = [(name, Path(path), False) for name, paths in files.items() for path in paths if path]
+    written += [(name, Path(getattr(flags, name)), True) for name in folders if getattr(flags, name)]
+    places: dict[Path, str] = {}
+    for name, path, is_folder in written:
+        check_writable(name, path, is_folder)
+        place = path.resolve()
+        if place in places and path.parts[:2] != ("/", "dev"):
+            raise UserError(f"--{places[place]} and --{name} would both write {path}; name another for one.")
+        places[place] = name
+        for other in LISTS:
+            if getattr(flags, other) and Path(getattr(flags, other)).resolve() == place:
+                raise UserError(f"--{name} would replace {path}, which --{other} reads; save that under another name.")
+        for other in IMAGE_FOLDERS:  # where the next run would take it for an image, or for a class
+            root = Path(getattr(flags, other) or "/nowhere").resolve()
+            if place.is_relative_to(root) and (is_folder or place.parent != root):
+                raise UserError(f"--{name} {path}: it lies among the images of --{other}; name another place.")
     if flags.saved_model_dir:
         check_saved_model_dir(Path(flags.saved_model_dir))
-    check_apart(flags)
-    files = OutputFiles(Path(flags.output_graph))
-    if (files.facts.is_file() and not is_ours(files.facts)) or (files.lite.is_file() and not files.facts.is_file()):
-        raise UserError(f"--output_graph {files.graph}: {files.facts} or {files.lite} is not ours; name another file.")
 
 
-def is_ours(facts: Path) -> bool:
-    """Tell whether a .json beside a graph was written by this script, and so may be replaced."""
-    try:
-        return "graph_sha256" in json.loads(facts.read_bytes())
-    except (ValueError, TypeError, RecursionError):
-        return False
-
-
-def write_all(
-    flags: argparse.Namespace,
-    base: BaseModel,
-    base_graph: bytes,
-    head: Head,
-    history: list[Scores],
-    labels: list[str],
-    test: Evaluation | None,
-    examination: Examination | None,
-) -> None:
-    """Write the graph with what belongs to it, and then the other formats and logs that were asked for.
-
-    test: how the final test went, None without test images; examination: what else the pictures tell, None if unasked.
-    """
-    files, labels_path = OutputFiles(Path(flags.output_graph)), Path(flags.output_labels)
-    saved_model_dir = Path(flags.saved_model_dir or "none").absolute()
-    paths = (files.graph, labels_path, base.lite_path or base.graph_path, saved_model_dir)
-    for folder in {path.absolute().parent for path in paths}:
-        remove_leftovers(folder)
-    graph = graph_with_head(base_graph, head, flags.final_tensor_name)
-    facts = {
-        "architecture": base.name,
-        "quantized": flags.quantize,  # the .tflite; the graph never is
-        "base_model_sha256": base.fingerprint,
-        "input_size": base.input_size,
-        "final_tensor_name": flags.final_tensor_name,
-        "ignore_exif_orientation": flags.ignore_exif_orientation,
-        "exact_decode": flags.exact_decode,
-        "test_accuracy": test and test.accuracy,
-        "test_images": len(test.batch) if test else 0,
-        "temperature": examination.temperature if examination else 1.0,
-        "familiar": examination and examination.familiar and examination.familiar.as_facts(),
-    }
-    lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
-    write_outputs(files, graph, lite, labels, labels_path, facts)
-    if flags.summaries_dir:
-        write_summaries(history, Path(flags.summaries_dir))
-    if flags.checkpoint_path:
-        write_checkpoint(head, Path(flags.checkpoint_path))
-    if flags.saved_model_dir:
-        write_saved_model(graph, flags.final_tensor_name, saved_model_dir)
-    written = [files.graph, lite and files.lite, files.facts, labels_path, flags.checkpoint_path, flags.saved_model_dir]
-    log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
-    flagged = (("--graph", files.graph, "output_graph.pb"), ("--labels", labels_path, "output_labels.txt"))
-    others = "".join(f" {flag} {path}" for flag, path, default in flagged if str(path) != default)
-    log.info("Name pictures with: python3 predict.py%s --image FILE", others)
+def collect(flags: argparse.Namespace) -> None:
+    """Go through the room of crawling."""
+    crawl_dir = Path(flags.crawl_dir or flags.image_dir)
+    while flags.crawl_count is None:  # a person at a terminal is asked
+        try:
+            flags.crawl_count = COUNT(input("How many images of each class are wanted? ").strip())
+        except argparse.ArgumentTypeError as error:
+            print(f"{error}; please give a whole number, such as 100.", file=sys.stderr)
+        except EOFError:
+            raise UserError("--crawl_count: say how many images of each class are wanted.") from None
+    classes = read_names(flags.crawl, crawl_dir)
+    settings = from_flags(CrawlSettings, flags, "crawl_")
+    sources = flags.crawl_source or [("openverse", "")]
+    with only_run(crawl_dir):
+        crawl(classes, crawl_dir, sources, settings, lambda data: decode_image(data, Reading(True), (299, 299)))
+    folders = (path for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir())
+    others = sorted(path.name for path in folders if path.name not in classes)
+    if others and not flags.crawl_only:
+        log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
 
 
 def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
@@ -5788,270 +5422,7 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
             images += others
     if flags.coarse_image_dir:
         images += list_others(flags.coarse_image_dir, "--coarse_image_dir", "coarse", listed, least=2)
-    return images, labels
-
-
-def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
-    """Return the usable images in their order, each with its split, and say how many there are of what."""
-    listed = [image for image in images if image.split != "coarse"]
-    if flags.split_file:
-        check_trained(flags.split_file, listed, labels)
-    else:
-        inside = [image for image in listed if not image.place]
-        check_classes(f"--image_dir {shown(flags.image_dir)}", inside, labels)
-        testing = 0 if flags.test_dir else flags.testing_percentage
-        validation = 0 if flags.validation_dir else flags.validation_percentage
-        listed = assign_splits(inside, testing, validation) + listed[len(inside) :]
-    if flags.write_split_file:
-        write_split_file(Path(flags.write_split_file), flags.image_dir, listed)
-        log.info("Wrote %s.", flags.write_split_file)
-    counts = Counter(image.label for image in listed)
-    log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
-    splits = Counter(image.split for image in listed)
-    used = splits["training"], splits["validation"], splits["testing"]
-    log.info("Pictures: %d to train, %d to validate, %d to test.", *used)
-    return listed + list(images[len(listed) :])
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """The usable images of --image_dir and what goes with it, their features float32 [images, n], and who does what.
-
-    rows: by split, in training with the distorted variants, if any; known: training and validation, without those.
-    coarse: the rows of stage one, if there are two, with their classes as places in `coarse_labels`.
-    """
-
-    images: list[Image]
-    features: np.ndarray
-    labels: list[str]
-    rows: dict[str, Rows]
-    known: Rows
-    coarse: Rows | None
-    coarse_labels: list[str]
-
-
-def distortion_of(flags: argparse.Namespace) -> Distortion | None:
-    """Return how training pictures are to be varied, or None if they aren't."""
-    asked = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
-    return asked if asked != Distortion() else None
-
-
-def distorted(
-    flags: argparse.Namespace, store: BottleneckStore, compute: Callable, training: Rows, images: Sequence[Image]
-) -> Rows:
-    """Return the training rows of the images with the distorted variants that the flags ask for, if any.
-
-    compute: compute_bottlenecks, where it is to be done.
-    Raises UserError for images that can't be read any more.
-    """
-    distortion = distortion_of(flags)
-    if distortion is None:
-        return training
-    trained_on = [images[row] for row in training.rows]
-    variants, gone = compute(store, trained_on, distortion, flags.distortions_per_image)
-    if gone:
-        raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-    return with_distortions(training, variants, store.folder)
-
-
-def coarse_rows(
-    flags: argparse.Namespace, images: Sequence[Image], features: np.ndarray, labels: Sequence[str]
-) -> tuple[Rows | None, list[str]]:
-    """Return the rows of stage one, if there are two, and their labels, as `labels` if they are the same.
-
-    Left out are those that show what is held out. Raises UserError if nothing remains. features: float32 [images, n].
-    """
-    if not flags.coarse_image_dir:
-        return None, []
-    found = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
-    if not found:
-        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its pictures can be used.")
-    ordered = list(labels) if set(found) == set(labels) else found
-    coarse = without_twins(rows_of("coarse", images, features, ordered), features, images)
-    if not len(coarse.rows):
-        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: it holds nothing but pictures of --image_dir.")
-    return coarse, ordered
-
-
-def dataset_of(
-    flags: argparse.Namespace,
-    store: BottleneckStore,
-    compute: Callable,
-    images: Sequence[Image],
-    features: np.ndarray,
-    labels: list[str],
-) -> Dataset:
-    """Return what the usable images and their features float32 [images, n] are for, as the flags say."""
-    images = split_images(flags, images, labels)
-    rows = {split: rows_of(split, images, features, labels) for split in ("training", "validation", "testing")}
-    known = joined(rows["training"], rows["validation"])
-    rows["training"] = distorted(flags, store, compute, rows["training"], images)
-    coarse, coarse_labels = coarse_rows(flags, images, features, labels)
-    images = [image for image in images if image.split != "coarse"]  # which come first
-    return Dataset(images, features[: len(images)], labels, rows, known, coarse, coarse_labels)
-
-
-def stages_of(
-    flags: argparse.Namespace,
-    rows: dict[str, Rows],
-    coarse: Rows,
-    same_classes: bool,
-    class_counts: Sequence[int],
-    after_step: Callable[[int, Head], None] = lambda step, head: None,
-) -> TwoStages:
-    """Train in two stages as the flags say; rows: by split, class_counts: of the coarse rows, and of the others."""
-    rates = {"base": flags.coarse_learning_rate, "refined": flags.refine_learning_rate}
-    if rates["refined"] is None:  # gently, to keep what stage one knows; a new output layer has all to learn
-        rates["refined"] = rates["base"] * (0.3 if same_classes else 1)
-    steps = {"base": flags.coarse_training_steps, "refined": flags.refine_training_steps}
-    alone = from_flags(TrainingSettings, flags)
-    settings = {"alone": alone} | {
-        name: dataclasses.replace(alone, learning_rate=rates[name], how_many_training_steps=steps[name])
-        for name in rates
-    }
-    training, validation = rows["training"], rows["validation"]
-    return train_two_stages(coarse, training, validation, class_counts, same_classes, settings, after_step)
-
-
-def train_as_asked(
-    flags: argparse.Namespace, settings: TrainingSettings, data: Dataset, after_step: Callable[[int, Head], None]
-) -> tuple[Head, list[Scores]]:
-    """Train the head that the flags ask for: the classic one, one with hidden layers, or one in two stages."""
-    rows = data.rows
-    if data.coarse is None:
-        train = train_head if settings.is_classic else train_layers
-        return train(rows["training"], rows["validation"], len(data.labels), settings, after_step)
-    counts = len(data.coarse_labels), len(data.labels)
-    stages = stages_of(flags, rows, data.coarse, data.coarse_labels == data.labels, counts, after_step)
-    held_out = rows["testing"] if len(rows["testing"].rows) else rows["validation"]
-    if len(held_out.rows):
-        log_two_stages(stages, held_out)
-    return stages.heads["refined"], stages.histories["refined"]
-
-
-def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> Evaluation | None:
-    """Try the head on the test images and print the classic lines; None without test images."""
-    testing = data.rows["testing"]
-    if not len(testing.rows):
-        log.warning("There are no test pictures, so nobody knows how good it is; give it a --testing_percentage.")
-        return None
-    test = evaluate(head, testing, flags.test_batch_size, flags.random_seed)
-    log.info("Final test accuracy = %.1f%% (N=%d)", test.accuracy * 100, len(test.batch))
-    if flags.print_misclassified_test_images:
-        log_misclassified(test, [data.images[row] for row in testing.rows], data.labels)
-    return test
-
-
-def examine_as_asked(
-    flags: argparse.Namespace, settings: TrainingSettings, data: Dataset, material: Material
-) -> Examination:
-    """Find out what the pictures tell of a head trained as the flags ask, and say how such heads differ from it."""
-    if data.coarse is not None:
-        return Examination(data.known.rows, material.pairs, "training in two stages is not cross-validated")
-    if distortion_of(flags):
-        log.info("Cross-validation and calibration, below, are of heads trained without the distorted variants.")
-    if not settings.is_classic:
-        log.info("Cross-validation trains the head %d times more; --no_report leaves that out.", FOLDS)
-    return examine(material, len(data.labels), settings, flags.coverage)
-
-
-def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray) -> None:
-    """Write the report in its forms; features: float32 [images, n]."""
-    files = ReportFiles(Path(flags.output_report))
-    numbers = json.dumps(report_as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for path, text in ((files.numbers, numbers), (files.doubtful, doubts_as_list(report))):
-        with whole_file(path) as temporary:
-            temporary.write_text(text, "utf-8")
-    worst = [mistake.row for mistake in report.worst_mistakes[: 2 * MOST_MISTAKES]]  # some may be gone
-    draw_report(report, thumbnails_of(report.images, worst, (200, 200)), files.picture.with_suffix(".png"))
-    if flags.summaries_dir:
-        write_evaluation_summaries(report, features, Path(flags.summaries_dir) / "evaluation")
-    log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
-
-
-def log_old_report(flags: argparse.Namespace) -> None:
-    """Say, after a run that wrote no report, that the one lying there is not about it."""
-    written = {place_of_file(path) for _, path in files_written(flags)}
-    paths = ReportFiles(Path(flags.output_report)).paths
-    if old := [str(path) for path in paths if path.is_file() and place_of_file(path) not in written]:
-        log.warning("The report that lies there (%s) is of an earlier run: --no_report writes none.", listed(old))
-
-
-def flags_for(flags: argparse.Namespace, features: np.ndarray) -> argparse.Namespace:
-    """Return the flags, but without what needs all features float32 [images, n] in memory if those are too many."""
-    if fits_in_memory(features.nbytes) or flags.no_report:
-        return flags
-    log.warning("The features fill over a quarter of the memory: that means --no_report.")
-    return argparse.Namespace(**vars(flags) | {"no_report": True})
-
-
-def learn(
-    flags: argparse.Namespace,
-    base: BaseModel,
-    store: BottleneckStore,
-    compute: Callable,
-    images: Sequence[Image],
-    features: np.ndarray,
-    labels: list[str],
-) -> None:
-    """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it.
-
-    compute: compute_bottlenecks, where it is to be done.
-    """
-    flags = flags_for(flags, features)
-    data = dataset_of(flags, store, compute, images, features, labels)
-    base_graph = base.graph_path.read_bytes()
-    check_final_tensor_name(base_graph, flags.final_tensor_name)
-
-    def after_step(step: int, head: Head) -> None:
-        path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
-        with whole_file(path) as temporary:
-            temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
-
-    settings = from_flags(TrainingSettings, flags)
-    material = None if flags.no_report else gather_material(data.images, data.features, data.known, settings)
-    head, history = train_as_asked(flags, settings, data, after_step)
-    test = final_test(flags, head, data)
-    if material is None or flags.no_report:  # the first goes with the second
-        write_all(flags, base, base_graph, head, history, labels, test, None)
-        log_old_report(flags)
-        return
-    examination = examine_as_asked(flags, settings, data, material)
-    testing = data.rows["testing"]
-    whole = test and evaluate(head, testing, -1, None)  # each picture once, whatever --test_batch_size
-    report = make_report(labels, data.images, history, examination, head, testing, whole)
-    log_report(report, ReportFiles(Path(flags.output_report)).doubtful)
-    head = head.cooled(examination.temperature)
-    write_all(flags, base, base_graph, head, history, labels, test, examination)
-    write_report(flags, report, data.features)
-
-
-def ask_for_count() -> int:
-    """Return how many pictures of each class the person at the terminal wants; raise UserError if nobody is there."""
-    while True:
-        try:
-            return number(int, 1)(input("How many pictures of each class are wanted? ").strip())
-        except argparse.ArgumentTypeError as error:
-            print(f"{error}; please give a whole number, such as 100.", file=sys.stderr)
-        except EOFError:
-            raise UserError("--crawl_count: say how many pictures of each class are wanted.") from None
-
-
-def collect(flags: argparse.Namespace) -> None:
-    """Go through the room of crawling."""
-    crawl_dir = Path(flags.crawl_dir or flags.image_dir)
-    settings = from_flags(CrawlSettings, flags, "crawl_")
-    if settings.count is None:
-        settings = dataclasses.replace(settings, count=ask_for_count())
-    classes = read_names(flags.crawl, crawl_dir)
-    plain_reading = Reading(ignore_exif_orientation=True)
-    sources = flags.crawl_source or [("openverse", "")]
-    with only_run(crawl_dir):
-        crawl(classes, crawl_dir, sources, settings, lambda data: decode_image(data, plain_reading, (299, 299)))
-    folders = (path for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir())
-    others = sorted(path.name for path in folders if path.name not in classes)
-    if others and not flags.crawl_only:
-        log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
+    return leave_out(images, Path(flags.exclude)) if flags.exclude else images, labels
 
 
 def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
@@ -6077,54 +5448,272 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), note
 
 
+def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
+    """Return the usable images in their order, each with its split, and say how many there are of what."""
+    listed = [image for image in images if image.split != "coarse"]
+    if flags.split_file:
+        check_trained(flags.split_file, listed, labels)
+    else:
+        inside = [image for image in listed if not image.place]
+        check_classes(f"--image_dir {shown(flags.image_dir)}", inside, labels)
+        testing = 0 if flags.test_dir else flags.testing_percentage
+        validation = 0 if flags.validation_dir else flags.validation_percentage
+        listed = assign_splits(inside, testing, validation) + listed[len(inside) :]
+    if flags.write_split_file:
+        write_split_file(Path(flags.write_split_file), flags.image_dir, listed)
+        log.info("Wrote %s.", flags.write_split_file)
+    counts, splits = Counter(image.label for image in listed), Counter(image.split for image in listed)
+    log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
+    used = splits["training"], splits["validation"], splits["testing"]
+    log.info("Images: %d to train, %d to validate, %d to test.", *used)
+    return listed + list(images[len(listed) :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The usable images of --image_dir, with their features float32 [images, n] and what they are used for.
+
+    rows: by split, in training with the distorted variants, if any; known: training and validation, without those.
+    coarse: the rows of stage one, if there are two; coarse_labels: `labels`, if stage one has the same classes.
+    """
+
+    images: list[Image]
+    features: np.ndarray
+    labels: list[str]
+    rows: dict[str, Rows]
+    known: Rows
+    coarse: Rows | None
+    coarse_labels: list[str]
+
+
+def dataset_of(flags: argparse.Namespace, images: Sequence[Image], features: np.ndarray, labels: list[str]) -> Dataset:
+    """Return what the usable images and their features float32 [images, n] are for, as the flags say."""
+    images = split_images(flags, images, labels)
+    theirs = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
+    coarse_labels = labels if set(theirs) == set(labels) else theirs
+
+    def rows_of(*splits: str, labels: list[str] = labels) -> Rows:
+        rows = np.array([row for split in splits for row, image in enumerate(images) if image.split == split], np.intp)
+        return Rows(features, rows, np.array([labels.index(images[row].label) for row in rows], np.intp))
+
+    rows = {split: rows_of(split) for split in ("training", "validation", "testing")}
+    coarse = None
+    if flags.coarse_image_dir:
+        coarse = without_twins(rows_of("coarse", labels=coarse_labels), features, images)
+        if not len(coarse.rows):
+            raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
+    images = [image for image in images if image.split != "coarse"]  # which come first
+    known = rows_of("training", "validation")
+    return Dataset(images, features[: len(images)], labels, rows, known, coarse, coarse_labels)
+
+
+def add_distortions(flags: argparse.Namespace, data: Dataset, store: BottleneckStore, compute: Callable) -> None:
+    """Add distorted variants to the training rows, if the flags ask for them; compute: see compute_bottlenecks.
+
+    Every image gets the same number of rows, so drawing a row of a class still draws an image first. Raises UserError
+    for images that can't be read any more.
+    """
+    distortion, training = from_flags(Distortion, flags), data.rows["training"]
+    if distortion == Distortion():
+        return
+    images, count = [data.images[row] for row in training.rows], flags.distortions_per_image
+    variants, gone = compute(store, images, distortion, count)  # [images, count, n]
+    if gone:
+        raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+    matrix = empty_matrix((len(images), 1 + count, variants.shape[2]), store.folder)
+    for i, row in enumerate(training.rows):
+        matrix[i, 0], matrix[i, 1:] = training.matrix[row], variants[i]
+    rows = np.arange(len(images) * (1 + count))
+    data.rows["training"] = Rows(matrix.reshape(len(rows), -1), rows, np.repeat(training.classes, 1 + count))
+
+
+def train_as_asked(
+    data: Dataset, settings: TrainingSettings, after_step: Callable[[int, Head], None]
+) -> tuple[Head, dict[str, list[Scores]], Callable, TrainingSettings]:
+    """Train the head, in two stages if there are coarse images.
+
+    Returns it with the scores of each training by name, and with what trained it: train_head or the like, and settings.
+    """
+    training, validation, count = data.rows["training"], data.rows["validation"], len(data.labels)
+    if data.coarse is None:
+        head, history = train_head(training, validation, count, settings, after_step)
+        return head, {"head": history}, train_head, settings
+    same = data.coarse_labels == data.labels
+    seen = validation if same else Rows(validation.matrix, validation.rows[:0], validation.classes[:0])
+    log.info("Stage one trains on %d coarse images, stage two on %d others.", len(data.coarse.rows), len(training.rows))
+    base = train_head(data.coarse, seen, len(data.coarse_labels), settings.of_stage_one())
+    refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
+    trained = {"stage one": base, "without stage one": train_head(training, validation, count, settings)}
+    second = settings.of_stage_two(same)
+    trained["both stages"] = refine(training, validation, count, second, after_step)
+    held_out = data.rows["testing"] if len(data.rows["testing"].rows) else validation
+    for name, (head, _) in trained.items() if len(held_out.rows) else ():
+        if same or name != "stage one":
+            accuracy = (head.logits(held_out.features()).argmax(axis=1) == held_out.classes).mean()
+            log.info("  %s: %.1f%% of the %d held-out images", name, 100 * accuracy, len(held_out.rows))
+    return trained["both stages"][0], {name: history for name, (_, history) in trained.items()}, refine, second
+
+
+def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> tuple[float | None, int]:
+    """Try the head on the test images and print the classic lines; return the accuracy and the number of images."""
+    testing = data.rows["testing"]
+    if not len(testing.rows):
+        return None, 0
+    batch = batch_drawer(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed))()
+    predicted = head.logits(testing.features(batch)).argmax(axis=1)
+    accuracy = float((predicted == testing.classes[batch]).mean())
+    log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", accuracy * 100, len(batch))
+    if flags.print_misclassified_test_images:
+        log.info("=== MISCLASSIFIED TEST IMAGES ===")
+        for row, own, guess in zip(testing.rows[batch], testing.classes[batch], predicted, strict=True):
+            if own != guess:
+                log.info("%70s  %s", printable(data.images[row].path), data.labels[guess])
+    return accuracy, len(batch)
+
+
+def write_all(
+    flags: argparse.Namespace, base: BaseModel, base_graph: bytes, head: Head, labels: list[str], facts: dict
+) -> None:
+    """Write the graph with what belongs to it, and then the other formats that were asked for.
+
+    facts: what output_graph.json is to hold of how it was tested and judged.
+    """
+    files = OutputFiles(Path(flags.output_graph))
+    remove_leftovers(files.graph.parent)
+    graph = graph_with_head(base_graph, head, flags.final_tensor_name)
+    lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
+    model = {"architecture": base.name, "base_model_sha256": base.fingerprint, "input_size": base.input_size}
+    asked = {name: getattr(flags, name) for name in ("final_tensor_name", "ignore_exif_orientation", "exact_decode")}
+    quantized = {"quantized": flags.quantize}  # the .tflite; the graph never is
+    write_outputs(files, graph, lite, labels, Path(flags.output_labels), model | asked | quantized | facts)
+    if flags.checkpoint_path:
+        write_checkpoint(head, Path(flags.checkpoint_path))
+    if flags.saved_model_dir:
+        write_saved_model(graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
+    written = [files.graph, lite and files.lite, files.facts, flags.output_labels]
+    written += [flags.checkpoint_path, flags.saved_model_dir]
+    log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
+
+
+def learn(
+    flags: argparse.Namespace,
+    base: BaseModel,
+    store: BottleneckStore,
+    compute: Callable,
+    images: Sequence[Image],
+    features: np.ndarray,
+    labels: list[str],
+) -> None:
+    """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it.
+
+    compute: compute_bottlenecks, where it is to be done.
+    """
+    data = dataset_of(flags, images, features, labels)
+    add_distortions(flags, data, store, compute)
+    base_graph = base.graph_path.read_bytes()
+    check_final_tensor_name(base_graph, flags.final_tensor_name)
+
+    def after_step(step: int, head: Head) -> None:
+        path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
+        with whole_file(path) as temporary:
+            temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
+
+    trained = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
+    head, histories, train, settings = trained
+    history = [*histories.values()][-1]
+    accuracy, count = final_test(flags, head, data)
+    facts: dict[str, Any] = {"test_accuracy": accuracy, "test_images": count, "temperature": 1.0, "familiar": None}
+    if flags.no_report:
+        write_all(flags, base, base_graph, head, labels, facts)
+        if Path(flags.output_report).is_file():
+            log.warning("The report that lies there (%s) is of an earlier run.", flags.output_report)
+    else:
+        material = gather_material(data.images, data.features, data.known, settings)
+        if data.coarse is None:
+            examination = examine(material, len(labels), settings, flags.coverage)
+        else:
+            examination = Examination(data.known.rows, material.pairs, "training in two stages is not cross-validated")
+        testing = data.rows["testing"]
+        whole = evaluate(head, testing, -1, None) if len(testing.rows) else None
+        report = make_report(labels, data.images, history, examination, head, testing, whole)
+        log_report(report, ReportFiles(Path(flags.output_report)).doubtful)
+        head = head.cooled(examination.temperature)
+        facts |= {"temperature": examination.temperature}
+        facts |= {"familiar": examination.familiar and examination.familiar.as_facts()}
+        write_all(flags, base, base_graph, head, labels, facts)
+        write_report(flags, report, data.features)
+    if flags.summaries_dir:
+        write_summaries(history, Path(flags.summaries_dir))
+
+
+def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray) -> None:
+    """Write the report in its forms; features: float32 [images, n]."""
+    files = ReportFiles(Path(flags.output_report))
+    numbers = json.dumps(report_as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    for path, text in ((files.numbers, numbers), (files.doubtful, doubts_as_list(report))):
+        with whole_file(path) as temporary:
+            temporary.write_text(text, "utf-8")
+    worst = [mistake.row for mistake in report.worst_mistakes[: 2 * MOST_MISTAKES]]  # some may be gone
+    draw_report(report, thumbnails_of(report.images, worst, (200, 200)), files.picture.with_suffix(".png"))
+    if flags.summaries_dir:
+        write_evaluation_summaries(report, features, Path(flags.summaries_dir) / "evaluation")
+    log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
+
+
 def run(flags: argparse.Namespace) -> None:
     """Go through the rooms: the crawl, the classifier, on this machine or with a Ray cluster."""
+    find_class_folders(flags)
     if not flags.crawl_only:
         check_outputs(flags)
     if flags.crawl:
         collect(flags)
     if flags.crawl_only:
         return
-    if flags.coarse_image_dir:
-        import_matplotlib()  # now rather than after the long work, if it is missing
+    if flags.summaries_dir:
+        log_to_file(flags.summaries_dir)
     cores = Engine(cpu_threads=flags.cpu_threads).cores
     with ray_cluster(flags.ray_address, cores) if flags.ray_address else contextlib.nullcontext():
         make_classifier(flags)
 
 
-def extractor_of(flags: argparse.Namespace) -> Callable:
-    """Return what computes features where the flags say: see compute_bottlenecks."""
+def make_classifier(flags: argparse.Namespace) -> None:
+    """Go through the rooms images, base model, bottlenecks, and with what is usable head, diagnostics and export."""
+    images, labels = list_all(flags)
+    base, note = open_base_model(flags, images)
     kind = "litert" if flags.quantize else flags.engine
     if flags.ray_address:
-        return functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=kind)
-    return functools.partial(extract_here, engine=choose_engine(kind, flags.cpu_threads))
-
-
-def make_classifier(flags: argparse.Namespace) -> None:
-    """Go through the rooms images, base model, bottlenecks, and with what is usable head, evaluation and export."""
-    images, labels = list_all(flags)
-    if flags.exclude:
-        images = leave_out(images, Path(flags.exclude))
-    base, note = open_base_model(flags, images)
-    compute = functools.partial(compute_bottlenecks, extract_all=extractor_of(flags))
-    reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
-    store = BottleneckStore(flags.bottleneck_dir, base, reading)
+        extract = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=kind)
+    else:
+        extract = functools.partial(extract_here, engine=choose_engine(kind, flags.cpu_threads))
+    compute = functools.partial(compute_bottlenecks, extract_all=extract)
+    store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
     features, skipped = compute(store, images)
     store.write_skipped(skipped)
     try:
         usable = [image for image in images if image.path not in skipped]
         learn(flags, base, store, compute, usable, features[:, 0], labels)
     finally:
-        log_skipped(skipped, store.skipped_path)
+        for path, reason in list(skipped.items())[:3]:
+            log.warning("%s: %s", printable(path), printable(reason))
+        if skipped:
+            log.warning("%d of the files could not be used (listed in %s).", len(skipped), store.skipped_path)
     if note:
         log.warning(note)
+    script, graph = Path(__file__).with_name("predict.py"), flags.output_graph
+    script = Path(script.name) if script.parent == Path.cwd() else script
+    chosen = "" if graph == at_home("output_graph.pb") else f" --graph {graph}"
+    log.info("Name images with: python3 %s%s --image FILE", script, chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
-    return exit_code("retrain.py", lambda: run(flags))
+    try:
+        return exit_code("retrain.py", lambda: run(flags))
+    finally:
+        for handler in log.handlers:
+            handler.close()
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
@@ -28,8 +30,8 @@ def run_script(name: str, *arguments, cwd: Path, **options) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", **options)
 
 
-def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (60, 48)) -> PIL.Image.Image:
-    """Return a noisy picture of one colour with a lighter disc somewhere in it: easy to tell by its colour."""
+def make_image(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (60, 48)) -> PIL.Image.Image:
+    """Return a noisy image of one colour with a lighter disc somewhere in it: easy to tell by its colour."""
     random = np.random.default_rng(seed)
     pixels = np.asarray(colour) + random.integers(-30, 31, (size[1], size[0], 3))
     image = PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -39,12 +41,15 @@ def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (60
     return image
 
 
+picture = make_image  # its old name
+
+
 def make_image_dir(folder: Path, count: int = 20) -> Path:
     """Write `count` JPEGs for each of three classes, and return the folder."""
     for label, colour in COLOURS.items():
         (folder / label).mkdir(parents=True)
         for i in range(count):
-            picture(colour, i).save(folder / label / f"{label}_{i:02}.jpg", quality=95)
+            make_image(colour, i).save(folder / label / f"{label}_{i:02}.jpg", quality=95)
     return folder
 
 
@@ -135,15 +140,41 @@ def make_graph(path: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_graph(tmp_path_factory) -> Path:
-    """The small base model, in a folder of its own where its conversion may be kept."""
-    return make_graph(tmp_path_factory.mktemp("model") / "classify_image_graph_def.pb")
+def session_dir(tmp_path_factory) -> Path:
+    """A folder with what all workers of a session share: model/ (the small base model, converted) and trained/."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "session"
+    with filelock.FileLock(f"{folder}.lock"):  # the first to come fills it
+        if not folder.exists():
+            make_graph(folder / "model/classify_image_graph_def.pb")
+            make_image_dir(folder / "trained/pictures")
+            done = run_script(
+                "retrain.py", "--image_dir", "pictures", "--model_dir", folder / "model", "--random_seed", 1,
+                "--how_many_training_steps", 300, "--learning_rate", 0.1, "--print_misclassified_test_images",
+                "--saved_model_dir", "saved_model", "--checkpoint_path", "checkpoints/head",
+                "--intermediate_store_frequency", 100, "--coverage", 1, cwd=folder / "trained",
+            )  # fmt: skip
+            (folder / "trained/stdout.txt").write_text(done.stdout + done.stderr)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def model_dir(small_graph) -> Path:
-    """A --model_dir that holds the small base model."""
-    return small_graph.parent
+def trained(session_dir) -> Path:
+    """A folder in which `retrain.py --image_dir pictures` has run on the small base model; not to be changed."""
+    assert (session_dir / "trained/output_graph.pb").exists(), (session_dir / "trained/stdout.txt").read_text()
+    return session_dir / "trained"
+
+
+@pytest.fixture(scope="session")
+def model_dir(session_dir, tmp_path_factory) -> Path:
+    """A --model_dir that holds the small base model and its conversion."""
+    return Path(shutil.copytree(session_dir / "model", tmp_path_factory.mktemp("own") / "model"))
+
+
+@pytest.fixture(scope="session")
+def small_graph(model_dir) -> Path:
+    """The small base model, in a folder of its own where its conversion may be kept."""
+    return model_dir / "classify_image_graph_def.pb"
 
 
 @pytest.fixture
@@ -153,32 +184,20 @@ def image_dir(tmp_path) -> Path:
 
 
 @pytest.fixture
-def train(image_dir, model_dir, monkeypatch):
-    """A function that runs retrain.py on `image_dir` in this process, in the folder above it; returns its exit code."""
+def train(image_dir, model_dir, monkeypatch, request):
+    """A function that runs retrain.py on `image_dir` in this process, in the folder above it; returns its exit code.
+
+    Without the report, which takes most of the time of so small a run, but in the tests that are about it.
+    """
     monkeypatch.chdir(image_dir.parent)
     monkeypatch.setattr(retrain.log, "handlers", [])  # main's write to the stdout of one test
+    no_report = request.node.path.stem not in ("test_report", "test_diagnostics")
 
     def run(*flags) -> int:
         usual = ["--image_dir", "pictures", "--model_dir", model_dir, "--how_many_training_steps", 20]
-        return retrain.main([str(argument) for argument in (*usual, *flags)])
+        return retrain.main([str(argument) for argument in (*usual, f"--no_report={no_report}", *flags)])
 
     return run
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, model_dir) -> Path:
-    """A folder in which `retrain.py --image_dir pictures` has run on the small base model; not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    make_image_dir(folder / "pictures")
-    done = run_script(
-        "retrain.py", "--image_dir", "pictures", "--model_dir", model_dir, "--how_many_training_steps", 300,
-        "--learning_rate", 0.1, "--random_seed", 1, "--print_misclassified_test_images",
-        "--saved_model_dir", "saved_model", "--checkpoint_path", "checkpoints/head",
-        "--intermediate_store_frequency", 100, "--coverage", 1, cwd=folder,
-    )  # fmt: skip
-    (folder / "stdout.txt").write_text(done.stdout)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def error_of(train, capsys, *flags) -> str:
 def test_validation_dir_and_test_dir_take_the_place_of_the_split(train, others, capsys):
     few = make_image_dir(others.parent / "few", 2)
     assert train("--validation_dir", others, "--test_dir", few) == 0
-    assert "Pictures: 60 to train, 12 to validate, 6 to test." in capsys.readouterr().out
+    assert "Images: 60 to train, 12 to validate, 6 to test." in capsys.readouterr().out
     assert train("--test_dir", few) == 0
     trained, validated, tested = map(
         int, re.search(r"(\d+) to train, (\d+) to v\w+, (\d+)", capsys.readouterr().out).groups()
@@ -115,7 +115,7 @@ def test_a_split_that_was_written_is_read_again(train, image_dir, capsys, tmp_pa
     image_dir.rename(tmp_path / "moved")
     assert train("--image_dir", "moved", "--split_file", "lists/split.tsv", "--random_seed", 1) == 0
     again = capsys.readouterr().out
-    pattern = r"(Pictures: .*|Final .*)"
+    pattern = r"(Images: .*|Final .*)"
     assert re.findall(pattern, first) == re.findall(pattern, again)
     assert Path("output_graph.pb").read_bytes() == graph
 
@@ -194,7 +194,7 @@ def test_a_split_file_that_is_not_there(train, capsys):
 def test_a_split_file_and_folders_contradict_each_other(capsys):
     with pytest.raises(SystemExit):
         retrain.parse_flags(["--split_file", "a.tsv", "--test_dir", "b"])
-    assert "--split_file says what every picture does" in capsys.readouterr().err
+    assert "--split_file says what every image does" in capsys.readouterr().err
 
 
 def test_predict_names_what_was_trained_so(train, others, capsys):

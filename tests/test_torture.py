@@ -6,39 +6,50 @@ import os
 
 import pytest
 import torture
-from conftest import make_image_dir
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="it uses signals and limits of POSIX systems")
 
 
-@pytest.fixture
-def bench(tmp_path, small_graph, capfd):
-    """A bench for a hundredth of the program, on which nothing may be lost."""
-    bench = torture.Torture(tmp_path, share=0.01, patience=60)  # other tests may have all processors
-    yield bench
-    with capfd.disabled():
-        assert [loss for row in bench.rows for loss in row.lost] == []
-    assert bench.rows
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, model_dir) -> torture.Torture:
+    """A bench for a fiftieth of the program."""
+    bench = torture.Torture(tmp_path_factory.mktemp("torture"), share=0.02, model_dir=model_dir)
+    bench.patience = 60  # other tests may have all processors
+    return bench
 
 
-def test_pictures(bench):
-    torture.pictures(bench)
+@pytest.fixture(scope="module")
+def lives(bench) -> torture.Lives:
+    return torture.Lives(bench)
 
 
-def test_killed_and_stopped(bench):
-    lives = torture.Lives(bench, 4)
-    torture.killed(bench, lives)
-    lives.count = 2
-    torture.stopped(bench, lives, "SIGTERM", 143)
+@pytest.fixture(autouse=True)
+def nothing_is_lost(bench):
+    yield
+    lost, bench.lost = bench.lost, []
+    assert lost == []
 
 
-def test_odd_files_and_streams(bench, tmp_path):
-    source = make_image_dir(tmp_path / "source", 6)
-    torture.odd_files(bench, source)
-    torture.odd_streams(bench, source)
+def test_damaged_images_are_used_or_named(bench):
+    torture.images(bench)
 
 
-def test_hostile_files(bench):
-    torture.hostile_lites(bench)
-    torture.hostile_archives(bench)
-    torture.hostile_facts(bench)
+def test_a_killed_run_goes_on_and_gives_the_same(bench, lives):
+    torture.killed(bench, lives, 2)
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_run_says_so_in_one_line(bench, lives, name, code):
+    torture.stopped(bench, lives, name, code, 1)
+
+
+def test_two_runs_at_once_give_what_each_gives_alone(bench, lives):
+    torture.two_at_once(bench, lives)
+
+
+def test_a_full_disk_gets_a_sentence_and_the_next_run_goes_on(bench):
+    torture.full_disk(bench)
+
+
+def test_graphs_that_do_more_than_compute_are_refused_by_name(bench):
+    torture.hostile(bench)
