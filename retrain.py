@@ -9,7 +9,7 @@ the head, is trained on them; base model and head together are written as output
 output_labels.txt. `python predict.py --image x.jpg` then names new pictures. All flags: `python retrain.py --help`.
 
 The file is read in the order in which a picture travels:
-common ground, flags, crawl, images, base model, bottlenecks, head, evaluation, export, main.
+common ground, flags, images, base model, bottlenecks, head, evaluation, export, crawl, main.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import email.utils
 import functools
 import gc
 import hashlib
-import http.client
+import html
 import http.cookiejar
 import importlib.util
 import io
@@ -36,7 +35,6 @@ import math
 import os
 import pickle
 import platform
-import random
 import re
 import shutil
 import signal
@@ -51,7 +49,7 @@ import time
 import types
 import unicodedata
 import urllib.parse
-import urllib.robotparser
+import urllib.request
 import uuid
 import warnings
 import zlib
@@ -63,6 +61,7 @@ from typing import TYPE_CHECKING, Any
 # First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
 from predict import (
     BOTTLENECK_NODE,
+    FORMATS,
     INSTALL,
     JPEG_NODE,
     MOST_BYTES,
@@ -112,8 +111,6 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
     from pyarrow import Table
     from pyarrow.fs import FileSystem
     from ray import ObjectRef
-    from requests import Response
-    from requests.adapters import HTTPAdapter
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
@@ -487,14 +484,25 @@ def add_image_flags(flag: Callable) -> None:
 
 def add_crawl_flags(flag: Callable) -> None:
     """Add the flags of the room crawl."""
-    sources = "where to search, the preferred source first: openverse (used by default), bing, baidu, page:URL, "
-    sources += "list:FILE; {} in URL or FILE stands for the search words; a key in OPENVERSE_TOKEN lets it give more"
+    sources = (
+        "where to search, the preferred source first: openverse and commons (used by default), inaturalist, bing, "
+    )
+    sources += "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words; a key in OPENVERSE_TOKEN, "
+    sources += (
+        "which expires after ten hours, makes Openverse answer faster, but not with more than 240 images a search"
+    )
     flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
-    flag("--crawl_count", "N", "how many images to download for each class", None, COUNT)
+    flag("--crawl_count", "N", "how many images to download for each class", 100, COUNT)
     flag("--crawl_dir", "DIR", "folder for the downloaded images, if it is not the --image_dir")
     flag("--crawl_only", None, "download images, and don't train afterwards")
     flag("--crawl_source", "SOURCE", sources, None, source_named, nargs="+", action="extend")
-    flag("--crawl_license", "NAMES", "download only images under one of these licenses, as in by,by-sa,cc0")
+    flag(
+        "--crawl_license",
+        "NAMES",
+        "download only images under one of these licenses, as in by,by-sa,cc0",
+        (),
+        license_names,
+    )
     flag("--crawl_min_side", "N", "skip images with fewer pixels on their shorter side", 100, COUNT)
     flag("--crawl_parallel", "N", "how many downloads run at the same time", 8, number(int, 1, 64))
     flag("--crawl_host_delay", "S", "seconds between two requests to one server", 1.0, number(float, 0, 3600))
@@ -669,11 +677,11 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         flags.image_dir = at_home("crawled")  # data/ holds the drawings that come along
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
-    if flags.crawl and not flags.crawl_count and not (sys.stdin and sys.stdin.isatty()):
-        parser.error("--crawl_count: say how many images of each class are wanted")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
-    if flags.crawl and not flags.crawl_only and flags.crawl_dir not in ("", flags.image_dir, flags.coarse_image_dir):
+    trained_on = [os.path.abspath(path) for path in (flags.image_dir, flags.coarse_image_dir) if path]
+    apart = flags.crawl_dir and os.path.abspath(flags.crawl_dir) not in trained_on
+    if flags.crawl and not flags.crawl_only and apart:
         parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
@@ -694,1225 +702,6 @@ def from_flags(kind: type, flags: argparse.Namespace, prefix: str = "") -> Any:
     """Return a dataclass of settings, its fields as the flags of the same names say."""
     names = [field.name for field in dataclasses.fields(kind) if hasattr(flags, prefix + field.name)]
     return kind(**{name: getattr(flags, prefix + name) for name in names})
-
-
-# ======================================================================================================================
-# Crawl: from a list of class names to folders of checked pictures
-# ======================================================================================================================
-
-# What robots.txt files know us by, and what servers are told.
-ROBOT = "retrain.py"
-USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects pictures to train an image classifier; obeys robots.txt)"
-# Pauses before each new try of one address in seconds (half as much again or less at random), the longest Retry-After
-# that is waited for, and how many redirects are followed.
-CRAWL_PAUSES, LONGEST_WAIT, MOST_REDIRECTS = (1, 4), 60, 5
-# A whole answer may take this many time-outs; a page of results may be this long, and what is around a body.
-PATIENCE, MOST_PAGE_BYTES, MOST_HEADER_BYTES = 8, 10_000_000, 200_000
-# So many seconds are lost to a host without a good answer in between before it is left alone for the rest of a run.
-MOST_TROUBLE = 5 * LONGEST_WAIT
-# A source is asked for so many pages; none has more, and some never end.
-MOST_PAGES = 200
-# So many results at most are under way at once, and so many of one host, so that a slow one doesn't hold up the others.
-LOOKAHEAD, LOOKAHEAD_HOST = 64, 16
-# No crawled picture needs more pixels: a whole camera's worth.
-MOST_PIXELS = 50_000_000
-ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
-# Two pictures are the same one if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798
-# photographs: copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most (median 2), and no
-# two different photographs in fewer than 82.
-SAME_LOOKS = 40
-MANIFEST = "crawl.jsonl"
-# IPv6 networks whose addresses stand for the IPv4 address of their last 32 bits.
-EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
-# What an address was refused for that other settings would let pass, and the setting that decides.
-LIMITS = {"too small": "min_side", "too many bytes": "max_bytes", "private address": "allow_private"}
-# Names that Windows gives to devices, with any ending.
-RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class CrawlSettings:
-    """How many pictures of which kind are wanted, and how politely they are fetched."""
-
-    count: int  # for each class
-    min_side: int = 100  # pixels
-    max_bytes: int = 20_000_000
-    parallel: int = 8  # downloads at once
-    host_parallel: int | None = None  # of which from one host; None: 2, or all with a host_delay of 0
-    host_delay: float = 1.0  # seconds between two requests to one host
-    timeout: float = 15.0  # seconds without a byte
-    allow_private: tuple = ()  # networks: what may be reached although its address is not a public one
-
-
-class Refusal(Exception):
-    """An address that gave no picture, and why, in a few words.
-
-    passing: whether another run may try again; wait: the seconds that the host asks for; again: whether this run may
-    try again; status: the HTTP status, if that is why; facts: what is known of the file that came, for the record.
-    """
-
-    def __init__(self, reason: str, passing: bool = False, again: bool | None = None, **more: Any):
-        super().__init__(reason)
-        self.passing, self.again = passing, passing if again is None else again
-        self.status, self.wait, self.facts = more.get("status", 0), more.get("wait", 0), more.get("facts", {})
-
-
-class SourceError(Exception):
-    """A source that can't be used, and why; `passing` when another time it might."""
-
-    def __init__(self, reason: str, passing: bool = False):
-        super().__init__(reason)
-        self.passing = passing
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a server sent: from which address, after redirects, and in which encoding, if it says so."""
-
-    url: str
-    body: bytes
-    charset: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The body as text: in the encoding that the server or the page names, else UTF-8, else Western Windows."""
-        import bs4.dammit
-
-        named = bs4.dammit.EncodingDetector.find_declared_encoding(self.body, is_html=True)
-        for encoding in filter(None, (self.charset, named, "utf-8")):
-            with contextlib.suppress(LookupError, UnicodeError, TypeError):
-                return self.body.decode(encoding)
-        return self.body.decode("windows-1252", "replace")
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A picture that a source knows of, and what it says about it."""
-
-    url: str
-    source: str
-    page: str | None = None
-    licence: str | None = None
-    title: str | None = None
-    creator: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A fetched picture that was looked at and found good."""
-
-    path: Path
-    sha256: str
-    ending: str
-    size: tuple[int, int]  # width, height
-    looks: str  # its perceptual hash of 256 bits, in hexadecimal
-
-    @property
-    def facts(self) -> dict:
-        """What the record says of its file, kept or refused."""
-        return {"sha256": self.sha256, "width": self.size[0], "height": self.size[1]}
-
-
-class HostGate:
-    """Lets so many requests through at a time, of which so many to one host, and a new one there in so many seconds."""
-
-    def __init__(self, parallel: int, host_parallel: int, delay: float):
-        self.parallel, self.host_parallel, self.delay = parallel, host_parallel, delay
-        self.delays: dict[str, float] = {}
-        self.next_start: dict[str, float] = defaultdict(float)
-        self.trouble: dict[str, float] = defaultdict(float)
-        self.busy: Counter[str] = Counter()
-        self.changed = threading.Condition()
-
-    def delay_of(self, host: str) -> float:
-        """Return the seconds between two requests to a host."""
-        return self.delays.get(host, self.delay)
-
-    def slow_down(self, host: str, delay: float) -> None:
-        """Give a host the longer pauses that it asks for."""
-        self.delays[host] = max(delay, self.delay_of(host))
-
-    def pause(self, host: str, seconds: float) -> None:
-        """Start nothing at a host for so long."""
-        with self.changed:
-            self.next_start[host] = max(self.next_start[host], time.monotonic() + seconds)
-
-    def note(self, host: str, lost: float) -> None:
-        """Remember how many seconds a host has cost since its last good answer, which costs 0."""
-        self.trouble[host] = lost and self.trouble[host] + lost
-
-    @contextlib.contextmanager
-    def turn(self, host: str) -> Iterator[None]:
-        """Wait for the turn of a request to `host`, and hold it meanwhile. Raises Refusal for too long a wait."""
-        with self.changed:
-            while True:
-                wait = self.next_start[host] - time.monotonic()
-                if wait > max(LONGEST_WAIT, self.delay_of(host)):
-                    raise Refusal("the host wants a long pause", passing=True, again=False)
-                if self.trouble[host] > MOST_TROUBLE:
-                    raise Refusal("the host gives no answers", passing=True, again=False)
-                free = self.busy[host] < self.host_parallel and self.busy.total() < self.parallel
-                if free and wait <= 0:
-                    break
-                self.changed.wait(wait if free else 1)  # Ctrl-C doesn't end a wait without end on every system
-            self.busy[host] += 1
-            self.next_start[host] = time.monotonic() + self.delay_of(host)
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.busy[host] -= 1
-                self.changed.notify_all()
-
-
-def check_public(address: str, allowed: Sequence) -> None:
-    """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
-        embedded = ipaddress.IPv4Address(int(ip) % 2**32) if any(ip in network for network in EMBEDDED_IPV4) else None
-        own = ip.is_site_local or ip.is_loopback
-        ip = ip if own else ip.ipv4_mapped or ip.sixtofour or embedded or (ip.teredo or (None, None))[1] or ip
-    public = ip.is_global and not ip.is_multicast and not getattr(ip, "is_site_local", False)
-    if not public and not any(ip in network for network in allowed):
-        raise Refusal("private address")
-
-
-class LimitedReader(io.RawIOBase):
-    """The bytes of one answer, headers and all: so many at most, and until a time. Raises Refusal beyond."""
-
-    def __init__(self, raw: io.RawIOBase, most_bytes: int, until: float):
-        self.raw, self.left, self.until = raw, most_bytes + MOST_HEADER_BYTES, until
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        count = self.raw.readinto(buffer)
-        self.left -= count or 0
-        if self.left < 0:
-            raise Refusal("too many bytes")
-        if time.monotonic() > self.until:  # a server that sends a byte now and then never runs into a time-out
-            raise Refusal("too slow", passing=True, again=False)
-        return count
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-def guarded_adapter(allowed: Sequence, thread: threading.local) -> HTTPAdapter:
-    """Return an adapter for requests whose connections check whom they reached, and keep to `thread.limits`.
-
-    The name was resolved and checked before, but a hostile name server can answer the second time with another address:
-    only the connection knows which it came to. limits: the arguments of LimitedReader but for the first.
-    """
-    import requests.adapters
-    import urllib3
-
-    class LimitedResponse(http.client.HTTPResponse):
-        def __init__(self, *arguments: Any, **options: Any):
-            super().__init__(*arguments, **options)
-            self.fp = io.BufferedReader(LimitedReader(self.fp.detach(), *thread.limits))
-
-    class Guarded(urllib3.connection.HTTPConnection):
-        response_class = LimitedResponse
-
-        def _new_conn(self) -> socket.socket:  # where urllib3 has a plain socket, before any TLS is spoken
-            connected = super()._new_conn()
-            try:
-                if not self.proxy:  # which stands where it likes; the address behind it was checked by name
-                    check_public(connected.getpeername()[0], allowed)
-            except Refusal:
-                connected.close()
-                raise
-            return connected
-
-    class GuardedTLS(Guarded, urllib3.connection.HTTPSConnection):
-        pass
-
-    class HTTPPool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Guarded
-
-    class HTTPSPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = GuardedTLS
-
-    pools = {"http": HTTPPool, "https": HTTPSPool}
-
-    class Adapter(requests.adapters.HTTPAdapter):
-        def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-            super().init_poolmanager(*arguments, **options)
-            self.poolmanager.pool_classes_by_scheme = pools
-
-        def proxy_manager_for(self, proxy: str, **options: Any) -> urllib3.ProxyManager:
-            manager = super().proxy_manager_for(proxy, **options)
-            manager.pool_classes_by_scheme = pools
-            return manager
-
-    return Adapter(pool_connections=LOOKAHEAD, pool_maxsize=LOOKAHEAD)
-
-
-class Web:
-    """Fetches addresses with a polite visitor's patience and no more: see CrawlSettings.
-
-    Only http and https, only public addresses (behind a proxy, as far as names are known here), no cookies and no
-    passwords; robots.txt is obeyed.
-    """
-
-    def __init__(self, settings: CrawlSettings):
-        import requests
-
-        self.settings, self.thread = settings, threading.local()
-        host_parallel = settings.host_parallel or (2 if settings.host_delay else settings.parallel)
-        self.gate = HostGate(settings.parallel, host_parallel, settings.host_delay)
-        self.robots: dict[str, tuple[threading.Lock, list]] = {}
-        self.robots_lock = threading.Lock()
-        self.session = requests.Session()
-        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
-        self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, guarded_adapter(settings.allow_private, self.thread))
-
-    def get(self, url: str, most_bytes: int, robots: bool = True, headers: dict | None = None) -> Answer:
-        """Return the answer, after redirects; try again after a pause when that may help.
-
-        robots: whether robots.txt has a say. Raises Refusal.
-        """
-        for pause in CRAWL_PAUSES:
-            try:
-                return self.follow(url, most_bytes, robots, headers or {})
-            except Refusal as refusal:
-                if not refusal.again or refusal.wait > LONGEST_WAIT:
-                    raise
-                if not refusal.wait:  # a host that names its own pause has got it already
-                    time.sleep(pause * random.uniform(0.5, 1.5))
-        return self.follow(url, most_bytes, robots, headers or {})
-
-    def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> Answer:
-        """Return the answer as get does, in one try. Raises Refusal."""
-        try:
-            for _ in range(MOST_REDIRECTS + 1):
-                host = self.check(url)
-                if robots and not self.may_fetch(url):
-                    raise Refusal("forbidden by robots.txt")
-                with self.gate.turn(host):
-                    answer = self.request(url, host, most_bytes, headers)
-                if isinstance(answer, Answer):
-                    return answer
-                url, headers = answer, {}  # a key is for the host that it was given for
-        except ValueError:  # the parts of addresses and headers are whatever a server likes
-            raise Refusal("no http or https address") from None
-        raise Refusal("too many redirects")
-
-    def check(self, url: str) -> str:
-        """Return the host of an address. Raises Refusal, or ValueError, for one that must not be fetched."""
-        import requests
-
-        parts = urllib.parse.urlsplit(url)
-        usual_port = {"http": 80, "https": 443}.get(parts.scheme)
-        if not usual_port or not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
-            raise Refusal("no http or https address")
-        port = parts.port or usual_port
-        try:
-            places = {str(place[4][0]) for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
-        except (OSError, UnicodeError):
-            if not requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)):  # which may know the name
-                raise Refusal("unknown host", passing=True) from None
-            places = set()
-        for place in places:
-            check_public(place, self.settings.allow_private)
-        return parts.hostname if port in (80, 443) else f"{parts.hostname}:{port}"
-
-    def may_fetch(self, url: str) -> bool:
-        """Tell whether the robots.txt of the address' host lets us fetch it. Raises Refusal if that can't be read."""
-        site = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
-        with self.robots_lock:
-            lock, rules = self.robots.setdefault(site, (threading.Lock(), []))
-        with lock:  # the first asks, the others wait for the answer
-            if not rules:
-                rules.append(self.read_robots(site))
-        if isinstance(rules[0], Refusal):
-            raise rules[0]
-        return rules[0].can_fetch(ROBOT, url)
-
-    def read_robots(self, site: str) -> urllib.robotparser.RobotFileParser | Refusal:
-        """Return the rules of a site, or why they can't be had; a site without any allows all, a locked one nothing."""
-        rules = urllib.robotparser.RobotFileParser()
-        try:
-            body = self.get(f"{site}/robots.txt", 512_000, robots=False).body
-            rules.parse(body.decode("utf-8", "replace").lstrip("\ufeff").splitlines())
-            delay = float(rules.crawl_delay(ROBOT) or 0)
-        except Refusal as refusal:
-            if not 400 <= refusal.status < 500 or refusal.passing:
-                other = refusal.passing or str(refusal) == "private address"  # than a file that is no robots.txt
-                return Refusal(str(refusal) if other else "robots.txt can't be read", refusal.passing, again=False)
-            rules.parse(["User-agent: *", "Disallow: /"] if refusal.status in (401, 403) else [])
-            return rules
-        except (ValueError, OverflowError):
-            return Refusal("robots.txt can't be read")
-        if delay > LONGEST_WAIT:
-            return Refusal("the host wants a long pause", passing=True, again=False)
-        self.gate.slow_down(self.check(site), delay)
-        return rules
-
-    def request(self, url: str, host: str, most_bytes: int, headers: dict) -> Answer | str:
-        """Return the answer to one request, or where it redirects to. Raises Refusal."""
-        started, timeout = time.monotonic(), self.settings.timeout
-        self.thread.limits = most_bytes, started + PATIENCE * timeout
-        try:
-            with self.session.get(
-                url, headers=headers, stream=True, timeout=timeout, allow_redirects=False
-            ) as response:
-                if target := self.session.get_redirect_target(response):
-                    return urllib.parse.urljoin(url, target)
-                self.check_status(response, host)
-                body = read_at_most(response, most_bytes)
-            self.gate.note(host, 0)
-            charset = re.search(r"charset=[\"']?([\w.:-]+)", response.headers.get("Content-Type", ""), re.IGNORECASE)
-            return Answer(url, body, charset and charset[1])
-        except (OSError, Refusal) as error:  # all of requests' are kinds of OSError
-            refusal = error if isinstance(error, Refusal) else refusal_of(error)
-            if refusal.passing and not refusal.status:  # whose time the host named itself
-                self.gate.note(host, time.monotonic() - started)
-            raise refusal from None
-
-    def check_status(self, response: Response, host: str) -> None:
-        """Raise Refusal unless the answer is what was asked for; give the host the pause that it asks for."""
-        code = response.status_code
-        if code == 200:
-            return
-        wait = seconds_of(response.headers.get("Retry-After", ""))
-        self.gate.pause(host, wait)
-        self.gate.note(host, wait)
-        raise Refusal(f"HTTP {code}", code in (408, 425, 429, 500, 502, 503, 504), status=code, wait=wait)
-
-
-def seconds_of(retry_after: str) -> float:
-    """Return the seconds that a Retry-After header asks for, as a number or as a date; 0 for none."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if retry_after.strip().isdecimal():
-            return float(retry_after)
-        until = email.utils.parsedate_to_datetime(retry_after)
-        return max(0.0, until.timestamp() - time.time())
-    return 0.0
-
-
-def read_at_most(response: Response, most_bytes: int) -> bytes:
-    """Return the body of an answer. Raises Refusal when it is longer, whatever it says of its length."""
-    declared, body = response.headers.get("Content-Length", ""), bytearray()
-    if declared.isdecimal() and (len(declared) > 15 or int(declared) > most_bytes):
-        raise Refusal("too many bytes")
-    for block in response.iter_content(1 << 14):
-        body += block
-        if len(body) > most_bytes:
-            raise Refusal("too many bytes")
-    return bytes(body)
-
-
-def refusal_of(error: Exception) -> Refusal:
-    """Return what an exception of requests comes to."""
-    from requests import exceptions
-    from urllib3.exceptions import ReadTimeoutError
-
-    if isinstance(error, exceptions.InvalidURL | exceptions.InvalidSchema | exceptions.InvalidHeader):
-        return Refusal("no http or https address")
-    if isinstance(error, exceptions.SSLError):
-        certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
-        return Refusal("no valid certificate" if certificate else "broke off", passing=True, again=not certificate)
-    if isinstance(error, exceptions.ContentDecodingError):
-        return Refusal("damaged")
-    if isinstance(error, exceptions.ReadTimeout) or any(isinstance(cause, ReadTimeoutError) for cause in error.args):
-        return Refusal("timed out", passing=True)
-    if isinstance(error, exceptions.ChunkedEncodingError) or "aborted" in str(error):
-        return Refusal("broke off", passing=True)
-    return Refusal("out of reach", passing=True)
-
-
-# The sources: each a class whose `results` yields pages of results, each a list of Found; its name is in SOURCES.
-
-
-class Source:
-    """A place where pictures are looked up: `argument` is what stands behind its name on the command line."""
-
-    address = ""  # where it is asked, unless the argument names another server of its kind
-    searches = True  # or gives the same pictures whatever the class, unless {} in its argument is for the words
-
-    def __init__(self, name: str, argument: str, web: Web):
-        self.name, self.web, self.address = name, web, argument or self.address
-        self.related: list[str] = []  # words to search for instead, when it knows any
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        """Yield what is found, page by page. Raises SourceError."""
-        raise NotImplementedError
-
-    def ask(self, url: str = "", robots: bool = False, headers: dict | None = None, **query: object) -> Answer:
-        """Return a page of results, by default at the source's address. Raises SourceError.
-
-        robots: whether robots.txt is asked. Search engines forbid their results to all robots; whoever names one here
-        asks it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
-        """
-        url = url or self.address
-        if query:
-            url += ("&" if "?" in url else "?") + urllib.parse.urlencode(query)
-        try:
-            return self.web.get(url, MOST_PAGE_BYTES, robots, headers)
-        except Refusal as refusal:
-            raise SourceError(f"{url} could not be read ({refusal})", refusal.passing) from None
-
-    def read(self, url: str, entries: Sequence, found: Callable[..., Found], form: str) -> list[Found]:
-        """Return what `found` makes of the entries of a page, but for odd ones, advertisements and the like.
-
-        form: what makes an entry one. Raises SourceError when there are entries, and none can be read.
-        """
-        readable = []
-        for entry in entries:
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                readable.append(found(entry))
-        if entries and not readable:
-            raise self.changed(url, form)
-        return readable
-
-    def changed(self, url: str, form: str) -> SourceError:
-        """Return the error of a page that can't be read any more."""
-        return SourceError(f"the page {url} has no {form}; if a browser finds pictures there, its form has changed")
-
-
-class Openverse(Source):
-    """Openly licensed pictures; https://api.openverse.org, or another server of that kind."""
-
-    address = "https://api.openverse.org/v1/images/"
-
-    def __init__(self, name: str, argument: str, web: Web):
-        super().__init__(name, argument, web)
-        token = os.environ.get("OPENVERSE_TOKEN")
-        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.page_size = 50 if token else 20  # the most that are given
-        if not argument and not token:
-            web.gate.slow_down("api.openverse.org", 1)
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        form = "'results' with 'url' and 'license'"
-        for page in itertools.count(1):
-            answer = self.ask(headers=self.headers, q=words, page=page, page_size=self.page_size)
-            try:
-                told = json.loads(answer.body)
-                entries, last = list(told["results"]), int(told["page_count"])
-            except (ValueError, TypeError, KeyError):
-                raise self.changed(answer.url, form) from None
-            yield self.read(answer.url, entries, self.found, form)
-            if page >= last:
-                return
-
-    def found(self, entry: dict) -> Found:
-        """Return the result that a picture of the answer is."""
-        licence = " ".join(filter(None, [entry["license"], entry.get("license_version")]))
-        page, title, creator = (entry.get(key) for key in ("foreign_landing_url", "title", "creator"))
-        return Found(entry["url"], self.name, page, licence, title, creator)
-
-
-class Bing(Source):
-    """What Bing finds; the licences are unknown."""
-
-    address = "https://www.bing.com/images/async"
-    page_size = 35
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        for first in itertools.count(0, self.page_size):
-            answer = self.ask(q=words, first=first, count=self.page_size, mmasync=1)
-            entries = parse_html(answer.text).select("a.iusc[m]")
-            if not entries and first:
-                return
-            if not entries:
-                raise self.changed(answer.url, "a.iusc")
-            yield self.read(answer.url, entries, self.found, "'murl' in the 'm' of its a.iusc")
-
-    def found(self, entry: Any) -> Found:
-        """Return the result that a link of the page stands for."""
-        facts = json.loads(entry["m"])
-        return Found(facts["murl"], self.name, facts.get("purl"), title=plain(facts.get("t")))
-
-
-class Baidu(Source):
-    """What Baidu finds; the licences are unknown."""
-
-    address = "https://image.baidu.com/search/flip?tn=baiduimage&ie=utf-8"
-    page_size = 60
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        for first in itertools.count(0, self.page_size):
-            answer = self.ask(word=words, pn=first)
-            text = answer.text
-            entries = [entry for entry in text.split('"objURL":')[1:] if not entry.startswith('""')]
-            if "topRS" in text:
-                links = parse_html(text).select("#topRS a")
-                self.related = list(dict.fromkeys(link.get_text(strip=True) for link in links))
-            if not entries and first:
-                return
-            if not entries:
-                raise self.changed(answer.url, '"objURL"')
-            yield self.read(answer.url, entries, self.found, '"objURL" that can be read')
-
-    def found(self, entry: str) -> Found:
-        """Return the result whose address an entry of the page's script begins with; raise ValueError if none is."""
-        string = r'\s*("(?:[^"\\]|\\.)*")'
-
-        def told(before: str) -> str:
-            """Return the string behind this. Raises ValueError for one that is in no proper JSON, as some, or none."""
-            if match := re.search(before + string, entry):
-                return json.loads(match[1])
-            raise ValueError
-
-        page, title = None, None
-        with contextlib.suppress(ValueError):
-            title = plain(told('"fromPageTitle":'))
-        with contextlib.suppress(ValueError):
-            page = told('"fromURL":')
-        page = page if page and page.startswith("http") else None  # most are enciphered
-        return Found(told("^"), self.name, page, title=title)
-
-
-class Page(Source):
-    """The pictures of an ordinary web page, each in its largest form; {} in the address is for the search words."""
-
-    searches = False
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        answer = self.ask(self.address.replace("{}", urllib.parse.quote(words)), robots=True)
-        url, page = answer.url, parse_html(answer.text)
-        base, given = url, page.find("base", href=True)
-        with contextlib.suppress(ValueError):  # it is no address
-            base = urllib.parse.urljoin(url, given["href"]) if given else url
-        title = page.title.get_text(strip=True) if page.title else None
-        found = []
-        for element in page.select("img, meta[property='og:image'], a[href]"):
-            address = (largest_of(element) or "").strip()
-            with contextlib.suppress(ValueError):  # it is no address
-                address = address and urllib.parse.urldefrag(urllib.parse.urljoin(base, address)).url
-                found += [Found(address, self.name, url, None, element.get("alt") or title)] * bool(address)
-        if not found:
-            raise self.changed(url, "picture")
-        yield list(dict.fromkeys(found))
-
-
-PICTURE_NAME = re.compile(r"[^?#]+\.(jpe?g|png|gif|bmp|webp)$", re.IGNORECASE)
-
-
-def largest_of(element: Any) -> str | None:
-    """Return the address of the largest form of what an element of a web page shows, or links to; None for none.
-
-    Pages that load their pictures as one scrolls keep the true address in a data- attribute, and a blank in `src`.
-    """
-    if element.name == "meta":
-        return element.get("content")
-    if element.name == "a":
-        return element["href"] if PICTURE_NAME.match(element["href"].strip()) else None
-    around = element.parent.find_all("source", recursive=False, limit=50) if element.parent.name == "picture" else []
-    names = ("srcset", "data-srcset", "data-lazy-srcset")
-    sized = [pair for one in [element, *around] for name in names for pair in addresses_of(one.get(name, ""))]
-    sized += [(0, element.get(name, "")) for name in ("data-original", "data-src", "data-lazy-src", "data-lazy", "src")]
-    return max(
-        ((size, address) for size, address in sized if address and address[:5] != "data:"),
-        key=lambda pair: pair[0],
-        default=(0, None),
-    )[1]
-
-
-def addresses_of(srcset: str) -> Iterator[tuple[float, str]]:
-    """Yield (size, address) of a srcset: addresses and sizes such as 2x or 640w, with commas between, or within."""
-    address = ""
-    for word in srcset.split():
-        if not address:
-            address, size, rest = word.rstrip(","), "", "" if word.endswith(",") else None
-        else:
-            size, _, rest = word.partition(",")
-        if rest is not None:
-            known = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)[wx]", size)
-            yield float(known[1]) if known else 1, address
-            address = rest
-    if address:
-        yield 1, address
-
-
-class List(Source):
-    """Addresses from a file, one per line; {} in its name is for the search words."""
-
-    searches = False
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        path = Path(self.address.replace("{}", words))
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from None
-        yield [Found(line.strip(), self.name) for line in lines if line.strip() and line.strip()[0] != "#"]
-
-
-SOURCES = {"openverse": Openverse, "bing": Bing, "baidu": Baidu, "page": Page, "list": List}
-
-
-def parse_html(page: str) -> Any:
-    """Return a web page as BeautifulSoup, by whose types any attribute might be a list."""
-    import bs4
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pages in XML, which is no concern of the user's
-        return bs4.BeautifulSoup(page, "html.parser")
-
-
-def plain(title: str | None) -> str | None:
-    """Return a title without the marks that search engines put around the words searched for."""
-    return title and re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", title).strip()
-
-
-def source_named(text: str) -> tuple[str, str]:
-    """Read a --crawl_source: (name, argument). Raises argparse.ArgumentTypeError."""
-    name, _, argument = text.partition(":")
-    if name not in SOURCES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
-    if not argument and not SOURCES[name].address:
-        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in {name}:{'URL' if name == 'page' else 'FILE'}")
-    if name != "list" and argument and not re.match(r"https?://[^\s/]", argument):
-        raise argparse.ArgumentTypeError(f"{text!r}: {argument!r} is no http or https address")
-    return name, argument
-
-
-def pages_of(sources: Sequence[Source], words: str, problems: list[SourceError]) -> Iterator[list[Found]]:
-    """Yield what the sources find, page by page, one source after the other; note what went wrong with them."""
-    for source in sources:
-        seen: set[str] = set()
-        try:
-            for page in itertools.islice(source.results(words), MOST_PAGES):
-                told = {found.url: found for found in page if isinstance(found.url, str)}
-                if told.keys() <= seen:  # some repeat their last page for ever
-                    break
-                seen |= told.keys()
-                yield list(told.values())
-        except SourceError as error:
-            problems.append(SourceError(f"--crawl_source {source.name}: {error}", error.passing))
-        except Exception as error:  # a page may hold anything, and parsers give up in many ways
-            problems.append(SourceError(f"--crawl_source {source.name}: its page could not be read ({error!r})"))
-        else:
-            continue
-        log.warning("%s.", printable(str(problems[-1])))
-
-
-# What is kept: whole pictures, each once, and a record of every address.
-
-
-def look_at(path: Path, min_side: int, decode: Callable[[bytes], np.ndarray]) -> Picture:
-    """Return the picture in a file. Raises Refusal for one that is of no use.
-
-    decode: returns uint8 pixels [height, width, 3], or raises ImageError for bytes that are no whole picture.
-    """
-    import imagehash
-
-    data = path.read_bytes()
-    facts: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
-    reason, header = "", None
-    try:
-        header = PIL.Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "GIF", "BMP", "WEBP"))
-        facts |= {"width": header.width, "height": header.height}
-    except PIL.Image.DecompressionBombError:
-        reason = "too many pixels"
-    except Exception:  # a header that nothing can be made of: decode says so in better words
-        header = None
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
-        reason = "a web page"
-    elif header and math.prod(header.size) > MOST_PIXELS:
-        reason = "too many pixels"
-    elif header and min(header.size) < min_side:
-        reason = "too small"
-    try:
-        looks = "" if reason else str(imagehash.phash(PIL.Image.fromarray(decode(data)), hash_size=16))
-    except ImageError as error:
-        reason = str(error).split(" (")[0]
-    if reason or header is None:
-        raise Refusal(reason or "damaged", facts=facts)
-    return Picture(path, facts["sha256"], ENDINGS[header.format or ""], header.size, looks)
-
-
-class Manifest:
-    """What became of every address tried for one class: crawl.jsonl in its folder, one JSON object a line.
-
-    url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
-    well); `reason`, and the `limit` or `twin` that it is about; sha256, width and height of what came; of what is kept
-    its file, and looks: the perceptual hash in hexadecimal.
-    """
-
-    def __init__(self, folder: Path, settings: CrawlSettings):
-        self.folder, self.journal, self.staging = folder, Journal(folder / MANIFEST), folder / ".crawl"
-        self.settings = settings
-        self.entries: dict[str, dict] = {}
-        self.reasons: Counter[str | None] = Counter()
-        for entry in self.journal.read():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                self.remember(checked_entry(entry))
-        remove_leftovers(self.staging)
-        for url, entry in self.entries.items():  # a run was killed between the record and what is to follow
-            if entry["outcome"] == "kept" and self.staged(url).exists():
-                os.replace(self.staged(url), folder / entry["file"])
-            elif self.is_settled(url):
-                self.staged(url).unlink(missing_ok=True)
-        self.kept = sum((folder / name).is_file() for name in self.kept_files())
-
-    def staged(self, url: str) -> Path:
-        """Return where a fetched file waits for its turn to be kept or refused."""
-        return self.staging / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-
-    def kept_files(self) -> dict[str, dict]:
-        """Return the records of the pictures that were kept, by the names of their files."""
-        return {entry["file"]: entry for entry in self.entries.values() if entry["outcome"] == "kept"}
-
-    def is_settled(self, url: str) -> bool:
-        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not."""
-        entry = self.entries.get(url)
-        if entry is None or entry["outcome"] == "failed":
-            return False
-        limit = LIMITS.get(entry.get("reason", ""))
-        return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
-
-    def remember(self, entry: dict) -> None:
-        """Take an entry for what is known of its address."""
-        earlier = self.entries.get(entry["url"])
-        self.reasons[earlier.get("reason") if earlier else None] -= 1
-        self.reasons[entry.get("reason")] += 1
-        self.entries[entry["url"]] = entry
-
-    def record(self, found: Found, outcome: str, **facts: Any) -> None:
-        """Write down what became of an address, and remember it."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        entry = {**dataclasses.asdict(found), "time": now, "outcome": outcome, **facts}
-        with self.journal.lock:
-            self.journal.append(entry)
-            self.remember(entry)
-
-    def keep(self, found: Found, picture: Picture) -> None:
-        """Record a picture, and give its file its name."""
-        name = picture.sha256 + picture.ending
-        self.record(found, "kept", file=name, looks=picture.looks, **picture.facts)
-        os.replace(picture.path, self.folder / name)
-        self.kept += 1
-
-    def refuse(self, found: Found, refusal: Refusal) -> None:
-        """Record why an address gave no picture."""
-        limit = LIMITS.get(str(refusal))
-        limited = {"limit": str(getattr(self.settings, limit))} if limit else {}
-        outcome = "failed" if refusal.passing else "refused"
-        self.record(found, outcome, reason=str(refusal), **limited, **refusal.facts)
-
-    def refused(self) -> Counter:
-        """Return how many addresses gave nothing, by reason."""
-        return Counter({reason: count for reason, count in self.reasons.items() if reason and count > 0})
-
-
-def checked_entry(entry: Any) -> dict:
-    """Return an entry of crawl.jsonl as it is. Raises ValueError, TypeError or KeyError for what is none."""
-    if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
-        if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
-            raise ValueError
-        entry["sha256"] + entry["url"]
-    else:
-        entry["outcome"] + entry["reason"] + entry["url"] + entry.get("twin", "")
-    return entry
-
-
-class Gallery:
-    """Every picture there is, of every class, to tell a new one from one that is there already."""
-
-    def __init__(self) -> None:
-        self.place_of: dict[str, str] = {}
-        self.place_from: dict[str, str] = {}
-        self.places: list[str] = []
-        self.bits = np.zeros((64, 256), bool)
-
-    def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
-        """Add the picture at `place`, `<class folder>/<file name>`, and the address that it came from, if any."""
-        if len(self.places) == len(self.bits):
-            self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
-        self.bits[len(self.places)] = self.bits_of(looks)
-        self.places.append(place)
-        self.place_of.setdefault(sha256, place)
-        self.place_from.setdefault(url, place)
-
-    @staticmethod
-    def bits_of(looks: str) -> np.ndarray:
-        """Return the bits, bool [256], of a perceptual hash in hexadecimal."""
-        return np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8)).astype(bool)
-
-    def twin(self, picture: Picture) -> tuple[str, str] | None:
-        """Return (what is the same, the place) of a picture that is there already, or None."""
-        if picture.sha256 in self.place_of:
-            return "the same file", self.place_of[picture.sha256]
-        differing = (self.bits[: len(self.places)] != self.bits_of(picture.looks)).sum(axis=1)
-        if len(differing) and differing.min() <= SAME_LOOKS:
-            return "the same picture", self.places[int(differing.argmin())]
-        return None
-
-
-def gallery_of(manifests: Sequence[Manifest], look: Callable[[Path], Picture]) -> Gallery:
-    """Return the pictures that the class folders hold: the crawled ones from their records, others after a look."""
-    gallery, strangers = Gallery(), []
-    for manifest in manifests:
-        kept = manifest.kept_files()
-        for name, entry in kept.items():  # deleted ones too: whoever deleted one doesn't want it back
-            gallery.add(f"{manifest.folder.name}/{name}", entry["sha256"], entry["looks"], entry["url"])
-        strangers += [
-            path
-            for path in sorted(manifest.folder.glob("*"))
-            if path.is_file() and path.name not in kept and path.name != MANIFEST
-        ]
-
-    def look_up(path: Path) -> Picture | None:
-        try:
-            return look(path)
-        except (OSError, Refusal):  # whatever it is, no crawled picture is like it
-            return None
-
-    if strangers:
-        with progress_bar("Pictures already there", len(strangers), "picture") as bar:
-            for path, picture in on_all_cores([look_up] * core_count(), strangers):
-                if picture:
-                    gallery.add(f"{path.parent.name}/{path.name}", picture.sha256, picture.looks)
-                bar.update()
-    return gallery
-
-
-def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
-    """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
-
-    Raises UserError for a file that can't be read, or a name that can't be a folder's on every system.
-    """
-    try:
-        lines = Path(names_path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
-        raise UserError(f"--crawl {names_path} could not be read ({why}).") from error
-    there = {alike(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
-    classes = {}
-    for number_of_line, line in enumerate(lines, 1):
-        line = re.split(r"(?:^|\s)#", line)[0]
-        folder, colon, words = (part.strip() for part in line.partition(":"))
-        if not folder and not colon:
-            continue
-        where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
-        if not can_be_a_folder(folder):
-            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
-        lies = there.setdefault(alike(folder), folder)
-        if unicodedata.normalize("NFC", lies) != unicodedata.normalize("NFC", folder):
-            raise UserError(f"{where} and {lies!r} are one folder on some systems; rename one of them.")
-        if lies in classes:
-            raise UserError(f"{where} is there twice.")
-        classes[lies] = words or folder
-    if not classes:
-        raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
-    return classes
-
-
-def can_be_a_folder(name: str) -> bool:
-    """Tell whether any system takes the name for a folder, beside others, in which list_images finds a class."""
-    forbidden = re.search(r'^$|^\.|\.$|[\\/<>"|?*\x00-\x1f\x7f]', name) or RESERVED.match(name)
-    return not forbidden and len(os.fsencode(name)) <= 200 and bool(label_of(name).strip())
-
-
-def alike(folder: str) -> str:
-    """Return what the names of two folders share if a system, or a label, takes them for one."""
-    return label_of(unicodedata.normalize("NFKC", folder).casefold()).strip()
-
-
-def in_background(work: Callable, *arguments: object) -> concurrent.futures.Future:
-    """Start the work in a thread of its own, which nobody waits for when the program ends; return its future."""
-    future: concurrent.futures.Future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(*arguments))
-        except BaseException as error:  # it is raised again where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-@dataclasses.dataclass
-class Job:
-    """A result on its way: fetched as soon as there is room, and kept or refused when all before it are."""
-
-    found: Found
-    future: concurrent.futures.Future | None = None  # of the Picture, or of None for a refused one
-
-    @property
-    def host(self) -> str:
-        """The server that the address names."""
-        return self.found.url.partition("://")[2].partition("/")[0]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it was fetched, or given up."""
-        return self.future is not None and self.future.done()
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether it was fetched well, and is not wanted."""
-        if self.future is None or not self.is_done:
-            return False
-        return not self.future.exception() and self.future.result() is None
-
-
-def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Path], Picture]) -> Picture | None:
-    """Return a good picture, fetched or still there from a run that was stopped; record why not and return None."""
-    staged = manifest.staged(found.url)
-    try:
-        if not staged.exists():
-            answer = web.get(found.url, web.settings.max_bytes)
-            with whole_file(staged) as temporary:
-                temporary.write_bytes(answer.body)
-            del answer  # many wait here, and few look
-        return look(staged)
-    except Refusal as refusal:
-        manifest.refuse(found, refusal)
-    except (UserError, OSError):  # the disk: nothing can go on
-        raise
-    except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
-        manifest.refuse(found, Refusal(f"unexpected {type(error).__name__}", passing=True))
-    staged.unlink(missing_ok=True)
-    return None
-
-
-def new_jobs(page: Iterable[Found], taken: set[str], manifest: Manifest, gallery: Gallery) -> Iterator[Job]:
-    """Yield jobs for the results of which nothing is known yet; an address that gave a picture before is refused."""
-    for found in page:
-        if found.url in taken or manifest.is_settled(found.url):
-            continue
-        taken.add(found.url)
-        if place := gallery.place_from.get(found.url):
-            refuse_twin(found, "the same file", place, manifest)
-        else:
-            yield Job(found)
-
-
-def start_jobs(jobs: Iterable[Job], wanted: int, host_room: int, fetch: Callable[[Found], Picture | None]) -> int:
-    """Start fetching what may be wanted, in the order of the results; return how many more there is room for.
-
-    No more than `wanted` are under way or wait to be kept, so nothing is fetched in vain; and host_room of one host.
-    """
-    under_way = [job for job in jobs if job.future and not job.is_done]
-    good = sum(job.is_done and not job.is_refused for job in jobs)
-    room, of_host = min(LOOKAHEAD - len(under_way), wanted - len(under_way) - good), Counter(j.host for j in under_way)
-    for place, job in enumerate(jobs):
-        # The first must go on, or nothing would, where later ones of other hosts have taken all the room.
-        if job.future is None and ((room > 0 and of_host[job.host] < host_room) or (place == 0 and not under_way)):
-            job.future = in_background(fetch, job.found)
-            of_host[job.host] += 1
-            room -= 1
-    return room
-
-
-def refuse_twin(found: Found, same: str, place: str, manifest: Manifest, **facts: Any) -> None:
-    """Record that a picture is there already, at `place`."""
-    elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
-    manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
-
-
-def settle(job: Job, manifest: Manifest, gallery: Gallery) -> None:
-    """Keep the picture of a job that is done, unless it is there already."""
-    if job.future is None or (picture := job.future.result()) is None:
-        return
-    if twin := gallery.twin(picture):
-        refuse_twin(job.found, *twin, manifest, **picture.facts)
-        picture.path.unlink()
-    else:
-        manifest.keep(job.found, picture)
-        place = f"{manifest.folder.name}/{picture.sha256}{picture.ending}"
-        gallery.add(place, picture.sha256, picture.looks, job.found.url)
-
-
-def crawl_class(pages: Iterator[list[Found]], manifest: Manifest, web: Web, gallery: Gallery, look: Callable) -> None:
-    """Fetch results until as many pictures are kept as are wanted, or there are no more results.
-
-    Many are fetched at once, but whether to keep them is decided in the order of the results: so a run that was stopped
-    and resumed keeps the same ones.
-    """
-    wanted, page, ended = web.settings.count, None, False
-    jobs: deque[Job] = deque()
-    taken: set[str] = set()
-    if manifest.kept >= wanted:
-        return
-    host_room = max(LOOKAHEAD_HOST, 2 * web.gate.host_parallel)
-    fetch = functools.partial(fetch_picture, manifest=manifest, web=web, look=look)
-    with progress_bar(manifest.folder.name, wanted, "picture", initial=manifest.kept) as bar:
-        while manifest.kept < wanted:
-            room = start_jobs(jobs, wanted - manifest.kept, host_room, fetch)
-            waiting = sum(job.future is None for job in jobs)
-            if room > 0 and waiting < LOOKAHEAD and not page and not ended:
-                page = in_background(next, pages, None)
-            if not jobs and not page:
-                break
-            busy = [job.future for job in jobs if job.future and not job.is_done] + ([page] if page else [])
-            if busy and not (jobs and jobs[0].is_done):
-                concurrent.futures.wait(busy, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-            if page and page.done():
-                ended = page.result() is None
-                jobs.extend(new_jobs(page.result() or [], taken, manifest, gallery))
-                page = None
-            while jobs and jobs[0].is_done and manifest.kept < wanted:
-                kept = manifest.kept
-                settle(jobs.popleft(), manifest, gallery)
-                bar.set_postfix_str(f"{manifest.refused().total()} refused", refresh=False)
-                bar.update(manifest.kept - kept)
-    with contextlib.suppress(OSError):
-        manifest.staging.rmdir()
-
-
-def crawl_report(manifests: Sequence[Manifest], wanted: int, related: dict[str, list[str]], ended: bool) -> list[str]:
-    """Return the lines of a table of what was kept and refused of each class, so far and in all runs before.
-
-    ended: whether all was asked; then also what could be done for classes that stayed short.
-    """
-    width = max(5, *(len(manifest.folder.name) for manifest in manifests))
-    lines = [f"{'Class':<{width}}  {'kept':>6}  {'asked':>6}  {'refused':>7}"]
-    for manifest in manifests:
-        refused = manifest.refused()
-        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in refused.most_common())
-        row = f"{manifest.folder.name:<{width}}  {manifest.kept:>6}  {wanted:>6}  {refused.total():>7}"
-        lines.append(f"{row}  {reasons}".rstrip())
-    for manifest in manifests:
-        twins = [entry for entry in manifest.entries.values() if "another class" in entry.get("reason", "")]
-        across = [entry.get("twin", "") for entry in twins]
-        if across:
-            lines.append(
-                f"{manifest.folder.name}: {len(across)} of its pictures were kept for another class before it "
-                f"({', '.join(sorted({printable(place.split('/')[0]) for place in across}))})."
-            )
-    for manifest in manifests if ended else ():
-        if manifest.kept < wanted:
-            lines.append(advice(manifest, wanted - manifest.kept, related.get(manifest.folder.name, [])))
-    return lines
-
-
-def advice(manifest: Manifest, short: int, related: Sequence[str]) -> str:
-    """Return a line on what could be done about a class that stayed short."""
-    name, refused = manifest.folder.name, manifest.refused()
-    failed = sum(entry["outcome"] == "failed" for entry in manifest.entries.values())
-    ways = []
-    if failed:
-        ways.append(f"run the same command again, which tries {failed} that failed once more")
-    if refused["too small"]:
-        ways.append("allow smaller pictures (--crawl_min_side)")
-    if refused["private address"]:
-        ways.append("allow private addresses if they can be trusted (--crawl_allow_private)")
-    if related:
-        ways.append(f"search for something related, such as {', '.join(map(printable, related[:5]))}")
-    ways += [f"search for other words (`{name}: other words` in the file of names)", "add another --crawl_source"]
-    return f"{name} stayed {short} short; what could be done: {'; '.join(ways)}."
-
-
-def crawl(
-    classes: dict[str, str],
-    crawl_dir: Path,
-    sources: Sequence[tuple[str, str]],
-    settings: CrawlSettings,
-    decode: Callable[[bytes], np.ndarray],
-) -> None:
-    """Fill a folder of `crawl_dir` for each class with pictures from the sources, and print what came of it.
-
-    classes: {folder: search words}; sources: (name, argument) in the order of preference; decode: from the bytes of a
-    file to pixels uint8 [height, width, 3], see look_at.
-    Raises UserError when nothing could be found, or a source was out of reach while pictures were missing.
-    """
-    for name, argument in sources:
-        if len(classes) > 1 and not SOURCES[name].searches and "{}" not in argument:
-            raise UserError(
-                f"--crawl_source {name}:{argument} would give every class the same pictures; name one class only, or "
-                "put {} where each class's search words go."
-            )
-    if missing := [name for name in ("requests", "bs4", "imagehash") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: {INSTALL} -r requirements.txt")
-    web, related, unasked = Web(settings), {}, []
-    for folder in classes:
-        try:
-            (crawl_dir / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{crawl_dir / folder} could not be made ({error.strerror or error}).") from error
-    manifests = [Manifest(crawl_dir / folder, settings) for folder in classes]
-    others = [path.parent for path in sorted(crawl_dir.glob(f"*/{MANIFEST}")) if path.parent.name not in classes]
-    gallery = gallery_of(
-        manifests + [Manifest(folder, settings) for folder in others],
-        functools.partial(look_at, min_side=1, decode=decode),
-    )
-    with open_eyes(functools.partial(look_at, min_side=settings.min_side, decode=decode)) as look:
-        try:
-            for manifest, words in zip(manifests, classes.values(), strict=True):
-                problems: list[SourceError] = []
-                asked = [SOURCES[name](":".join(filter(None, (name, told))), told, web) for name, told in sources]
-                crawl_class(pages_of(asked, words, problems), manifest, web, gallery, look)
-                related[manifest.folder.name] = [word for source in asked for word in source.related]
-                if manifest.kept < settings.count:
-                    unasked += [problem for problem in problems if problem.passing]
-        finally:
-            ended = len(related) == len(manifests) and not unasked
-            for line in crawl_report(manifests, settings.count, related, ended):
-                log.info("%s", line)
-    if unasked:
-        raise UserError(f"{unasked[0]}; see whether this machine is online, and run the same command again to go on.")
-    if not any(manifest.kept for manifest in manifests):
-        raise UserError("--crawl found no picture that can be used; see the table above.")
-
-
-@contextlib.contextmanager
-def open_eyes(look: Callable[[Path], Picture]) -> Iterator[Callable[[Path], Picture]]:
-    """Yield `look` for many threads, of which few look at a time: a decoded picture may take half a gigabyte.
-
-    Nobody looks any more when the block has ended: a thread that wakes up in native code while Python ends takes the
-    whole process down.
-    """
-    places = min(core_count(), 4)
-    eyes, closed = threading.Semaphore(places), threading.Event()
-
-    def look_in_turn(path: Path) -> Picture:
-        with eyes:
-            if closed.is_set():
-                raise KeyboardInterrupt  # nobody hears it, and the file waits for the next run
-            return look(path)
-
-    try:
-        yield look_in_turn
-    finally:
-        closed.set()
-        for _ in range(places):
-            while not eyes.acquire(timeout=1):  # which Ctrl-C interrupts on every system
-                pass
-
-
-def lock_file(descriptor: int) -> None:
-    """Lock an open file until it is closed, or the process ends. Raises OSError if another process has."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Keep other runs from crawling into the same folder while the block runs; raises UserError if one does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".crawl.lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
-    try:
-        with contextlib.suppress(OSError):  # some network drives know no locks
-            try:
-                lock_file(lock)
-            except (BlockingIOError, PermissionError):
-                told = f"Another run is crawling into {folder}; wait for it, or name another --crawl_dir."
-                raise UserError(told) from None
-        yield
-    finally:
-        os.close(lock)
 
 
 # ======================================================================================================================
@@ -5290,6 +4079,885 @@ def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> No
 
 
 # ======================================================================================================================
+# Crawl: from a list of class names to folders of checked images
+# ======================================================================================================================
+
+ROBOT = "retrain.py"  # what robots.txt files know us by
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; {{}})"
+# Of one answer: seconds without a byte, seconds in all, bytes of an image or of a page of results, redirects followed.
+TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_PAGE_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 10_000_000, 5
+# HTTP statuses that may go well another time, how often an address is tried, and the seconds from which pauses double.
+PASSING, TRIES, BACKOFF = {408, 425, 429, 500, 502, 503, 504}, 3, 1.0
+# The longest pause that a host may ask for, and the seconds that it may cost without one answer; then it is left alone.
+LONGEST_WAIT, MOST_LOST = 60.0, 60.0
+BATCH, MOST_PAGES = 20, 200  # candidates that are taken from a source at a time, pages that a source is asked for
+MOST_PIXELS = 50_000_000  # a whole camera's worth
+ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
+# Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
+# copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most, different ones in at least 82.
+SAME_LOOKS = 40
+MANIFEST = "crawl.jsonl"
+LICENSES = ("cc0", "pdm", "by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")
+# Reasons that another value of a flag would overrule, and what the user can do about a reason.
+LIMITS = {"too small": "min_side", "private address": "allow_private"}
+ADVICE = {
+    "too small": "allow smaller images (--crawl_min_side)",
+    "private address": "allow private addresses if they can be trusted (--crawl_allow_private)",
+    "forbidden by robots.txt": "add a source with other sites, since robots.txt forbids to crawl these",
+}
+# Names that Windows gives to devices, with any ending.
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrawlSettings:
+    """How many images of which kind are wanted, and how politely they are fetched."""
+
+    count: int = 100  # for each class
+    license: tuple[str, ...] = ()  # of LICENSES; () for any
+    min_side: int = 100  # pixels
+    parallel: int = 8  # downloads at once
+    host_delay: float = 1.0  # seconds between two requests to one host
+    allow_private: tuple = ()  # networks that may be reached although their addresses are not public
+
+
+class Refusal(Exception):
+    """Why an address gave nothing, in a few words; `passing` if another time it might, after `wait` seconds."""
+
+    def __init__(self, reason: str, passing: bool = False, status: int = 0, wait: float = 0, **facts: Any):
+        super().__init__(reason)
+        self.passing, self.status, self.wait, self.facts = passing, status, wait, facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An image that a source knows of, and what it says about it."""
+
+    url: str
+    source: str
+    page: str | None = None
+    licence: str | None = None
+    title: str | None = None
+    creator: str | None = None
+
+
+def check_public(address: str, allowed: Sequence) -> None:
+    """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address) and not ip.is_loopback:  # it may stand for one of IPv4
+        nat64 = ipaddress.IPv4Address(int(ip) % 2**32) if ip in ipaddress.ip_network("64:ff9b::/96") else None
+        ip = ip.ipv4_mapped or ip.sixtofour or nat64 or ip
+    if (not ip.is_global or ip.is_multicast) and not any(ip in network for network in allowed):
+        raise Refusal("private address")
+
+
+def guarded(pool_class: Any, allowed: Sequence) -> Callable:
+    """Return what makes urllib3's connection pools, but with connections that check whom they reached.
+
+    The name was looked up and checked before, but a hostile name server can give another address the second time.
+    Such a connection also gives up an answer whose head never ends.
+    """
+
+    class Guarded(pool_class.ConnectionCls):
+        def _new_conn(self) -> socket.socket:  # where urllib3 has a plain socket, before any TLS is spoken
+            connected = super()._new_conn()
+            try:
+                check_public(connected.getpeername()[0], allowed)
+            except Refusal:
+                connected.close()
+                raise
+            return connected
+
+        def getresponse(self) -> Any:
+            alarm = threading.Timer(MOST_SECONDS, self.sock.shutdown, [socket.SHUT_RDWR])
+            alarm.daemon = True
+            alarm.start()
+            try:
+                return super().getresponse()
+            finally:
+                alarm.cancel()
+
+    def make_pool(*arguments: Any, **options: Any) -> Any:
+        pool = pool_class(*arguments, **options)
+        pool.ConnectionCls = Guarded
+        return pool
+
+    return make_pool
+
+
+class Web:
+    """Fetches addresses with a polite visitor's patience: robots.txt, a pause between two requests to a host.
+
+    Only http and https, only public addresses (behind a proxy, as far as names are known here), no passwords.
+    """
+
+    def __init__(self, settings: CrawlSettings):
+        import requests
+        import urllib3
+
+        self.settings, self.lock = settings, threading.Lock()
+        self.next_start: dict[str, float] = defaultdict(float)  # per host, of time.monotonic
+        self.delays: dict[str, float] = {}
+        self.lost: dict[str, float] = defaultdict(float)  # seconds since the last answer of a host
+        self.robots: dict[str, tuple[threading.Lock, list]] = {}
+        self.session = requests.Session()
+        contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
+        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
+        self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
+        for scheme, pool_class in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
+            adapter = requests.adapters.HTTPAdapter(pool_connections=64, pool_maxsize=64)
+            pools: Any = {scheme: guarded(pool_class, settings.allow_private)}
+            adapter.poolmanager.pool_classes_by_scheme = pools
+            self.session.mount(f"{scheme}://", adapter)
+
+    def get(
+        self, url: str, most_bytes: int = MOST_PAGE_BYTES, robots: bool = False, headers: dict | None = None
+    ) -> tuple[str, bytes]:
+        """Return (address, body) of what an address leads to, after redirects and several tries. Raises Refusal.
+
+        robots: whether robots.txt has a say. Search engines forbid their results to all robots; whoever names one asks
+        it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
+        """
+        for _ in range(MOST_REDIRECTS + 1):
+            host = self.check(url)
+            if robots:
+                self.check_robots(url, host)
+            target, body = self.try_often(url, host, most_bytes, headers or {})
+            if target is None:
+                return url, body
+            headers = {}  # a key is for the host that it was given for
+            try:
+                url = urllib.parse.urljoin(url, target)
+            except ValueError:
+                raise Refusal("no http or https address") from None
+        raise Refusal("too many redirects")
+
+    def check(self, url: str) -> str:
+        """Return the host of an address, with its port if unusual. Raises Refusal if it must not be fetched."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+            if not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise Refusal("no http or https address") from None
+        try:
+            places = {str(place[4][0]) for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
+        except (OSError, UnicodeError):
+            if not urllib.request.getproxies():  # which may know the name
+                raise Refusal("unknown host", passing=True) from None
+            places = set()
+        for place in places:
+            check_public(place, self.settings.allow_private)
+        return parts.hostname if port in (80, 443) else f"{parts.hostname}:{port}"
+
+    def check_robots(self, url: str, host: str) -> None:
+        """Raise Refusal if the robots.txt of a host forbids an address; a host without one allows all."""
+        import protego
+
+        site = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
+        lock, known = self.robots.setdefault(site, (threading.Lock(), []))
+        with lock:  # the first asks, the others wait for the answer
+            if not known:
+                try:
+                    text = self.get(f"{site}/robots.txt", 512_000)[1].decode("utf-8-sig", "replace")
+                except Refusal as refusal:
+                    text = "User-agent: *\nDisallow: /" if refusal.status in (401, 403) else ""
+                    if not 400 <= refusal.status < 500 or refusal.passing:
+                        known.append(Refusal(f"robots.txt: {refusal}" if refusal.status else str(refusal), True))
+                if not known:
+                    known.append(protego.Protego.parse(text))
+                    self.delays[host] = max(self.settings.host_delay, known[0].crawl_delay(ROBOT) or 0)
+        if isinstance(known[0], Refusal):
+            raise known[0]
+        if not known[0].can_fetch(url, ROBOT):
+            raise Refusal("forbidden by robots.txt")
+
+    def wait_for_turn(self, host: str) -> None:
+        """Wait until a request to a host may start. Raises Refusal if that is too long, or the host never answers."""
+        with self.lock:
+            now = time.monotonic()
+            start = max(now, self.next_start[host])
+            if self.lost[host] >= MOST_LOST:
+                raise Refusal("the host gives no answers", passing=True)
+            if max(start - now, self.delays.get(host, 0)) > LONGEST_WAIT:
+                raise Refusal("the host wants a long pause", passing=True)
+            self.next_start[host] = start + self.delays.get(host, self.settings.host_delay)
+        time.sleep(start - now)
+
+    def try_often(self, url: str, host: str, most_bytes: int, headers: dict) -> tuple[str | None, bytes]:
+        """Return (where an address redirects to, or None; the body). Raises Refusal.
+
+        Whatever pause a new try needs is the whole host's.
+        """
+        import urllib3
+
+        retry = urllib3.Retry(TRIES - 1, backoff_factor=BACKOFF, backoff_jitter=BACKOFF)
+        while True:
+            self.wait_for_turn(host)
+            started = time.monotonic()
+            try:
+                answer = self.try_once(url, most_bytes, headers)
+                self.lost[host] = 0
+                return answer
+            except Refusal as refusal:
+                if not refusal.passing:
+                    self.lost[host] = 0
+                    raise
+                last = retry.total == 0
+                retry = retry if last else retry.increment("GET", url, error=refusal)
+                pause = max(refusal.wait, retry.get_backoff_time())
+                with self.lock:
+                    self.lost[host] += time.monotonic() - started + refusal.wait
+                    self.next_start[host] = max(self.next_start[host], time.monotonic() + pause)
+                if last or pause > LONGEST_WAIT or self.lost[host] >= MOST_LOST:
+                    raise
+
+    def try_once(self, url: str, most_bytes: int, headers: dict) -> tuple[str | None, bytes]:
+        """Return what try_often does after one request. Raises Refusal."""
+        import urllib3
+
+        until, body = time.monotonic() + MOST_SECONDS, bytearray()
+        try:
+            with self.session.get(
+                url, headers=headers, stream=True, timeout=TIMEOUT, allow_redirects=False
+            ) as response:
+                if target := self.session.get_redirect_target(response):
+                    return target, b""
+                if (status := response.status_code) != 200:
+                    wait = urllib3.Retry().get_retry_after(response.raw) or 0
+                    raise Refusal(f"HTTP {status}", status in PASSING, status, wait)
+                alarm = threading.Timer(MOST_SECONDS, response.raw.shutdown)
+                alarm.start()
+                try:
+                    while block := response.raw.read1(1 << 14, decode_content=True):
+                        body += block
+                        if len(body) > most_bytes:
+                            raise Refusal("too many bytes")
+                finally:
+                    alarm.cancel()
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+            if time.monotonic() < until:
+                raise refusal_of(error) from None
+        if time.monotonic() > until:
+            raise Refusal("too slow", passing=True)
+        return None, bytes(body)
+
+    def json(self, url: str, headers: dict | None = None, **query: Any) -> dict:
+        """Return the JSON object that a source answers a query with. Raises Refusal."""
+        url, body = self.get(f"{url}?{urllib.parse.urlencode(query)}", headers=headers)
+        try:
+            return dict(json.loads(body))
+        except (ValueError, TypeError, RecursionError):
+            raise unreadable(url) from None
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return what an exception of requests or urllib3 comes to."""
+    from requests import exceptions
+    from urllib3.exceptions import DecodeError, LocationParseError, ProtocolError, ReadTimeoutError
+
+    if isinstance(error, exceptions.InvalidURL | exceptions.InvalidSchema | LocationParseError) or (
+        isinstance(error, ValueError) and not isinstance(error, OSError)
+    ):
+        return Refusal("no http or https address")
+    if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return Refusal("no valid certificate")
+    if isinstance(error, DecodeError):
+        return Refusal("damaged")
+    if isinstance(error, exceptions.Timeout | ReadTimeoutError):
+        return Refusal("timed out", passing=True)
+    broken = isinstance(error, ProtocolError) or "aborted" in str(error)
+    return Refusal("broke off" if broken else "out of reach", passing=True)
+
+
+def unreadable(url: str) -> Refusal:
+    """Return the error of a page of results that shows nothing that we can read."""
+    return Refusal(f"{url} shows no images that can be read; if it does in a browser, its form has changed")
+
+
+# The sources: generator functions of (web, search words, what stands behind the source's name, licenses wanted).
+
+
+def search_openverse(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
+    token = os.environ.get("OPENVERSE_TOKEN")
+    query: dict[str, Any] = {"q": words, "page_size": 50 if token else 20}
+    if licenses:
+        query["license"] = ",".join(licenses)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    for number_of_page in range(1, MOST_PAGES):
+        query["page"] = number_of_page
+        answer = web.json(argument or "https://api.openverse.org/v1/images/", headers, **query)
+        for entry in answer["results"]:
+            with contextlib.suppress(KeyError, TypeError):
+                licence = " ".join(filter(None, [entry["license"], entry.get("license_version")]))
+                told = [entry.get(key) for key in ("title", "creator")]
+                yield Candidate(entry["url"], "openverse", entry.get("foreign_landing_url"), licence, *told)
+        if number_of_page >= answer["page_count"]:
+            return
+
+
+def search_commons(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
+    query: dict[str, Any] = {
+        "action": "query", "format": "json", "formatversion": 2, "generator": "search", "gsrnamespace": 6,
+        "gsrsearch": f"{words} filetype:bitmap", "gsrlimit": 50, "prop": "imageinfo", "iiurlwidth": 960,
+        "iiprop": "url|extmetadata|size|mime", "iiextmetadatafilter": "License|LicenseShortName|Artist|ObjectName",
+    }  # fmt: skip
+    for _ in range(MOST_PAGES):
+        answer = web.json(argument or "https://commons.wikimedia.org/w/api.php", None, **query)
+        if "error" in answer:
+            raise Refusal(f"Wikimedia Commons answers: {answer['error']}")
+        pages = answer.get("query", {}).get("pages", [])
+        for entry in sorted(pages, key=lambda found: found.get("index", 0)):
+            with contextlib.suppress(KeyError, TypeError, IndexError):
+                info = entry["imageinfo"][0]
+                told = {name: plain(value["value"]) for name, value in info["extmetadata"].items()}
+                licence, title = told.get("LicenseShortName"), told.get("ObjectName") or entry["title"]
+                yield Candidate(info["thumburl"], "commons", info["descriptionurl"], licence, title, told.get("Artist"))
+        if "continue" not in answer:
+            return
+        query |= answer["continue"]
+
+
+def search_inaturalist(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """Observations of a species or a group of them, by its name, that several people agree on."""
+    wanted = [name if name == "cc0" else f"cc-{name}" for name in licenses or LICENSES if name != "pdm"]
+    query = {"taxon_name": words, "quality_grade": "research", "photos": "true", "photo_license": ",".join(wanted)}
+    below: dict[str, Any] = {}
+    for _ in range(MOST_PAGES):
+        url = argument or "https://api.inaturalist.org/v1/observations"
+        entries = web.json(url, None, per_page=200, order_by="id", order="desc", **query, **below)["results"]
+        for entry in entries:
+            with contextlib.suppress(KeyError, TypeError, AttributeError):
+                title, creator = entry["taxon"]["name"], entry["user"].get("name") or entry["user"]["login"]
+                for photo in entry["photos"]:
+                    if photo["license_code"] in wanted:
+                        image = photo["url"].replace("/square.", "/large.")
+                        yield Candidate(image, "inaturalist", entry["uri"], photo["license_code"], title, creator)
+        if len(entries) < 200:
+            return
+        below = {"id_below": entries[-1]["id"]}
+
+
+def search_bing(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """What Bing finds; the licences are unknown."""
+    last: list[str] = []
+    for first in range(0, 35 * MOST_PAGES, 35):
+        query = urllib.parse.urlencode({"q": words, "first": first, "count": 35, "mmasync": 1})
+        url, body = web.get(f"{argument or 'https://www.bing.com/images/async'}?{query}")
+        tiles = [str(link["m"]) for link in parse_html(body).select("a.iusc[m]")]
+        if not tiles and not first:
+            raise unreadable(url)
+        if not tiles or tiles == last:  # behind the end it repeats its last page
+            return
+        for tile in tiles:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                facts = json.loads(tile)
+                yield Candidate(facts["murl"], "bing", facts.get("purl"), title=plain(facts.get("t")))
+        last = tiles
+
+
+def search_baidu(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """What Baidu finds; the licences are unknown, and the addresses of most pages enciphered."""
+    for first in range(0, 60 * MOST_PAGES, 60):
+        query = urllib.parse.urlencode({"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first})
+        url, body = web.get(f"{argument or 'https://image.baidu.com/search/flip'}?{query}")
+        entries = re.findall(r'"objURL":\s*("[^"\s]+")(.*?)(?="objURL"|$)', body.decode("utf-8", "replace"), re.DOTALL)
+        if not entries and not first:
+            raise unreadable(url)
+        if not entries:
+            return
+        for address, rest in entries:
+            title = re.search(r'"fromPageTitle":\s*"((?:[^"\\]|\\.)*)"', rest)
+            with contextlib.suppress(ValueError):
+                yield Candidate(json.loads(address), "baidu", title=plain(title[1]) if title else None)
+
+
+def read_page(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """The images of an ordinary web page, each in its largest form; {} in the address is for the search words."""
+    url, body = web.get(argument.replace("{}", urllib.parse.quote(words)), robots=True)
+    parsed, found = parse_html(body), 0
+    title = parsed.title.get_text(strip=True) if parsed.title else None
+    base = parsed.find("base", href=True)
+    for element in parsed.select("img, meta[property='og:image'], a[href]"):
+        with contextlib.suppress(ValueError):  # it is no address
+            around = urllib.parse.urljoin(url, base["href"]) if base else url
+            if address := largest_of(element):
+                address = urllib.parse.urldefrag(urllib.parse.urljoin(around, address)).url
+                yield Candidate(address, f"page:{argument}", url, title=element.get("alt") or title)
+                found += 1
+    if not found:
+        raise unreadable(url)
+
+
+def read_list(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """The addresses in a file, one a line; {} in its name is for the search words."""
+    path = Path(argument.replace("{}", words))
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for line in map(str.strip, lines):
+                if line and not line.startswith("#"):
+                    yield Candidate(line, f"list:{argument}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+SOURCES: dict[str, Callable] = {
+    "openverse": search_openverse, "commons": search_commons, "inaturalist": search_inaturalist,
+    "bing": search_bing, "baidu": search_baidu, "page": read_page, "list": read_list,
+}  # fmt: skip
+
+
+def source_named(text: str) -> tuple[str, str]:
+    """Read a --crawl_source: (name, argument). Raises argparse.ArgumentTypeError."""
+    name, _, argument = text.partition(":")
+    if name not in SOURCES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
+    if not argument and name in ("page", "list"):
+        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in {name}:{'URL' if name == 'page' else 'FILE'}")
+    if name != "list" and argument and not re.match(r"https?://[^\s/]", argument):
+        raise argparse.ArgumentTypeError(f"{text!r}: {argument!r} is no http or https address")
+    return name, argument
+
+
+def license_names(text: str) -> tuple[str, ...]:
+    """Read the value of --crawl_license: names of licenses, joined by commas."""
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if unknown := [name for name in names if name not in LICENSES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known; choose from {','.join(LICENSES)}")
+    return names
+
+
+def license_of(told: str) -> str:
+    """Return which of LICENSES a source's words mean, such as `CC BY-SA 4.0` or `cc-by-sa`; '' for another one."""
+    words = re.sub(r"[\s_]+", "-", told.lower())
+    if words.startswith(("public-domain", "pd", "pdm")):
+        return "pdm"
+    match = re.match(r"(?:cc-)?(cc0|by(?:-nc)?(?:-sa|-nd)?)(?=-[\d.]|$)", words)
+    return match[1] if match else ""
+
+
+def parse_html(body: bytes) -> Any:
+    """Return a web page as BeautifulSoup."""
+    import bs4
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pages in XML, which is no concern of the user's
+        return bs4.BeautifulSoup(body, "html.parser")
+
+
+def plain(text: str | None) -> str | None:
+    """Return a text without tags, and without the marks that search engines put around the words searched for."""
+    return html.unescape(re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", text)).strip() if text else None
+
+
+def largest_of(element: Any) -> str | None:
+    """Return the address of the largest form of what an element of a web page shows, or links to; None for none.
+
+    Pages that load their images as one scrolls keep the true address in a data- attribute, and a blank in `src`.
+    """
+    if element.name == "meta":
+        return element.get("content")
+    if element.name == "a":
+        return element["href"] if re.match(r"[^?#]+\.(jpe?g|png|gif|bmp|webp)\s*$", element["href"], re.I) else None
+    around = element.parent.find_all("source", recursive=False) if element.parent.name == "picture" else []
+    sized: list[tuple[float, str]] = []
+    for one in [element, *around]:
+        for name in ("srcset", "data-srcset", "data-lazy-srcset"):
+            for address, size in re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]{1,9})[wx])?\s*(?:,|$)", one.get(name, "")):
+                sized.append((float(size or 1), address))
+    sized += [(0, element.get(name, "")) for name in ("data-original", "data-src", "data-lazy-src", "data-lazy", "src")]
+    usable = [(size, address.strip()) for size, address in sized if address.strip() and address[:5] != "data:"]
+    return max(usable, key=lambda pair: pair[0], default=(0, None))[1]
+
+
+def candidates_of(
+    sources: Sequence[tuple[str, str]], words: str, web: Web, problems: list[Refusal]
+) -> Iterator[Candidate]:
+    """Yield what the sources find, one source after the other, each address once; note what went wrong with them."""
+    seen, wanted = set(), web.settings.license
+    for name, argument in sources:
+        try:
+            for candidate in SOURCES[name](web, words, argument, wanted):
+                allowed = not wanted or not candidate.licence or license_of(candidate.licence) in wanted
+                if isinstance(candidate.url, str) and candidate.url not in seen and allowed:
+                    seen.add(candidate.url)
+                    yield candidate
+            continue
+        except Refusal as refusal:
+            problem = Refusal(f"--crawl_source {':'.join(filter(None, (name, argument)))}: {refusal}", refusal.passing)
+        except Exception as error:  # an answer may hold anything, and parsers give up in many ways
+            problem = Refusal(f"--crawl_source {name}: its form has changed ({type(error).__name__}: {error})")
+        problems.append(problem)
+        log.warning("%s.", printable(str(problem)))
+
+
+def look_at(data: bytes, min_side: int) -> dict[str, Any]:
+    """Return the facts of an image: sha256, width, height, looks and file, its name. Raises Refusal for no use.
+
+    looks: its perceptual hash of 256 bits, in hexadecimal.
+    """
+    import imagehash
+
+    facts: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
+    reason, image = "", None
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        facts |= {"width": image.width, "height": image.height}
+    except PIL.Image.DecompressionBombError:
+        reason = "too many pixels"
+    except Exception:  # a header that nothing can be made of: decode_image says so in better words
+        if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
+            reason = "a web page"
+    if image and math.prod(image.size) > MOST_PIXELS:
+        reason = "too many pixels"
+    elif image and min(image.size) < min_side:
+        reason = "too small"
+    if not reason:
+        try:
+            pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+            looks = str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16))
+            return facts | {"file": facts["sha256"] + ENDINGS[image.format or ""], "looks": looks}  # type: ignore
+        except ImageError as error:
+            reason = str(error).split(" (")[0]
+    raise Refusal(reason, **facts)
+
+
+class Collection:
+    """What lies in the class folders, and what became of every address tried: a crawl.jsonl in each, an object a line.
+
+    url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
+    well); `reason`, and the `limit` or `twin` that it is about; sha256, width and height of what came; of what is kept
+    its file, and looks: the perceptual hash in hexadecimal.
+    """
+
+    def __init__(self, crawl_dir: Path, classes: Iterable[str], settings: CrawlSettings):
+        self.crawl_dir, self.settings = crawl_dir, settings
+        self.entries: dict[str, dict[str, dict]] = {}  # of each class folder, by address
+        self.place_of: dict[str, str] = {}  # <class folder>/<file name>, by sha256, and by address
+        self.places: list[str] = []
+        self.bits = np.zeros((64, 256), bool)  # of the perceptual hashes, as many rows as places, and room for more
+        others = {path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}")}
+        for name in classes:
+            (crawl_dir / name / ".crawl").mkdir(parents=True, exist_ok=True)
+        self.journals = {name: Journal(crawl_dir / name / MANIFEST) for name in sorted({*classes, *others})}
+        strangers: list[Path] = []
+        for name in self.journals:
+            strangers += self.load(name)
+        if strangers:
+            with progress_bar("Images already there", len(strangers), "image") as bar:
+                for path, facts in on_all_cores([look_up] * core_count(), strangers):
+                    if facts:
+                        self.add(f"{path.parent.name}/{path.name}", facts["sha256"], facts["looks"])
+                    bar.update()
+
+    def load(self, name: str) -> list[Path]:
+        """Read the record of a class, finish what a killed run began; return the images that it doesn't know."""
+        folder, known = self.crawl_dir / name, {}
+        for entry in self.journals[name].read():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                known[checked_entry(entry)["url"]] = entry
+        self.entries[name] = known
+        kept = {entry["file"]: entry for entry in known.values() if entry["outcome"] == "kept"}
+        for file_name, entry in kept.items():  # deleted ones, too: whoever deleted one doesn't want it back
+            self.add(f"{name}/{file_name}", entry["sha256"], entry["looks"], entry["url"])
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder / ".crawl" / file_name, folder / file_name)
+        for leftover in (folder / ".crawl").glob("*"):
+            leftover.unlink()
+        return [path for path in sorted(folder.glob("*")) if path.is_file() and path.name not in {*kept, MANIFEST}]
+
+    def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
+        """Remember an image, and the address that it came from, to tell it when it comes again."""
+        if len(self.places) == len(self.bits):
+            self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
+        self.bits[len(self.places)] = np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8))
+        self.places.append(place)
+        self.place_of.setdefault(sha256, place)
+        self.place_of.setdefault(url, place)
+
+    def kept(self, name: str) -> int:
+        """Return how many crawled images of a class are there."""
+        files = {entry["file"] for entry in self.entries[name].values() if entry["outcome"] == "kept"}
+        return sum((self.crawl_dir / name / file_name).is_file() for file_name in files)
+
+    def is_settled(self, name: str, url: str) -> bool:
+        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not."""
+        entry = self.entries[name].get(url)
+        if entry is None or entry["outcome"] == "failed":
+            return False
+        limit = LIMITS.get(entry.get("reason", ""))
+        return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
+
+    def record(self, name: str, candidate: Candidate, outcome: str, **facts: Any) -> None:
+        """Write down what became of an address, and remember it."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        entry = {**dataclasses.asdict(candidate), "time": now, "outcome": outcome, **facts}
+        self.journals[name].append(entry)
+        self.entries[name][candidate.url] = entry
+
+    def keep(self, name: str, candidate: Candidate, data: bytes, facts: dict) -> bool:
+        """Keep an image, or record that it is there already; return whether it was kept.
+
+        Its file comes to its place after its record, so that a killed run leaves no image without one: see load.
+        """
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(facts["looks"]), np.uint8))
+        differing = (self.bits[: len(self.places)] != bits).sum(axis=1)  # [places]
+        if facts["sha256"] in self.place_of:
+            self.refuse_twin(name, candidate, "the same file", self.place_of[facts["sha256"]], facts)
+        elif len(differing) and differing.min() <= SAME_LOOKS:
+            self.refuse_twin(name, candidate, "the same picture", self.places[int(differing.argmin())], facts)
+        else:
+            folder, file_name = self.crawl_dir / name, facts["file"]
+            with whole_file(folder / ".crawl" / file_name) as temporary:
+                temporary.write_bytes(data)
+            self.record(name, candidate, "kept", **facts)
+            os.replace(folder / ".crawl" / file_name, folder / file_name)
+            self.add(f"{name}/{file_name}", facts["sha256"], facts["looks"], candidate.url)
+            return True
+        return False
+
+    def refuse_twin(self, name: str, candidate: Candidate, same: str, place: str, facts: dict) -> None:
+        """Record that an image is there already, at `place`."""
+        elsewhere = "" if place.startswith(f"{name}/") else " in another class"
+        facts = {key: facts[key] for key in ("sha256", "width", "height") if key in facts}
+        self.record(name, candidate, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
+
+    def is_known(self, name: str, candidate: Candidate) -> bool:
+        """Tell whether an address needn't be fetched; record it if it gave an image before."""
+        if self.is_settled(name, candidate.url):
+            return True
+        place = self.place_of.get(candidate.url)
+        if place:
+            self.refuse_twin(name, candidate, "the same file", place, {})
+        return place is not None
+
+    def settle(self, name: str, candidate: Candidate, fetched: concurrent.futures.Future) -> bool:
+        """Keep what was fetched (see fetch_image), or record why not; return whether it was kept."""
+        try:
+            return self.keep(name, candidate, *fetched.result())
+        except Refusal as refusal:
+            limit = LIMITS.get(str(refusal))
+            limited = {"limit": str(getattr(self.settings, limit))} if limit else {}
+            outcome = "failed" if refusal.passing else "refused"
+            self.record(name, candidate, outcome, reason=str(refusal), **limited, **refusal.facts)
+            return False
+
+    def refused(self, name: str) -> Counter:
+        """Return how many addresses of a class gave nothing, by reason."""
+        return Counter(entry["reason"] for entry in self.entries[name].values() if entry["outcome"] != "kept")
+
+
+def look_up(path: Path) -> dict | None:
+    """Return the facts of a file that was not crawled; None if no crawled image can be like it."""
+    try:
+        return look_at(read_bytes(path), 1)
+    except (OSError, ImageError, Refusal):
+        return None
+
+
+def checked_entry(entry: Any) -> dict:
+    """Return an entry of crawl.jsonl as it is. Raises ValueError, TypeError or KeyError for what is none."""
+    if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
+        if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
+            raise ValueError
+        entry["sha256"] + entry["url"]
+    else:
+        entry["outcome"] + entry["reason"] + entry["url"] + entry.get("twin", "")
+    return entry
+
+
+def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
+    """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
+
+    Raises UserError for a file that can't be read, or a name that can't be a folder's on every system.
+    """
+    try:
+        lines = Path(names_path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise UserError(f"--crawl {names_path} could not be read ({why}).") from error
+    there = {alike(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
+    classes: dict[str, str] = {}
+    for number_of_line, line in enumerate(lines, 1):
+        line = re.split(r"(?:^|\s)#", line)[0]
+        folder, colon, words = (part.strip() for part in line.partition(":"))
+        if not folder and not colon:
+            continue
+        where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
+        forbidden = re.search(r'^$|^\.|\.$|[\\/<>"|?*\x00-\x1f\x7f]', folder) or RESERVED.match(folder)
+        if forbidden or len(os.fsencode(folder)) > 200 or not label_of(folder).strip():
+            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
+        lies = there.setdefault(alike(folder), folder)
+        if unicodedata.normalize("NFC", lies) != unicodedata.normalize("NFC", folder):
+            raise UserError(f"{where} and {lies!r} are one folder on some systems; rename one of them.")
+        if lies in classes:
+            raise UserError(f"{where} is there twice.")
+        classes[lies] = words or folder
+    if not classes:
+        raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
+    return classes
+
+
+def alike(folder: str) -> str:
+    """Return what the names of two folders share if a system, or a label, takes them for one."""
+    return label_of(unicodedata.normalize("NFKC", folder).casefold()).strip()
+
+
+def fetch_image(url: str, web: Web) -> tuple[bytes, dict]:
+    """Return (the file, its facts: see look_at) of a good image. Raises Refusal."""
+    try:
+        data = web.get(url, MOST_CRAWL_BYTES, robots=True)[1]
+        return data, look_at(data, web.settings.min_side)
+    except (Refusal, MemoryError):
+        raise
+    except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
+        raise Refusal(f"unexpected {type(error).__name__}", passing=True) from error
+
+
+def start_jobs(
+    waiting: dict[str, deque[Candidate]], running: dict[concurrent.futures.Future, Candidate], most: int,
+    of_one_host: int, start: Callable[[Candidate], concurrent.futures.Future],
+) -> None:  # fmt: skip
+    """Start fetching candidates, which wait by host, until `most` are running, and so many of one host."""
+    busy = Counter(host_of(candidate.url) for candidate in running.values())
+    emptied = []
+    for host, candidates in waiting.items():
+        while candidates and len(running) < most and busy[host] < of_one_host:
+            candidate = candidates.popleft()
+            running[start(candidate)] = candidate
+            busy[host] += 1
+        if not candidates:
+            emptied.append(host)
+        if len(running) >= most:
+            break
+    for host in emptied:
+        del waiting[host]
+
+
+def host_of(url: str) -> str:
+    """Return the server that an address names, whatever it looks like."""
+    return url.partition("://")[2].partition("/")[0]
+
+
+def crawl_class(name: str, candidates: Iterator[Candidate], collection: Collection, web: Web) -> None:
+    """Fetch candidates until as many images are kept as are wanted, or there are no more candidates.
+
+    Never more are under way than are wanted, so nothing is fetched in vain, and few of one host, so that a slow one
+    doesn't hold up the others.
+    """
+    settings = web.settings
+    missing = settings.count - collection.kept(name)
+    waiting: dict[str, deque[Candidate]] = {}  # by host
+    running: dict[concurrent.futures.Future, Candidate] = {}
+    batch: concurrent.futures.Future | None = None  # of the next candidates
+    ended, of_one_host = missing <= 0, 2 if settings.host_delay else settings.parallel
+    pool = concurrent.futures.ThreadPoolExecutor(settings.parallel + 1)
+    try:
+        with progress_bar(name, settings.count, "image", initial=settings.count - missing) as bar:
+            while missing > 0:
+                most = min(settings.parallel, missing)
+                start_jobs(waiting, running, most, of_one_host, lambda one: pool.submit(fetch_image, one.url, web))
+                if not ended and not batch and sum(map(len, waiting.values())) + len(running) < missing:
+                    batch = pool.submit(list, itertools.islice(candidates, BATCH))
+                under_way = [*running, batch] if batch else list(running)
+                if not under_way:
+                    break
+                concurrent.futures.wait(under_way, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED)
+                if batch and batch.done():
+                    found, batch = batch.result(), None
+                    ended = len(found) < BATCH
+                    for candidate in found:
+                        if not collection.is_known(name, candidate):
+                            waiting.setdefault(host_of(candidate.url), deque()).append(candidate)
+                for future in [future for future in running if future.done()]:
+                    kept = collection.settle(name, running.pop(future), future)
+                    missing -= kept
+                    bar.update(kept)
+    finally:  # nobody waits for what is under way
+        pool.shutdown(wait=False, cancel_futures=True)
+    with contextlib.suppress(OSError):
+        (collection.crawl_dir / name / ".crawl").rmdir()
+
+
+def crawl_report(collection: Collection, classes: Iterable[str], wanted: int, ended: bool) -> list[str]:
+    """Return the lines of a table of what was kept and refused of each class, so far and in all runs before.
+
+    ended: whether all was asked; then also what could be done for classes that stayed short.
+    """
+    width = max(5, *map(len, classes))
+    lines, advice = [f"{'Class':<{width}}  {'kept':>6}  {'asked':>6}  {'refused':>7}"], []
+    for name in classes:
+        refused, kept = collection.refused(name), collection.kept(name)
+        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in refused.most_common())
+        lines.append(f"{name:<{width}}  {kept:>6}  {wanted:>6}  {refused.total():>7}  {reasons}".rstrip())
+        twins = [entry for entry in collection.entries[name].values() if "another class" in entry.get("reason", "")]
+        if twins:
+            others = ", ".join(sorted({printable(entry.get("twin", "").split("/")[0]) for entry in twins}))
+            advice.append(f"{name}: {len(twins)} of its images were kept for another class before it ({others}).")
+        if ended and kept < wanted:
+            failed = sum(entry["outcome"] == "failed" for entry in collection.entries[name].values())
+            ways = [f"run the same command again, which tries {failed} that failed once more"] * bool(failed)
+            ways += [way for reason, way in ADVICE.items() if refused[reason]]
+            ways += [f"search for other words (`{name}: other words` in the file of names)", "add a --crawl_source"]
+            advice.append(f"{name} stayed {wanted - kept} short; what could be done: {'; '.join(ways)}.")
+    return lines + advice
+
+
+def crawl(
+    classes: dict[str, str], crawl_dir: Path, sources: Sequence[tuple[str, str]], settings: CrawlSettings
+) -> None:
+    """Fill a folder of `crawl_dir` for each class with images from the sources, and print what came of it.
+
+    classes: {folder: search words}; sources: (name, argument) in the order of preference.
+    Raises UserError when nothing could be found, or a source was out of reach while images were missing.
+    """
+    for name, argument in sources:
+        if len(classes) > 1 and name in ("page", "list") and "{}" not in argument:
+            raise UserError(
+                f"--crawl_source {name}:{argument} would give every class the same images; name one class only, or "
+                "put {} where each class's search words go."
+            )
+    needed = ("requests", "bs4", "imagehash", "protego", "filelock")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: {INSTALL} -r requirements.txt")
+    import filelock
+
+    crawl_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(crawl_dir / ".crawl.lock", timeout=0):
+            fill_folders(classes, crawl_dir, sources, settings)
+    except filelock.Timeout:
+        raise UserError(
+            f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
+        ) from None
+
+
+def fill_folders(
+    classes: dict[str, str], crawl_dir: Path, sources: Sequence[tuple[str, str]], settings: CrawlSettings
+) -> None:
+    """Do what crawl does, while no other run crawls into the same folder."""
+    web, collection, unasked, ended = Web(settings), Collection(crawl_dir, classes, settings), [], False
+    try:
+        for name, words in classes.items():
+            problems: list[Refusal] = []
+            crawl_class(name, candidates_of(sources, words, web, problems), collection, web)
+            if collection.kept(name) < settings.count:
+                unasked += [problem for problem in problems if problem.passing]
+        ended = not unasked
+    finally:
+        for line in crawl_report(collection, classes, settings.count, ended):
+            log.info("%s", line)
+    if unasked:
+        raise UserError(f"{unasked[0]}; see whether this machine is online, and run the same command again to go on.")
+    if not any(map(collection.kept, classes)):
+        raise UserError("--crawl found no image that can be used; see the table above.")
+
+
+# ======================================================================================================================
 # Main: the rooms in their order
 # ======================================================================================================================
 
@@ -5391,20 +5059,14 @@ def check_outputs(flags: argparse.Namespace) -> None:
 def collect(flags: argparse.Namespace) -> None:
     """Go through the room of crawling."""
     crawl_dir = Path(flags.crawl_dir or flags.image_dir)
-    while flags.crawl_count is None:  # a person at a terminal is asked
-        try:
-            flags.crawl_count = COUNT(input("How many images of each class are wanted? ").strip())
-        except argparse.ArgumentTypeError as error:
-            print(f"{error}; please give a whole number, such as 100.", file=sys.stderr)
-        except EOFError:
-            raise UserError("--crawl_count: say how many images of each class are wanted.") from None
     classes = read_names(flags.crawl, crawl_dir)
-    settings = from_flags(CrawlSettings, flags, "crawl_")
-    sources = flags.crawl_source or [("openverse", "")]
-    with only_run(crawl_dir):
-        crawl(classes, crawl_dir, sources, settings, lambda data: decode_image(data, Reading(True), (299, 299)))
-    folders = (path for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir())
-    others = sorted(path.name for path in folders if path.name not in classes)
+    there = {path.name for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir()}
+    if len({*classes, *there}) < 2 and not flags.crawl_only:
+        told = "it names one class only, and a classifier needs two; name another, or add --crawl_only"
+        raise UserError(f"--crawl {flags.crawl}: {told}.")
+    sources = flags.crawl_source or [("openverse", ""), ("commons", "")]
+    crawl(classes, crawl_dir, sources, from_flags(CrawlSettings, flags, "crawl_"))
+    others = sorted(there - classes.keys())
     if others and not flags.crawl_only:
         log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
 
