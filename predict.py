@@ -315,8 +315,8 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # Images: read, decoded, upright, resized
 # ======================================================================================================================
 
-# What is read, by the names that Pillow gives to formats; HEIF only where pi-heif is installed.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "HEIF")
+# What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
 # Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 # Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
@@ -375,10 +375,11 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     """
     if not data:
         raise ImageError("the file is empty")
-    if HEIC.match(data):
+    is_heic = HEIC.match(data)
+    if is_heic:
         register_heic()
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        image = PIL.Image.open(io.BytesIO(data), formats=["HEIF", "AVIF"] if is_heic else FORMATS)
         if image.format in ("JPEG", "MPO"):
             shorter, target = min(image.size), max(input_size)
             reduced = not reading.exact_decode and shorter > 4 * target
@@ -689,16 +690,6 @@ class OutputFiles:
             path.with_name(stem.removesuffix("_graph") + ending) for ending in ("_labels.txt", "_report.html")
         )
 
-    @property
-    def labels(self) -> Path:
-        """The classes, a line each: output_labels.txt of output_graph.pb, ants_labels.txt of ants.pb."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb").removesuffix("_graph") + "_labels.txt")
-
-    @property
-    def report(self) -> Path:
-        """The report: output_report.html of output_graph.pb, ants_report.html of ants.pb."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb").removesuffix("_graph") + "_report.html")
-
 
 @dataclasses.dataclass(frozen=True)
 class Familiar:
@@ -927,7 +918,7 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         if len(features[0]) != familiar.exemplars.shape[1]:
             raise UserError("The .json beside the graph is damaged (its measure of what is familiar is another's).")
         (reason,) = familiar.reason(features[0][None], probabilities[None], labels)
-        return Prediction(path, scores, "", reason, float(familiar.likeness(features[0][None])[0]))
+        return Prediction(path, scores, "", reason, min(1.0, float(familiar.likeness(features[0][None])[0])))
 
     workers = [lambda path, model=model: name(model, path) for model in classifier.models]
     for _, prediction in on_all_cores(workers, paths):
