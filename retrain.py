@@ -40,7 +40,6 @@ import shutil
 import signal
 import socket
 import stat
-import string
 import sys
 import tarfile
 import tempfile
@@ -106,8 +105,6 @@ import numpy as np
 import PIL.Image
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from pyarrow import Table
     from pyarrow.fs import FileSystem
     from ray import ObjectRef
@@ -2564,490 +2561,229 @@ def write_checkpoint(head: Head, path: Path) -> None:
 
 
 # ======================================================================================================================
-# Evaluation: how good it is, on pictures that it was not trained on
+# Diagnostics: how good it is, how sure that is, and which images to look at
 # ======================================================================================================================
 
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """How a head did: its accuracy, the test rows that it was tried on, int [n], and their predicted classes."""
-
-    accuracy: float
-    batch: np.ndarray
-    predicted: np.ndarray
-
-
-def evaluate(head: Head, testing: Rows, batch_size: int, random_seed: int | None) -> Evaluation:
-    """Try the head on all test rows (batch_size -1), or on a batch of them."""
-    batch = batch_drawer(testing.classes, batch_size, np.random.default_rng(random_seed))()
-    predicted = head.probabilities(testing.features(batch)).argmax(axis=1)
-    return Evaluation(float((predicted == testing.classes[batch]).mean()), batch, predicted)
-
-
-def log_misclassified(test: Evaluation, tested: Sequence[Image], labels: Sequence[str]) -> None:
-    """Print the classic list of the test images that were taken for another class, with that class."""
-    log.info("=== MISCLASSIFIED TEST IMAGES ===")
-    for row, guess in zip(test.batch, test.predicted, strict=True):
-        if tested[row].label != labels[guess]:
-            log.info("%70s  %s", printable(tested[row].path), labels[guess])
-
-
-def import_matplotlib() -> types.ModuleType:
-    """Import matplotlib's figures, which only the pictures of training need. Raises UserError if they are missing."""
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise UserError(f"matplotlib can't be loaded ({error}); install it with: {INSTALL} matplotlib") from error
-    return matplotlib.figure
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ... what the pictures that it knows say about those to come: the same head, trained many times on parts of them
-# ----------------------------------------------------------------------------------------------------------------------
-
-# How many principal components of the features are enough to train a head on: see `reduced`.
-ENOUGH_COMPONENTS = 256
-FOLDS, REPEATS, DRAWS = 5, 4, 5
-# No more steps than these are tried of one's own accord.
-MOST_STEPS = 4000
-# Pictures per class of which the learning curve is made.
-CURVE_SIZES = (5, 10, 20, 50, 100, 200, 500, 1000)
-# How many heads may be trained for the report: so many steps on a batch of 100, 256 components and 5 classes, of about
-# 27 microseconds each, together.
-EFFORT = 90_000
-# With fewer test pictures than this, the cross-validated accuracy is the one to believe.
-ENOUGH_TO_TEST = 30
-# A head that is right less often says nothing about the folders that pictures lie in.
-ENOUGH_TO_DOUBT = 0.6
+FOLDS = 5
+# Steps, on batches of 100, of all trainings together, beyond which the learning curve loses its smallest sizes.
+STEP_BUDGET, CURVE_SHARES = 60_000, (0.125, 0.25, 0.5)
+GAIN_ERRORS = 1.6  # standard errors on either side of what twice as many images are expected to bring
+# Features nearer than this, 1 - cosine, show one scene: by it 48 scenes of shaken frames made 48 groups and none of 885
+# different photographs were joined, with Inception-v3 and EfficientNet-Lite2.
+GROUP_RADIUS = 0.07
+# Listed as near duplicates are, of the MOST_PAIRS of greatest cosine, at least ALIKE, those whose thumbnails correlate
+# by SAME_IMAGE, see `crops`: 97 % of copies cropped by 4 to 12 % do, and no two different photographs (0.92 at most).
+ALIKE, SAME_IMAGE, MOST_PAIRS = 0.7, 0.93, 1000
+ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
+ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the folders that images lie in
+CUE_ALARM = 0.75  # how often brightness and the like may tell a class from the others, where chance is 0.5
+TINY, NEARLY_BLACK, BLURRED = 64, 0.06, 0.05  # pixels; brightness and contrast; of the median sharpness
+SMALL, LARGE_SHARE = 100, 0.3  # images of which none can be spared; of a class in one scene
+EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """A share of so many pictures, and between what shares of all pictures to come it lies with 95 % confidence."""
+class Proportion:
+    """A share 0..1 of `count` images, worth `effective` independent ones, and its 95 % confidence interval."""
 
     value: float
     count: int
-    independent: int | None = None  # how many different things they show; None: as many as there are pictures
+    effective: float
+    low: float
+    high: float
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's interval (Wilson 1927), which holds for few pictures and for shares of 0 and 1, too."""
-        z2, count = 1.959964**2, self.independent or self.count
-        middle = (self.value * count + z2 / 2) / (count + z2)
-        spread = math.sqrt(z2 * (count * self.value * (1 - self.value) + z2 / 4)) / (count + z2)
-        return max(0.0, middle - spread), min(1.0, middle + spread)
+    @classmethod
+    def of(cls, right: np.ndarray, groups: np.ndarray) -> Proportion:
+        """Return that of `right`, bool [n]: Wilson's interval on the effective size by Kish over groups, int [n]."""
+        sizes = np.unique(groups, return_counts=True)[1]
+        share, count, z2 = float(right.mean()), len(right) ** 2 / float((sizes**2).sum()), 1.959964**2
+        middle = (share * count + z2 / 2) / (count + z2)
+        spread = math.sqrt(z2 * (count * share * (1 - share) + z2 / 4)) / (count + z2)
+        return cls(share, len(right), count, max(0.0, middle - spread), min(1.0, middle + spread))
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
+        worth = "" if self.effective > 0.95 * self.count else f", about {self.effective:.0f} independent ones"
+        interval = f"95 % confidence interval {100 * self.low:.0f} to {100 * self.high:.0f} %"
+        return f"{100 * self.value:.3g} % on {self.count} images{worth} ({interval})"
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossValidation:
-    """What heads that never saw a picture make of it: logits float32 [repeats, rows, classes], classes int [rows].
+class HeldOut:
+    """What heads that never saw an image make of it: those of the cross-validation, or the final one of the test.
 
-    folds: int [repeats, rows], the part of the rows in which each was held out; group_count: how many different things
-    the rows show, copies of one counting once.
+    rows: int [n], into all images; classes: int [n], as given; logits: float32 [n, classes], before the temperature;
+    groups and folds: int [n], the folds all 0 for the test.
     """
 
-    logits: np.ndarray
+    rows: np.ndarray
     classes: np.ndarray
+    logits: np.ndarray
+    groups: np.ndarray
     folds: np.ndarray
-    group_count: int
 
-    def probabilities(self, temperature: float = 1.0) -> np.ndarray:
-        """Return the mean probability over the repeats, float32 [rows, classes]."""
-        return sum(softmax(logits / np.float32(temperature)) for logits in self.logits) / np.float32(len(self.logits))
+    @functools.cached_property
+    def predicted(self) -> np.ndarray:
+        return self.logits.argmax(axis=1)
 
-    @property
-    def accuracy(self) -> Share:
-        """The mean accuracy of the repeats, of as many pictures as there are: repeating adds none."""
-        right = float((self.logits.argmax(axis=2) == self.classes).mean())
-        return Share(right, len(self.classes), self.group_count)
+    @functools.cached_property
+    def accuracy(self) -> Proportion:
+        return Proportion.of(self.predicted == self.classes, self.groups)
 
     @functools.cached_property
     def confusion(self) -> np.ndarray:
-        """How many pictures of the class of the row were taken for the column's: float [classes, classes]."""
-        repeats, _, class_count = self.logits.shape
-        counts = np.zeros((class_count, class_count))
-        np.add.at(counts, (np.tile(self.classes, (repeats, 1)), self.logits.argmax(axis=2)), 1 / repeats)
+        """How many images of the row's class were predicted to be of the column's, int [classes, classes]."""
+        counts = np.zeros((self.logits.shape[1],) * 2, np.intp)
+        np.add.at(counts, (self.classes, self.predicted), 1)
         return counts
 
+    def recall(self, c: int) -> Proportion | None:
+        """Return the share of the images of class `c` that are predicted to be of it; None without any."""
+        own = self.classes == c
+        return Proportion.of(self.predicted[own] == c, self.groups[own]) if own.any() else None
 
-def reduced(features: np.ndarray) -> np.ndarray:
-    """Return features float32 [rows, n] in their principal directions, [rows, ENOUGH_COMPONENTS] at most.
+    def precision(self, c: int) -> Proportion | None:
+        """Return the share of those predicted to be of class `c` that are of it; None without any."""
+        named = self.predicted == c
+        return Proportion.of(self.classes[named] == c, self.groups[named]) if named.any() else None
 
-    Gradient descent from zero never leaves the span of the rows, and turning the axes changes nothing for it; what is
-    cut off where there are more rows than that is hardly anything (less than 2 % of the squares on photographs), and
-    each step is eight times as fast.
-    """
-    if features.shape[1] <= ENOUGH_COMPONENTS:
-        return features
-    if len(features) <= ENOUGH_COMPONENTS:  # by the products of all rows with each other: exact, and fast
-        values, vectors = np.linalg.eigh(features.astype(np.float64) @ features.T.astype(np.float64))
-        return (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
-    from sklearn.utils.extmath import randomized_svd
+    def probabilities(self, temperature: float) -> np.ndarray:
+        return softmax(self.logits / np.float32(temperature))
 
-    left, values, _ = randomized_svd(features, ENOUGH_COMPONENTS, n_iter=2, random_state=0)
-    return np.ascontiguousarray(left * values)
-
-
-@np.errstate(over="ignore", invalid="ignore")  # as above
-def one_thread() -> contextlib.AbstractContextManager:
-    """Return a context in which numpy and scikit-learn use one thread: several halve the speed of small products."""
-    import sklearn.cluster  # noqa: F401  (only what is loaded already is limited)
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1)
-
-
-def train_members(
-    features: np.ndarray,
-    classes: np.ndarray,
-    members: Sequence[np.ndarray],
-    class_count: int,
-    settings: TrainingSettings,
-) -> np.ndarray:
-    """Train the head that `settings` describe on each of several sets of rows; takes and gives what `train_heads` does.
-
-    features: [rows, n]; classes: int [rows]; members: int [rows of it] each; the logits are [members, rows, classes].
-    """
-    silent = dataclasses.replace(settings, eval_step_interval=0, intermediate_store_frequency=0)
-    nothing, logits = Rows(features, np.array([], np.intp), np.array([], np.intp)), []
-    for rows in members:
-        head, _ = train_head(Rows(features, rows, classes[rows]), nothing, class_count, silent)
-        logits.append(head.logits(features))
-    return np.stack(logits)
-
-
-def affordable_heads(settings: TrainingSettings, row_count: int, size: int, class_count: int) -> int:
-    """Return how many heads may be trained for the report, of so many features and classes, lest it take too long.
-
-    None that Keras trains, one by one: no more than a single cross-validation is made of those.
-    """
-    if not settings.is_classic:
-        return 0
-    batch = row_count if settings.train_batch_size == -1 else settings.train_batch_size
-    cost = settings.how_many_training_steps * batch / 100 * size / 256 * (class_count + 5) / 10
-    return int(EFFORT / cost)
-
-
-def groups_of(images: Sequence[Image], pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return a number for each image, int [images]: the same for near-duplicates and for those of one `_nohash_` stem.
-
-    pairs: the rows of near-duplicates.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    first_of: dict[str, int] = {}
-    edges = list(pairs)
-    for row, image in enumerate(images):
-        edges.append((first_of.setdefault(stem_of(image.key), row), row))
-    ends = np.array(edges, np.intp).reshape(-1, 2).T
-    links = coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(len(images), len(images)))
-    return connected_components(links, directed=False)[1]
-
-
-def held_out_folds(classes: np.ndarray, groups: np.ndarray, repeats: int, seed: int) -> np.ndarray | None:
-    """Return the fold of each row, int [repeats, rows]: stratified, and groups undivided; None for too few pictures.
-
-    The first row of a group speaks for it: scikit-learn's StratifiedGroupKFold takes a quarter of a second a repeat.
-    """
-    from sklearn.model_selection import StratifiedKFold
-
-    _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
-    count = min(FOLDS, int(np.max(np.bincount(classes[first]))))
-    if count < 2:
-        return None
-    folds = np.zeros((repeats, len(first)), np.intp)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes of fewer pictures than folds: each is held out once all the same
-        for repeat in range(repeats):
-            parts = StratifiedKFold(count, shuffle=True, random_state=seed + repeat).split(first, classes[first])
-            for fold, (_, held_out) in enumerate(parts):
-                folds[repeat, held_out] = fold
-    return folds[:, group_of]
-
-
-def cross_validate(
-    features: np.ndarray,
-    classes: np.ndarray,
-    groups: np.ndarray,
-    class_count: int,
-    settings: TrainingSettings,
-    most_repeats: int = REPEATS,
-) -> CrossValidation | None:
-    """Train the head on all but a fifth of the rows, for each fifth and several times; None for too few pictures.
-
-    features: float32 [rows, k], reduced or not; classes and groups: int [rows].
-    """
-    heads = affordable_heads(settings, len(classes), features.shape[1], class_count)
-    repeats = max(1, min(most_repeats, heads // 2 // FOLDS))
-    folds = held_out_folds(classes, groups, repeats, settings.random_seed or 0)
-    if folds is None:
-        return None
-    parts = [(repeat, fold) for repeat in range(repeats) for fold in np.unique(folds[repeat])]
-    members = [np.flatnonzero(folds[repeat] != fold) for repeat, fold in parts]
-    logits = np.zeros((repeats, len(classes), class_count), np.float32)
-    together = max(1, 10_000_000 // (len(classes) * class_count))  # lest all rows' logits of all heads fill the memory
-    for start in range(0, len(parts), together):
-        some = slice(start, start + together)
-        made = train_members(features, classes, members[some], class_count, settings)
-        for (repeat, fold), of_all in zip(parts[some], made, strict=True):
-            held_out = folds[repeat] == fold
-            made_well = np.isfinite(of_all[held_out]).all(axis=1, keepdims=True)
-            logits[repeat, held_out] = np.where(made_well, of_all[held_out], 0)  # a head that went astray knows nothing
-    return CrossValidation(logits, classes, folds, len(np.unique(groups)))
-
-
-# Would more pictures help?
+    def calibration_error(self, temperature: float) -> float:
+        """Return how far scores are from how often they are right, in the mean: ten bins of equal width by the best."""
+        best = self.probabilities(temperature).max(axis=1)
+        gaps = np.bincount((best * 9.999).astype(int), best - (self.predicted == self.classes))
+        return float(np.abs(gaps).sum() / len(best))  # a bin's sum is its rows times the gap of its means
 
 
 @dataclasses.dataclass(frozen=True)
 class LearningCurve:
-    """Accuracy against pictures per class.
+    """Accuracy, on all held-out images, against the mean number of images that the folds' heads learnt from.
 
-    sizes: float [points], the mean number per class, the last one that of the cross-validation; recalls: float
-    [points, classes], the share of each class that is named rightly; accuracies: one array of draws for each point.
+    The last point is the cross-validation. gain: from and to how much accuracy twice as many images would bring.
     """
 
-    sizes: np.ndarray
-    recalls: np.ndarray
-    accuracies: list[np.ndarray]
+    sizes: list[int]
+    accuracies: list[Proportion]
+    gain: tuple[float, float]
 
-
-def recall_of(logits: np.ndarray, classes: np.ndarray, class_count: int) -> np.ndarray:
-    """Return the share of each class that is named rightly, float [classes], NaN for a class without rows."""
-    right = np.bincount(classes, logits.argmax(axis=-1) == classes, minlength=class_count)
-    with np.errstate(invalid="ignore"):
-        return right / np.bincount(classes, minlength=class_count)
-
-
-def curve_sizes(classes: np.ndarray) -> list[int]:
-    """Return the pictures per class that a learning curve is made of, for images of classes int [rows]."""
-    return [size for size in CURVE_SIZES if size < 0.6 * np.bincount(classes).max()]
-
-
-def learning_curve(
-    features: np.ndarray, groups: np.ndarray, validated: CrossValidation, settings: TrainingSettings
-) -> LearningCurve:
-    """Train the head on ever more pictures per class, several draws of each number, and try it on the others.
-
-    features: float32 [rows, k]; groups: int [rows], none of which is on both sides of a draw. The last point is the
-    cross-validation itself.
-    """
-    classes, class_count = validated.classes, validated.logits.shape[2]
-    training_share = 1 - 1 / (validated.folds[0].max() + 1)
-    sizes = curve_sizes(classes)
-    affordable = affordable_heads(settings, len(classes), features.shape[1], class_count)
-    draws = min(DRAWS, (affordable - FOLDS * len(validated.logits)) // max(1, len(sizes)))
-    random = np.random.default_rng(settings.random_seed or 0)
-    points, recalls, accuracies = [], [], []
-    for size in sizes if draws >= 2 else []:
-        members = []
-        for _ in range(draws):
-            rows = [random.permutation(np.flatnonzero(classes == c))[:size] for c in range(class_count)]
-            members.append(np.concatenate(rows))
-        logits = train_members(features, classes, members, class_count, settings)
-        others = [~np.isin(groups, groups[rows]) for rows in members]
-        tried = [(made[rows], classes[rows]) for made, rows in zip(logits, others, strict=True) if rows.any()]
-        if not tried:
-            break
-        points.append(np.mean([len(rows) for rows in members]) / class_count)
-        recalls.append(nan_mean([recall_of(made, truth, class_count) for made, truth in tried]))
-        accuracies.append(np.array([(made.argmax(axis=1) == truth).mean() for made, truth in tried]))
-    points.append(training_share * len(classes) / class_count)
-    recalls.append(nan_mean([recall_of(made, classes, class_count) for made in validated.logits]))
-    accuracies.append((validated.logits.argmax(axis=2) == classes).mean(axis=1))
-    return LearningCurve(np.array(points), np.array(recalls), accuracies)
-
-
-def nan_mean(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean of arrays of one shape [...] where they are numbers, and NaN where none is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return np.nanmean(values, axis=0)
-
-
-def doubled(sizes: np.ndarray, shares: np.ndarray, count: int) -> float:
-    """Return the share that twice as many pictures are likely to get right.
-
-    sizes and shares: float [points]; count: pictures behind each share. Mistakes fall as a power of the number of
-    pictures (Hestness et al. 2017), so a line through the logarithms of the last four points is drawn on; a share of 1
-    counts as half a mistake.
-    """
-    mistakes = np.log(np.maximum(1 - shares, 0.5 / max(count, 1)))[-4:]
-    if len(mistakes) < 2 or not np.isfinite(mistakes).all():
-        return float(shares[-1])
-    slope = min(0.0, np.polyfit(np.log(sizes[-4:]), mistakes, 1)[0])
-    return float(1 - (1 - shares[-1]) * 2**slope)
-
-
-# How sure is it?
-
-
-def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
-    """Return by what to divide logits [repeats, rows, classes] so that probabilities are as often right as they say.
-
-    Guo et al. 2017, on pictures held out. No picture counts as certain (after Platt 1999), so that a few without a
-    mistake among them don't make the scores boast.
-    """
-    from scipy.optimize import minimize_scalar
-
-    doubt, rows = 1 / (len(classes) + 2), logits.reshape(-1, logits.shape[2])
-    top = rows.max(axis=1, keepdims=True)
-    at_once = (1 << 20) // rows.shape[1] + 1  # lest copies of many rows of many classes fill the memory
-    pieces = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
-    right = (rows[np.arange(len(rows)), np.tile(classes, len(logits))] - top[:, 0]).mean(dtype=np.float64)
-    every = rows.mean(dtype=np.float64) - top.mean(dtype=np.float64)
-
-    def loss(log_temperature: float) -> float:
-        scale = math.exp(-log_temperature)
-        sums = [np.exp((rows[piece] - top[piece]).astype(np.float64) * scale).sum(axis=1) for piece in pieces]
-        # The mean of the log likelihoods, which are scaled logits less the logarithm of such a sum.
-        return float(np.log(np.concatenate(sums)).mean() - scale * ((1 - doubt) * right + doubt * every))
-
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
-
-
-def calibration_error(probabilities: np.ndarray, classes: np.ndarray, bins: int = 10) -> float:
-    """Return the expected calibration error: how far scores are from how often they are right, in the mean.
-
-    probabilities: [rows, classes]; ten bins of equal width by the best score, weighted by their rows.
-    """
-    best, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == classes
-    place = np.minimum((best * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, best - right, minlength=bins)  # the sum over a bin is its rows times the gap of its means
-    return float(np.abs(gaps).sum() / len(classes))
-
-
-EXEMPLARS = 16  # of each class, as long as all classes together have no more than
-MOST_EXEMPLARS = 1024
-
-
-def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
-    from sklearn.cluster import KMeans
-
-    present = np.unique(classes)
-    count = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
-    middles = []
-    for c in present:
-        rows = directions[classes == c]
-        if count > 1 and len(rows) > count:
-            clusters = min(count, len({row.tobytes() for row in rows}))
-            rows = KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
-        middles.append(rows if count > 1 else rows.mean(axis=0, keepdims=True))
-    return unit(np.concatenate(middles)).astype(np.float16)
-
-
-def become_familiar(
-    features: np.ndarray, validated: CrossValidation, probabilities: np.ndarray, coverage: float
-) -> Familiar:
-    """Return what is familiar to a head, with the thresholds that leave `coverage` of its classes' pictures named.
-
-    features: float32 [rows, n]; probabilities: float32 [rows, classes], held out. Unlikeness tells pictures of other
-    things far better than the score does, so four fifths of what may be left unnamed are left to it. Its threshold is
-    found on pictures held out, too.
-    """
-    directions, folds = unit(features), validated.folds[0]
-    similarities = np.zeros(len(features))
-    for fold in np.unique(folds):
-        out = folds == fold
-        exemplars = find_exemplars(directions[~out], validated.classes[~out])
-        similarities[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
-    exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
-    least_similarity = float(np.quantile(similarities, 0.8 * unnamed)) if unnamed else -1.0
-    least_score = float(np.quantile(probabilities.max(axis=1), 0.2 * unnamed)) if unnamed else 0.0
-    return Familiar(exemplars, least_similarity, least_score, coverage)
-
-
-# Which pictures are wrong?
+    @property
+    def hardly(self) -> bool:
+        return self.gain[1] < 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Doubt:
-    """A picture that may lie in the wrong folder: its row, the class that it looks like, and both their scores."""
+    """An image to look at: its row, the class it looks like, and the scores 0..1 of that class and of its own.
+
+    reason: "looks like bees", or "blurred", "nearly black", "tiny", with its own class for `proposed`; of a mistake
+    where it was made, "test" or "cross-validation".
+    """
 
     row: int
-    looks_like: int
+    proposed: int
     score: float
     own_score: float
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two pictures, by their rows, that show the same: to the byte, or but for size, crop, mirror and compression."""
+class NearDuplicate:
+    """Two images, by their rows, that show the same: to the byte, or but for size, crop, mirror and compression."""
 
     first: int
     second: int
-    similarity: float
-    exact: bool
+    cosine: float
+    same_file: bool
 
 
-def doubtful_labels(probabilities: np.ndarray, classes: np.ndarray) -> list[Doubt]:
-    """Return the rows that confident learning (Northcutt et al. 2021, cleanlab) finds mislabelled, worst first.
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """All that is known of a head and of its images, which rows point into."""
 
-    probabilities: float32 [rows, classes] of heads that never saw the row.
+    labels: list[str]
+    images: Sequence[Image]
+    groups: np.ndarray  # int [images]: the same number for all that show one scene
+    validated: HeldOut | None  # the cross-validation; None for the reason `unvalidated`
+    unvalidated: str
+    test: HeldOut | None  # without the `test_duplicates`, whose groups have training or validation images
+    classic_accuracy: float | None  # of all test images
+    test_duplicates: int
+    curve: LearningCurve | None
+    temperature: float  # what the logits are divided by
+    calibration_error: tuple[float, float] | None  # 0..1 before and after that, of what is believed
+    doubts: list[Doubt]  # worst first
+    pairs: list[NearDuplicate]  # most alike first
+    cue: str  # what alone tells the classes apart, such as "brightness", or ""
+    cue_accuracy: float  # how often such measures are right, where chance gives half
+    familiar: Familiar | None
+    histories: dict[str, list[Scores]]  # training curves, by the names of the trainings
+    cues: np.ndarray  # float32 [images, 5]
+
+    @property
+    def source(self) -> str:
+        """Where the accuracy to believe comes from: "test", "cross-validation", or "" for nowhere."""
+        if self.test and (self.validated is None or self.test.accuracy.effective >= ENOUGH_TO_TEST):
+            return "test"
+        return "cross-validation" if self.validated else ""
+
+    @property
+    def believed(self) -> HeldOut | None:
+        return self.test if self.source == "test" else self.validated
+
+    @functools.cached_property
+    def mistakes(self) -> list[Doubt]:
+        """All mistakes, of test and cross-validation, the surest first."""
+        found = []
+        for source, held_out in (("test", self.test), ("cross-validation", self.validated)):
+            if held_out:
+                wrong = np.flatnonzero(held_out.predicted != held_out.classes)
+                found += doubts_of(held_out, wrong, self.temperature, [source] * len(self.labels))
+        return sorted(found, key=lambda doubt: -doubt.score)
+
+
+# ... images that show the same
+
+
+def merged(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return groups, int [images], after joining those of the images `first` and `second`, int [pairs] each."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = coo_array((np.ones(len(first), bool), (groups[first], groups[second])), shape=(len(groups),) * 2)
+    return connected_components(links, directed=False)[1][groups]
+
+
+def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarray, list[NearDuplicate]]:
+    """Return the group of each image, int [images], and the pairs that show the same; features: float32 [images, n].
+
+    A group hangs together by features within GROUP_RADIUS, by listed pairs, or by a `_nohash_` stem.
     """
-    from cleanlab.filter import find_label_issues
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rows = find_label_issues(
-            classes, probabilities, filter_by="both", return_indices_ranked_by="self_confidence", n_jobs=1
-        )
-    best = probabilities.argmax(axis=1)
-    found = [row for row in rows.tolist() if best[row] != classes[row]]
-    scores = [(float(probabilities[row, best[row]]), float(probabilities[row, classes[row]])) for row in found]
-    return [Doubt(row, int(best[row]), *both) for row, both in zip(found, scores, strict=True)]
-
-
-# Bottlenecks of two pictures whose cosine is less are not compared any further. Of 80 planted copies (compressed to
-# quality 50, scaled to 60 %, 5 % cropped off each side, mirrored), the least alike had 0.88 with Inception-v3 and 0.80
-# with the starter; but of 1,000 photographs of as many different things, dozens of pairs exceed that, too. So this
-# only chooses, generously, which pairs are looked at.
-ALIKE = 0.7
-# And this decides: the correlation of thumbnails, see `crops`. Of 200 copies cropped by 4 to 12 % on each axis 97 % had
-# more; of the pairs looked at among 1,000 photographs of different things, one (0.92) had more than 0.80.
-SAME_PICTURE = 0.93
-# How many of the most alike pairs are looked at.
-MOST_PAIRS = 1000
-
-
-def nearest_alike(rows: np.ndarray, others: np.ndarray) -> Iterator[tuple[float, int, int]]:
-    """Yield (cosine, row, other row) of unit vectors [rows, n] and others [others, n] that are alike.
-
-    Of the others only the nearest three of each row: a class in which all are alike has no end of pairs. If the others
-    are the rows themselves, none is alike to itself.
-    """
-    at_once = (1 << 24) // max(1, len(others)) + 1  # of whose cosines there are 64 MB
-    for start in range(0, len(rows) if len(others) else 0, at_once):
-        cosines = rows[start : start + at_once] @ others.T
-        if others is rows:
-            np.fill_diagonal(cosines[:, start:], -1)
-        every = np.arange(len(cosines))
-        for _ in range(min(3, len(others))):  # three searches for the nearest cost a tenth of one that sorts
+    count, found, groups = len(features), [], np.arange(len(features))
+    _, first, stems = np.unique([stem_of(image.key) for image in images], return_index=True, return_inverse=True)
+    groups = merged(groups, groups, first[stems])
+    lengths = np.sqrt(np.maximum(np.einsum("ij,ij->i", features, features), 1e-24))
+    at_once = (1 << 22) // count + 1  # rows, of whose cosines there are 16 MB: never all of them
+    for start in range(0, count, at_once):
+        rows = features[start : start + at_once]
+        cosines = rows @ features[start:].T / (lengths[start : start + at_once, None] * lengths[start:])
+        cosines[np.tril_indices(len(rows), 0, cosines.shape[1])] = -1  # each pair once, and none with itself
+        near = np.nonzero(cosines > 1 - GROUP_RADIUS)
+        groups = merged(groups, start + near[0], start + near[1])
+        every = np.arange(len(rows))
+        for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
             nearest = cosines.argmax(axis=1)
-            found = cosines[every, nearest]
-            for i in np.flatnonzero(found >= ALIKE).tolist():
-                yield float(found[i]), start + i, int(nearest[i])
+            best = cosines[every, nearest]
+            found += [(float(best[i]), start + i, start + int(nearest[i])) for i in np.flatnonzero(best >= ALIKE)]
             cosines[every, nearest] = -1
-
-
-def alike_pairs(features: np.ndarray) -> list[tuple[float, int, int]]:
-    """Return (cosine, row, later row) of rows [rows, n] that are alike, most alike first, MOST_PAIRS at most."""
-    directions = unit(features)
-    found: dict[tuple[int, int], float] = {}
-    for cosine, *both in nearest_alike(directions, directions):
-        pair = min(both), max(both)
-        found[pair] = max(cosine, found.get(pair, -1.0))  # from both sides it may differ in the last bit
-    return sorted(((cosine, *pair) for pair, cosine in found.items()), reverse=True)[:MOST_PAIRS]
+        found = sorted(found, reverse=True)[:MOST_PAIRS]
+    pairs = same_images(found, images)
+    ends = np.array([(pair.first, pair.second) for pair in pairs], np.intp).reshape(-1, 2)
+    return merged(groups, ends[:, 0], ends[:, 1]), pairs
 
 
 def crops(path: Path | StoredPath) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a picture as unit vectors: crops float32 [100, 256] of it, and [2, 256] all of it, as it is and mirrored.
+    """Return an image as unit vectors: crops float32 [100, 256] of it, and [2, 256] all of it, as it is and mirrored.
 
     Grey, 16 pixels square: windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and
     end. None if the file can't be read any more.
@@ -3056,224 +2792,300 @@ def crops(path: Path | StoredPath) -> tuple[np.ndarray, np.ndarray] | None:
         pixels = read_image(path, Reading(), (64, 64))
     except ImageError:
         return None
-    grey = PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
-    sides = [(0.0, 1.0)] + [((1 - side) * place / 2, side) for side in (0.95, 0.9, 0.85) for place in range(3)]
-    start, side = 64 * np.array(sides, np.float32).T[:, :, None, None]  # each [10, 1, 1]
-    edge = start + side * np.arange(17, dtype=np.float32)[:, None] / 16  # of the cells, [10, 17, 1]
-    pixel = np.arange(64)
-    covered = np.minimum(edge[:, 1:], pixel + 1) - np.maximum(edge[:, :-1], pixel)  # of each pixel by each cell
-    means = np.maximum(covered, 0) * (16 / side)  # [10, 16, 64]
-    cells = means.reshape(160, 64)
-    cut = (cells @ np.asarray(grey, np.float32) @ cells.T).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(-1, 16, 16)
-    both = np.stack([cut[0], cut[0, :, ::-1]])
-    cut, both = (kind.reshape(len(kind), -1) - kind.mean(axis=(1, 2))[:, None] for kind in (cut, both))
-    return unit(cut), unit(both)
+    grey = np.asarray(PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
+    sums = np.pad(grey.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))  # of all above and to the left, [65, 65]
+    sides = [(0.0, 64.0)] + [(32 * (1 - side) * place, 64 * side) for side in (0.95, 0.9, 0.85) for place in range(3)]
+    edges = np.concatenate([start + side / 16 * np.arange(17) for start, side in sides])  # of 16 cells each, [170]
+    low = np.minimum(edges.astype(int), 63)
+    part = (edges - low)[:, None]
+    sums = sums[low] * (1 - part) + sums[low + 1] * part
+    sums = (sums[:, low] * (1 - part.T) + sums[:, low + 1] * part.T).reshape(10, 17, 10, 17)
+    cells = np.diff(np.diff(sums, axis=1), axis=3).swapaxes(1, 2).reshape(100, 16, 16)
+    cells -= cells.mean(axis=(1, 2), keepdims=True)
+    both = np.stack([cells[0], cells[0, :, ::-1]])
+    return unit(cells.reshape(100, 256)), unit(both.reshape(2, 256))
 
 
-def near_duplicates(features: np.ndarray, images: Sequence[Image]) -> list[Pair]:
-    """Return the pairs of images that show the same, most alike first; features: float32 [images, n]."""
-    alike = alike_pairs(features)  # by large products, which all cores share
-    with one_thread():
-        return same_pictures(alike, images)
+def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[NearDuplicate]:
+    """Return those pairs (cosine, row, row) of images that show the same, and not just the like.
 
-
-def without_twins(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
-    """Return the coarse rows but for those that show what a held-out picture shows, which would make it an easy test.
-
-    They have its very features, or are alike and show the same; features: float32 [images, n], the matrix of the rows.
-    """
-    held_out = [row for row, image in enumerate(images) if image.split in ("validation", "testing")]
-    judges = {features[row].tobytes() for row in held_out}
-    twins = {row for row in coarse.rows.tolist() if features[row].tobytes() in judges}
-    others = [row for row in coarse.rows.tolist() if row not in twins]
-    near = nearest_alike(unit(features[held_out]), unit(features[others]))
-    alike = [(cosine, held_out[i], others[j]) for cosine, i, j in near]
-    twins |= {pair.second for pair in same_pictures(alike, images)}
-    if not twins:
-        return coarse
-    log.warning("%d coarse pictures are left out, since they show the same as held-out ones.", len(twins))
-    kept = np.array([row not in twins for row in coarse.rows.tolist()])
-    return Rows(coarse.matrix, coarse.rows[kept], coarse.classes[kept])
-
-
-def same_pictures(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[Pair]:
-    """Return those pairs (cosine, row, row) of images that show the same.
-
-    The base model says which are alike; whether two show the same and not just the like is told by their thumbnails: by
-    the best correlation of all of one, mirrored or not, with a crop of the other.
+    That is told by the best correlation of all of one thumbnail, mirrored or not, with a crop of the other.
     """
     rows = sorted({row for _, *both in alike for row in both})
     looked = dict(on_all_cores([lambda row: crops(images[row].path)] * core_count(), rows))
     pairs = []
     for cosine, first, second in alike:
-        if looked[first] is None or looked[second] is None:
-            continue
-        (crops_1, all_1), (crops_2, all_2) = looked[first], looked[second]
-        if max((crops_1 @ all_2.T).max(), (crops_2 @ all_1.T).max()) >= SAME_PICTURE:
-            exact = cosine > 0.999 and same_bytes(images[first].path, images[second].path)
-            pairs.append(Pair(first, second, min(cosine, 1.0), exact))
+        one, other = looked[first], looked[second]
+        if one and other and max((one[0] @ other[1].T).max(), (other[0] @ one[1].T).max()) >= SAME_IMAGE:
+            same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
+            pairs.append(NearDuplicate(first, second, min(cosine, 1.0), same_file))
     return pairs
 
 
-def same_bytes(first: Path | StoredPath, second: Path | StoredPath) -> bool:
-    """Tell whether two pictures' files hold the same."""
-    try:
-        return first.stat().st_size == second.stat().st_size and read_bytes(first) == read_bytes(second)
-    except (OSError, ImageError):
-        return False
+def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
+    """Return the coarse rows but for those that show what another image shows, which would make that an easy test.
 
-
-# Everything together
-
-
-@dataclasses.dataclass(frozen=True)
-class Mistake:
-    """A picture that was taken for another class: its row, that class, the score it was given."""
-
-    row: int
-    taken_for: int
-    score: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Examination:
-    """What is known of a head and of the pictures, besides the final test; rows are those of all images.
-
-    known: int [rows], the images of the cross-validation, training and validation; validated, curve, familiar: None
-    where there is none, for the reason `unvalidated`.
+    features: float32 [images, n]. Left out is what lies within GROUP_RADIUS, or is confirmed by its thumbnail.
     """
-
-    known: np.ndarray
-    pairs: list[Pair]
-    unvalidated: str = "too few pictures"
-    validated: CrossValidation | None = None
-    curve: LearningCurve | None = None
-    temperature: float = 1.0
-    familiar: Familiar | None = None
-    doubts: list[Doubt] = dataclasses.field(default_factory=list)
-
-    @functools.cached_property
-    def mistakes(self) -> list[Mistake]:
-        """The pictures of the cross-validation that were taken for another class."""
-        if self.validated is None:
-            return []
-        return mistakes_in(self.known, self.validated.probabilities(self.temperature), self.validated.classes)
+    others = np.flatnonzero([image.split != "coarse" for image in images])
+    known, kept, alike = unit(features[others]), np.ones(len(coarse.rows), bool), []
+    for place, row in enumerate(coarse.rows.tolist()):
+        cosines = known @ unit(features[[row]])[0]
+        kept[place] = cosines.max() <= 1 - GROUP_RADIUS
+        nearest = np.argsort(-cosines)[: 3 if kept[place] else 0].tolist()
+        alike += [(float(cosines[i]), row, int(others[i])) for i in nearest if cosines[i] >= ALIKE]
+    kept &= ~np.isin(coarse.rows, [pair.first for pair in same_images(alike, images)])
+    if not kept.all():
+        log.warning("%d coarse images are left out, since they show the same as other images.", (~kept).sum())
+    return Rows(coarse.matrix, coarse.rows[kept], coarse.classes[kept])
 
 
-def mistakes_in(rows: np.ndarray, probabilities: np.ndarray, classes: np.ndarray) -> list[Mistake]:
-    """Return which of the rows have their best probability, float32 [rows, classes], for another class than theirs."""
-    best = probabilities.argmax(axis=1)
-    return [
-        Mistake(int(rows[i]), int(best[i]), float(probabilities[i, best[i]])) for i in np.flatnonzero(best != classes)
-    ]
+# ... the same head, trained again on parts of the images
 
 
-@dataclasses.dataclass(frozen=True)
-class Material:
-    """What cross-validation is done on: training and validation images, never the test's.
+def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray | None:
+    """Return the fold that holds out each row, int [rows], classes spread and groups whole; None for too few groups."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    known: their rows; components: float32 [rows, k], their features, reduced if that makes no difference; groups: int
-    [rows], of what must not be torn apart; pairs: near-duplicates among all images, the test's too.
+    _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
+    count = min(FOLDS, int(np.bincount(classes[first]).max()))
+    if count < 2:
+        return None
+    kind, rows, places = StratifiedGroupKFold, np.arange(len(classes)), np.arange(len(classes))
+    if len(first) > 20_000:  # that takes long (14 s for 100,000), so the first row of a group speaks for it
+        kind, rows, places = StratifiedKFold, first, group_of
+    folds = np.zeros(len(rows), np.intp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes of fewer images than folds: each is held out once all the same
+        parts = kind(count, shuffle=True, random_state=seed).split(rows, classes[rows], groups[rows])
+        for fold, (_, held_out) in enumerate(parts):
+            folds[held_out] = fold
+    return folds[places]
+
+
+def held_out_logits(
+    known: Rows, some: np.ndarray, folds: np.ndarray, class_count: int, settings: TrainingSettings, train: Callable
+) -> np.ndarray:
+    """Return the logits, float32 [rows, classes], of the known rows by heads trained on the others' folds.
+
+    some: bool [rows], which of them may be trained on; train: takes and returns what `train_head` does.
     """
-
-    known: Rows
-    components: np.ndarray
-    groups: np.ndarray
-    pairs: list[Pair]
-
-
-def gather_material(images: Sequence[Image], features: np.ndarray, known: Rows, settings: TrainingSettings) -> Material:
-    """Return what there is to examine; features: float32 [images, n], known: the rows for training and validation."""
-    own = known.features(np.arange(len(known.rows)))
-    pairs = near_duplicates(features, images)
-    with one_thread():
-        groups = groups_of(images, [(pair.first, pair.second) for pair in pairs])
-        return Material(known, reduced(own) if settings.is_classic else own, groups[known.rows], pairs)
+    logits, nothing = np.zeros((len(folds), class_count), np.float32), Rows(known.matrix, folds[:0], folds[:0])
+    for fold in np.unique(folds):
+        held_out, rest = np.flatnonzero(folds == fold), np.flatnonzero((folds != fold) & some)
+        training = Rows(known.matrix, known.rows[rest], known.classes[rest])
+        head, _ = train(training, nothing, class_count, settings)
+        logits[held_out] = head.logits(known.features(held_out))
+    logits[~np.isfinite(logits).all(axis=1)] = 0  # a head that went astray knows nothing
+    return logits
 
 
-def examine(material: Material, class_count: int, settings: TrainingSettings, coverage: float) -> Examination:
-    """Find out what the pictures tell of a head trained as `settings` say, without a look at the test.
+def cross_validate(
+    known: Rows, groups: np.ndarray, class_count: int, settings: TrainingSettings, train: Callable
+) -> HeldOut | None:
+    """Predict each known row by a head that learnt from the other folds; None for too few. groups: int [rows]."""
+    folds = held_out_folds(known.classes, groups, settings.random_seed or 0)
+    if folds is None or any(len(np.unique(known.classes[folds != fold])) < 2 for fold in np.unique(folds)):
+        return None
+    logits = held_out_logits(known, folds >= 0, folds, class_count, settings, train)
+    return HeldOut(known.rows, known.classes, logits, groups, folds)
 
-    coverage: the share of pictures of the classes that predict.py is to name.
+
+def learning_curve(
+    known: Rows, validated: HeldOut, settings: TrainingSettings, train: Callable
+) -> LearningCurve | None:
+    """Train on nested parts of the other folds and predict each fold; None for too few images or too many steps.
+
+    Of each class the same share is taken, scene by scene, so that a rare one stays in every part.
     """
-    known, components, groups = material.known, material.components, material.groups
-    with one_thread():
-        validated = cross_validate(components, known.classes, groups, class_count, settings)
-        if validated is None:
-            return Examination(known.rows, material.pairs)
-        curve = learning_curve(components, groups, validated, settings)
-        temperature = fit_temperature(validated.logits, known.classes)
-        probabilities = validated.probabilities(temperature)
-        doubts = [
-            dataclasses.replace(doubt, row=int(known.rows[doubt.row]))
-            for doubt in doubtful_labels(probabilities, known.classes)
-        ]
-        own = known.features(np.arange(len(known.rows)))
-        familiar = become_familiar(own, validated, probabilities, coverage)
-    return Examination(known.rows, material.pairs, "", validated, curve, temperature, familiar, doubts)
+    groups, classes, folds = validated.groups, validated.classes, validated.folds
+    batch = len(classes) if settings.train_batch_size == -1 else settings.train_batch_size
+    affordable = int(STEP_BUDGET / (settings.how_many_training_steps * FOLDS * batch / 100)) - 1
+    shares = [share for share in CURVE_SHARES if share * len(classes) >= 2 * validated.logits.shape[1]]
+    if affordable < 1 or settings.hidden_units or not shares:
+        return None
+    order = np.random.default_rng(settings.random_seed or 0).permutation(groups.max() + 1)[groups]
+    before = np.zeros(len(classes))  # the share of a fold's images of its class that come before each
+    for fold, c in itertools.product(np.unique(folds), np.unique(classes)):
+        own = np.flatnonzero((folds == fold) & (classes == c))
+        before[own[np.argsort(order[own], kind="stable")]] = np.arange(len(own)) / max(len(own), 1)
+    tried, sizes = [], []
+    for share in shares[-affordable:]:
+        tried.append(held_out_logits(known, before < share, folds, validated.logits.shape[1], settings, train))
+        sizes.append((before < share).sum())
+    right = [logits.argmax(axis=1) == classes for logits in (*tried, validated.logits)]
+    accuracies, learnt = [Proportion.of(values, groups) for values in right], 1 - 1 / len(np.unique(folds))
+    gain = expected_gain([*sizes, len(classes)], right, accuracies[-1].effective)
+    return LearningCurve([round(learnt * size) for size in (*sizes, len(classes))], accuracies, gain)
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """All that is told about a head: on the terminal, as output_report.png and as output_report.json.
+def expected_gain(sizes: Sequence[int], right: Sequence[np.ndarray], effective: float) -> tuple[float, float]:
+    """Return from and to how much accuracy twice as many images would bring; right: bool [rows] for each size.
 
-    tested: the accuracy on the test images; untainted: on those of them that nothing in the training shows, too;
-    test_mistakes: which were taken for another class.
+    Mistakes fall as a power of the number of images (Hestness et al. 2017), so a line through the logarithms of the
+    last points is drawn on, with the standard error of what the last doubling brought to `effective` images.
     """
-
-    labels: list[str]
-    images: Sequence[Image]
-    history: list[Scores]
-    examination: Examination
-    tested: Share | None
-    untainted: Share | None
-    test_mistakes: list[Mistake]
-    test_calibration: tuple[float, float] | None  # before and after the temperature
-
-    @property
-    def headline(self) -> tuple[str, Share] | None:
-        """The accuracy to believe, and where it comes from: the test, or for want of pictures the cross-validation."""
-        validated = self.examination.validated
-        if validated and (self.tested is None or self.tested.count < ENOUGH_TO_TEST):
-            return "cross-validation", validated.accuracy
-        return ("test", self.tested) if self.tested else None
-
-    @property
-    def worst_mistakes(self) -> list[Mistake]:
-        """All mistakes, of test and cross-validation, the surest first."""
-        return sorted([*self.test_mistakes, *self.examination.mistakes], key=lambda mistake: -mistake.score)
+    mistakes = np.array([max(1 - values.mean(), 0.5 / len(values)) for values in right[-3:]])
+    slope = min(0.0, np.polyfit(np.log(sizes[-3:]), np.log(mistakes), 1)[0])
+    middle, change = mistakes[-1] * (1 - 2**slope), right[-1].astype(float) - right[-2]
+    error = GAIN_ERRORS * math.sqrt(change.var() / effective) + 0.5 / effective
+    return float(middle - error), float(min(middle + error, mistakes[-1]))
 
 
-def make_report(
-    labels: list[str],
-    images: Sequence[Image],
-    history: list[Scores],
-    examination: Examination,
-    head: Head,
-    testing: Rows,
-    test: Evaluation | None,
-) -> Report:
-    """Return the report on a head (before its temperature) with its final test."""
-    if test is None:
-        return Report(labels, images, history, examination, None, None, [], None)
-    rows, classes = testing.rows[test.batch], testing.classes[test.batch]
-    trained_on = {row for row, image in enumerate(images) if image.split != "testing"}
-    tainted = {
-        row
-        for pair in examination.pairs
-        for row, other in itertools.permutations((pair.first, pair.second))
-        if other in trained_on
-    }
-    clean = np.array([row not in tainted for row in rows.tolist()])
-    right = test.predicted == classes
-    untainted = Share(float(right[clean].mean()), int(clean.sum())) if clean.any() else None
-    before, after = (
-        head.cooled(temperature).probabilities(testing.features(test.batch))
-        for temperature in (1.0, examination.temperature)
-    )
-    errors = calibration_error(before, classes), calibration_error(after, classes)
-    mistakes = mistakes_in(rows, after, classes)
-    return Report(labels, images, history, examination, Share(test.accuracy, len(rows)), untainted, mistakes, errors)
+# ... how sure it is, and what is unknown to it
+
+
+def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
+    """Return by what to divide held-out logits [rows, classes] so that probabilities are as often right as they say.
+
+    Guo et al. 2017. No image counts as certain (after Platt 1999), lest a few without a mistake make it boast.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    doubt = 1 / (len(classes) + 2)
+    wanted = (1 - doubt) * logits[np.arange(len(classes)), classes].mean() + doubt * logits.mean()
+
+    def loss(log_temperature: float) -> float:
+        scale = np.float32(math.exp(-log_temperature))
+        return float(logsumexp(logits * scale, axis=1).mean() - scale * wanted)
+
+    return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+
+
+def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
+    from sklearn.cluster import KMeans
+
+    present, middles = np.unique(classes), []
+    count = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
+    for c in present:
+        rows = directions[classes == c]
+        if len(rows) > count:
+            clusters = min(count, len({row.tobytes() for row in rows}))
+            rows = KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
+        middles.append(rows)
+    return unit(np.concatenate(middles)).astype(np.float16)
+
+
+def become_familiar(features: np.ndarray, validated: HeldOut, temperature: float, coverage: float) -> Familiar:
+    """Return what is familiar to a head, with the thresholds that leave `coverage` of its classes' images named.
+
+    features: float32 [rows, n]. Unlikeness tells images of other things far better than the score does, so four fifths
+    of what may be left unnamed are left to it. Both thresholds are found on images held out.
+    """
+    directions, likeness, unnamed = unit(features), np.zeros(len(features)), 1 - coverage
+    for fold in np.unique(validated.folds):
+        out = validated.folds == fold
+        exemplars = find_exemplars(directions[~out], validated.classes[~out])
+        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
+    scores = validated.probabilities(temperature).max(axis=1)
+    least = float(np.quantile(likeness, 0.8 * unnamed)), float(np.quantile(scores, 0.2 * unnamed))
+    return Familiar(find_exemplars(directions, validated.classes), *(least if unnamed else (-1.0, 0.0)), coverage)
+
+
+# ... which images are wrong
+
+
+def doubts_of(held_out: HeldOut, places: Iterable[int], temperature: float, reasons: Sequence[str]) -> list[Doubt]:
+    """Return the doubts about some of the held-out rows, int [some]; reasons: one for each class that is predicted."""
+    scores, found = held_out.probabilities(temperature), []
+    for i in places:
+        own, best = held_out.classes[i], int(held_out.predicted[i])
+        found.append(Doubt(int(held_out.rows[i]), best, float(scores[i, best]), float(scores[i, own]), reasons[best]))
+    return found
+
+
+def find_doubts(
+    validated: HeldOut | None, temperature: float, labels: Sequence[str], cues: np.ndarray, classes: Sequence[int]
+) -> list[Doubt]:
+    """Return the rows that confident learning (Northcutt et al. 2021) finds mislabelled, and those of bad quality.
+
+    cues: float32 [images, 5]; classes: [images]. Worst first.
+    """
+    doubts, (brightness, contrast, sharpness, width, height) = [], cues.T
+    if validated:
+        from cleanlab.filter import find_label_issues
+
+        scores, how = validated.probabilities(temperature), {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            places = find_label_issues(validated.classes, scores, filter_by="both", **how)
+        places = places[validated.predicted[places] != validated.classes[places]]
+        doubts = doubts_of(validated, places, temperature, [f"looks like {label}" for label in labels])
+    usual = np.nanmedian(sharpness) if np.isfinite(sharpness).any() else 0
+    bad = {"tiny": np.minimum(width, height) < TINY, "nearly black": brightness + contrast < NEARLY_BLACK}
+    bad["blurred"] = sharpness < BLURRED * usual
+    for reason, found in bad.items():
+        rows = set(np.flatnonzero(found).tolist()) - {doubt.row for doubt in doubts}
+        doubts += [Doubt(row, classes[row], 0.0, 0.0, reason) for row in sorted(rows)]
+    return doubts
+
+
+def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
+    """Return what alone tells a class from the others far better than chance, or "", and how often it is right.
+
+    cues: float32 [rows, 5] of the validated rows. Then the images of the classes may have been taken under different
+    circumstances, and the head may have learnt these. The share is of a world half of which is that class.
+    """
+    from sklearn.metrics import multilabel_confusion_matrix
+    from sklearn.tree import DecisionTreeClassifier
+
+    brightness, contrast, sharpness, width, height = cues.T
+    names = ["brightness", "contrast", "sharpness", "size", "aspect ratio"]
+    columns = np.stack([brightness, contrast, sharpness, width * height, width / height], axis=1)  # [rows, 5]
+    classes, folds, shares = validated.classes, validated.folds, []
+    for chosen in ([0, 1, 2, 3, 4], [0], [1], [2], [3], [4]):
+        predicted = np.zeros_like(classes)
+        for fold in np.unique(folds):
+            out = folds == fold
+            tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
+            predicted[out] = tree.fit(columns[~out][:, chosen], classes[~out]).predict(columns[out][:, chosen])
+        counts = multilabel_confusion_matrix(classes, predicted, labels=np.unique(classes))  # [classes, 2, 2]
+        shares.append(float((counts.diagonal(axis1=1, axis2=2) / counts.sum(axis=2)).mean(axis=1).max()))
+    return names[int(np.argmax(shares[1:]))] if max(shares) > CUE_ALARM else "", max(shares)
+
+
+def diagnose(
+    images: Sequence[Image], features: np.ndarray, cues: np.ndarray, known: Rows, testing: Rows, head: Head,
+    labels: list[str], settings: TrainingSettings, histories: dict[str, list[Scores]], coverage: float,
+    train: Callable = train_head,
+) -> Diagnostics:  # fmt: skip
+    """Find out how good a head is, and what is wrong with its images.
+
+    features: float32 [images, n]; cues: float32 [images, 5]; known: the rows of training and validation, without their
+    distorted variants; testing: those of the test; head: before any temperature; coverage: the share of the classes'
+    images that predict.py is to name; train: what is repeated for the cross-validation, as `train_head`.
+    """
+    from threadpoolctl import threadpool_limits
+
+    silent = dataclasses.replace(settings, eval_step_interval=0, intermediate_store_frequency=0)
+    groups, pairs = find_groups(features, images)  # by large products, which all cores share
+    clean = ~np.isin(groups[testing.rows], groups[known.rows])
+    temperature, curve, cue, familiar = 1.0, None, ("", 0.5), None
+    with threadpool_limits(1):  # several threads halve the speed of small products
+        validated = cross_validate(known, groups[known.rows], len(labels), silent, train)
+        if validated:
+            curve = learning_curve(known, validated, silent, train)
+            temperature = fit_temperature(validated.logits, validated.classes)
+            cue = spurious_cue(cues[known.rows], validated)
+            familiar = become_familiar(known.features(), validated, temperature, coverage)
+        classes = [labels.index(image.label) for image in images]
+        doubts = find_doubts(validated, temperature, labels, cues, classes)
+    test, accuracy, logits = None, None, head.logits(testing.features())
+    if len(clean):
+        accuracy = float((logits.argmax(axis=1) == testing.classes).mean())
+    if clean.any():
+        rows = testing.rows[clean]
+        test = HeldOut(rows, testing.classes[clean], logits[clean], groups[rows], np.zeros_like(rows))
+    found = Diagnostics(
+        labels, images, groups, validated, "" if validated else "too few images", test, accuracy, int((~clean).sum()),
+        curve, temperature, None, doubts, pairs, *cue, familiar, histories, cues,
+    )  # fmt: skip
+    if not found.believed:
+        return found
+    errors = found.believed.calibration_error(1.0), found.believed.calibration_error(temperature)
+    return dataclasses.replace(found, calibration_error=errors)
 
 
 # ... told on the terminal
@@ -3284,615 +3096,63 @@ def listed(parts: Sequence[str]) -> str:
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
-def log_report(report: Report, list_path: Path) -> None:
-    """Say in plain words how good the head is, what would make it better, and which pictures to look at."""
-    told = [about_test(report), *about_validation(report), *about_more_pictures(report)]
-    told += [*about_duplicates(report), *about_doubts(report, list_path), about_unsure(report)]
-    for line in filter(None, told):
+def log_diagnostics(found: Diagnostics, list_path: Path) -> None:
+    """Say in a few plain sentences how good it is, what would make it better, and which images to look at."""
+    for line in [*about_accuracy(found), *about_images(found, list_path)]:
         log.info("%s", line)
 
 
-def about_test(report: Report) -> str:
-    """Say what the final test is worth."""
-    if report.tested is None:
-        return ""
-    low, high = report.tested.interval
-    line = f"From {report.tested.count} test pictures follows, with 95 % confidence: {low:.1%} to {high:.1%} are right."
-    if report.untainted != report.tested:
-        without = f"it is {report.untainted}, N={report.untainted.count}" if report.untainted else "none is left"
-        line += f" Without those that the training pictures show, too, {without}."
-    return line
-
-
-def about_validation(report: Report) -> Iterator[str]:
-    """Say what the cross-validation found, and which classes lag."""
-    validated = report.examination.validated
+def about_accuracy(found: Diagnostics) -> Iterator[str]:
+    """Yield what is to be said about the accuracy, and about what would raise it."""
+    judged, validated, curve = found.believed, found.validated, found.curve
     if validated is None:
-        yield f"There is no cross-validation: {report.examination.unvalidated}."
-        return
-    share = validated.accuracy
-    low, high = share.interval
-    yield (
-        f"Cross-validated accuracy = {share.value:.1%} ({low:.1%} to {high:.1%}, N={share.count}): of the pictures for "
-        f"training and validation, each named by heads that were trained without it."
-    )
-    if report.headline != ("test", report.tested):
-        few = f"{report.tested.count} test pictures are too few" if report.tested else "there are no test pictures"
-        also = f", and {share.count} not many" if share.count < ENOUGH_TO_TEST else ""
-        yield f"This is the figure to believe, since {few}{also}."
-    classes = class_figures(validated)
-    lagging = [c for c in np.argsort(classes["recall"]) if classes["recall"][c] < share.value - 0.05][:3]
-    parts = [f"{printable(report.labels[c])} ({classes['recall'][c]:.0%} of its pictures are found)" for c in lagging]
-    if parts:
-        yield f"Behind the others: {listed(parts)}."
-
-
-def about_more_pictures(report: Report) -> Iterator[str]:
-    """Say what twice as many pictures would bring, overall and for the classes that lag."""
-    validated, curve = report.examination.validated, report.examination.curve
-    if validated is None or curve is None or len(curve.sizes) < 2:
-        return
-    now, later = expected_gain(curve, len(validated.classes))
-    size = curve.sizes[-1]
-    if later - now < 0.005:
-        yield f"More pictures would hardly help: twice the {size:.0f} per class, perhaps {later - now:+.1%}."
-    else:
-        yield f"Twice the {size:.0f} per class would bring about {later - now:+.1%} ({now:.1%} to {later:.1%})."
-    counts = np.bincount(validated.classes, minlength=len(report.labels))
-    gains = []
-    for c in np.argsort(curve.recalls[-1])[:3]:
-        share = curve.recalls[-1, c]
-        if share < now - 0.05 and (gain := doubled(curve.sizes, curve.recalls[:, c], int(counts[c])) - share) >= 0.005:
-            gains.append(f"{printable(report.labels[c])} {gain:+.0%}")
-    if gains:
-        yield f"Twice as many would bring most where it lags: {listed(gains)}."
-
-
-def expected_gain(curve: LearningCurve, count: int) -> tuple[float, float]:
-    """Return the cross-validated accuracy on `count` pictures, and what it would likely be with twice as many."""
-    shares = np.array([draws.mean() for draws in curve.accuracies])
-    return float(shares[-1]), doubled(curve.sizes, shares, count)
-
-
-def about_duplicates(report: Report) -> Iterator[str]:
-    """Say which pictures are there twice, those first that make the accuracy a lie."""
-    images, pairs = report.images, report.examination.pairs
-    if not pairs:
-        return
-    across = [pair for pair in pairs if len({images[row].label for row in (pair.first, pair.second)}) > 1]
-    leaks = [pair for pair in pairs if [images[row].split for row in (pair.first, pair.second)].count("testing") == 1]
-    yield (
-        f"Pairs of pictures that show the same: {len(pairs)} ({sum(pair.exact for pair in pairs)} of equal files), "
-        f"{len(across)} of them in two classes, {len(leaks)} on both sides of the test."
-    )
-    others = [pair for pair in pairs if pair not in across and pair not in leaks]
-    for what, some in (("in two classes", across), ("in training and in the test", leaks), ("twice", others)):
-        for pair in some[:3]:
-            yield f"  {what}: {' = '.join(printable(images[row].key) for row in (pair.first, pair.second))}"
-        if len(some) > 3:
-            yield f"  and {len(some) - 3} more {what}"
-
-
-def about_doubts(report: Report, list_path: Path) -> Iterator[str]:
-    """Say which pictures may lie in the wrong folder."""
-    doubts, validated = report.examination.doubts, report.examination.validated
-    if not doubts or validated is None:
-        return
-    if validated.accuracy.value < ENOUGH_TO_DOUBT:
-        yield f"It errs too often to tell which pictures lie in the wrong folder; {list_path} lists where it differs."
-        return
-    yield (
-        f"Pictures that may lie in the wrong folder, or are just hard: {len(doubts)} (listed in {list_path}; to leave "
-        "out the wrong ones, save the list under another name, delete the lines of those that are right, and name it "
-        "with --exclude):"
-    )
-    for doubt in doubts[:5]:
-        looks = f"looks like {printable(report.labels[doubt.looks_like])} ({doubt.score:.0%})"
-        yield f"  {printable(report.images[doubt.row].key)} {looks}"
-    if len(doubts) > 5:
-        yield f"  and {len(doubts) - 5} more"
-
-
-def about_unsure(report: Report) -> str:
-    """Say when predict.py names no class."""
-    familiar = report.examination.familiar
-    if familiar is None:
-        return (
-            f"predict.py will name every picture, whatever it shows, and no doubtful ones were looked for: "
-            f"{report.examination.unvalidated}."
+        yield f"There is no cross-validation: {found.unvalidated}."
+    if found.test_duplicates:
+        yield (
+            f"{found.test_duplicates} test images are near duplicates of training or validation images: they are no "
+            "test, and count in the line 'Final test accuracy' only."
         )
-    if familiar.coverage >= 1:
-        return "predict.py will name every picture, whatever it shows (--coverage 1)."
-    return (
-        "predict.py will say 'unsure' to much, not all, of what is unlike the training's pictures, and to about "
-        f"{1 - familiar.coverage:.0%} of the pictures of your classes (--coverage), more after a training on few."
-    )
-
-
-def class_figures(validated: CrossValidation) -> dict[str, np.ndarray]:
-    """Return precision, recall and F1 of each class, float [classes], from the cross-validation."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    repeats, _, class_count = validated.logits.shape
-    truth, guesses = np.tile(validated.classes, repeats), validated.logits.argmax(axis=2).ravel()
-    figures = precision_recall_fscore_support(truth, guesses, labels=np.arange(class_count), zero_division=0)
-    return dict(zip(("precision", "recall", "f1"), figures[:3], strict=True))
-
-
-# ... written as JSON, and as a list that can be edited
-
-
-@dataclasses.dataclass(frozen=True)
-class ReportFiles:
-    """Where a report lies: its picture x.png, and beside it its numbers x.json and the doubtful pictures x.tsv."""
-
-    picture: Path
-
-    @property
-    def numbers(self) -> Path:
-        """The numbers, as JSON."""
-        return self.picture.with_suffix(".json")
-
-    @property
-    def doubtful(self) -> Path:
-        """The list of doubtful pictures."""
-        return self.picture.with_suffix(".tsv")
-
-    @property
-    def paths(self) -> tuple[Path, Path, Path]:
-        """All files of the report."""
-        return self.picture, self.numbers, self.doubtful
-
-
-def share_as_json(share: Share) -> dict:
-    """Return a share with its interval."""
-    return {"value": share.value, "interval_95": share.interval, "pictures": share.count}
-
-
-def report_as_json(report: Report) -> dict:
-    """Return every number of a report.
-
-    headline: which accuracy to believe, "test" or "cross-validation", with its value, 95 % interval and pictures.
-    test: accuracy; without_duplicates: the same but for the test pictures that training or validation pictures show,
-        too; calibration_error, before and after the temperature. null without test pictures.
-    cross_validation: folds, repeats, accuracy; calibration_error before and after; classes: for each its pictures,
-        precision, recall, f1; confusion: [true class][class named], pictures, mean of the repeats. null if too few.
-    learning_curve: pictures_per_class, accuracy, standard_deviation of the draws, recall: [point][class];
-        twice_the_pictures: the accuracy to be expected of them.
-    temperature: what the logits were divided by; it is in the graph.
-    unsure: coverage, least_similarity, least_score, see output_graph.json.
-    mistakes: of test and cross-validation: picture, label, split, taken_for, score.
-    doubtful: the pictures that may be in the wrong folder, worst first: picture, label, looks_like, score, own_score.
-    duplicates: first, second, similarity, same_file, across_classes, across_test.
-    training: step, split, accuracy, cross_entropy. Pictures are named by class folder and file.
-    """
-    examination, labels, images = report.examination, report.labels, report.images
-    validated = examination.validated
-    return {
-        "headline": report.headline and {"from": report.headline[0], **share_as_json(report.headline[1])},
-        "labels": labels,
-        "pictures": dict(Counter(image.split for image in images)),
-        "test": report.tested
-        and {
-            "accuracy": share_as_json(report.tested),
-            "without_duplicates": report.untainted and share_as_json(report.untainted),
-            "calibration_error": report.test_calibration
-            and dict(zip(("before", "after"), report.test_calibration, strict=True)),
-        },
-        "cross_validation": validated and validation_as_json(validated, examination.temperature, labels),
-        "learning_curve": validated and examination.curve and curve_as_json(examination.curve, len(validated.classes)),
-        "temperature": examination.temperature,
-        "unsure": examination.familiar
-        and {name: getattr(examination.familiar, name) for name in ("coverage", "least_similarity", "least_score")},
-        "mistakes": [
-            picture_as_json(images[mistake.row])
-            | {"split": images[mistake.row].split, "taken_for": labels[mistake.taken_for], "score": mistake.score}
-            for mistake in report.worst_mistakes
-        ],
-        "doubtful": [
-            picture_as_json(images[doubt.row])
-            | {"looks_like": labels[doubt.looks_like], "score": doubt.score, "own_score": doubt.own_score}
-            for doubt in examination.doubts
-        ],
-        "duplicates": [pair_as_json(pair, images) for pair in examination.pairs],
-        "training": [
-            {"step": s.step, "split": s.split, "accuracy": s.accuracy, "cross_entropy": s.cross_entropy}
-            for s in report.history
-        ],
-    }
-
-
-def picture_as_json(image: Image) -> dict:
-    """Return what names a picture."""
-    return {"picture": printable(image.key), "label": image.label}
-
-
-def validation_as_json(validated: CrossValidation, temperature: float, labels: Sequence[str]) -> dict:
-    """Return the cross-validation's part of the report."""
-    classes, counts = class_figures(validated), np.bincount(validated.classes, minlength=len(labels))
-    before, after = (calibration_error(validated.probabilities(t), validated.classes) for t in (1.0, temperature))
-    return {
-        "folds": int(validated.folds.max()) + 1,
-        "repeats": len(validated.logits),
-        "accuracy": share_as_json(validated.accuracy),
-        "calibration_error": {"before": before, "after": after},
-        "classes": [
-            {"label": label, "pictures": int(counts[c])} | {name: float(values[c]) for name, values in classes.items()}
-            for c, label in enumerate(labels)
-        ],
-        "confusion": validated.confusion.round(3).tolist(),
-    }
-
-
-def curve_as_json(curve: LearningCurve, count: int) -> dict:
-    """Return the learning curve's part of the report, which was measured on `count` pictures."""
-    return {
-        "pictures_per_class": curve.sizes.tolist(),
-        "accuracy": [float(draws.mean()) for draws in curve.accuracies],
-        "standard_deviation": [float(draws.std()) for draws in curve.accuracies],
-        "recall": [[None if np.isnan(share) else float(share) for share in point] for point in curve.recalls],
-        "twice_the_pictures": expected_gain(curve, count)[1],
-    }
-
-
-def pair_as_json(pair: Pair, images: Sequence[Image]) -> dict:
-    """Return a pair of near-duplicates."""
-    first, second = images[pair.first], images[pair.second]
-    return {
-        "first": printable(first.key),
-        "second": printable(second.key),
-        "similarity": pair.similarity,
-        "same_file": pair.exact,
-        "across_classes": first.label != second.label,
-        "across_test": (first.split == "testing") != (second.split == "testing"),
-    }
-
-
-def doubts_as_list(report: Report) -> str:
-    """Return the doubtful pictures as lines of a table, for --exclude, worst first."""
-    lines = [
-        "# Save this under another name, delete the lines of pictures that are right, leave out the rest: --exclude\n"
-    ]
-    lines.append("# picture\tlooks like\tscore\tscore of its own class\n")
-    for doubt in report.examination.doubts:
-        cells = printable(report.images[doubt.row].key), report.labels[doubt.looks_like]
-        lines.append("\t".join([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}"]) + "\n")
-    return "".join(lines)
-
-
-def quarantine(report: Report, folder: Path) -> tuple[int, int]:
-    """Copy the doubtful pictures into `folder`/<class folder>; return how many, and how many lay there, which stay."""
-    copied = there = 0
-    for image in (report.images[doubt.row] for doubt in report.examination.doubts):
-        copy = folder / image.key
-        if copy.exists():
-            there += 1
-            continue
-        try:
-            content = read_bytes(image.path)
-        except ImageError:  # it is gone
-            continue
-        with whole_file(copy) as temporary:
-            temporary.write_bytes(content)
-        copied += 1
-    return copied, there
-
-
-# ... drawn
-
-# Classes for which there is room in a part of the picture, mistakes, and letters of a label.
-MOST_CLASSES, MOST_MISTAKES, LONGEST_LABEL = 12, 8, 18
-INK, BLUE, ORANGE, GREY = "#222222", "#3b6ea8", "#d9812b", "#888888"
-
-
-def fonts_for(text: str) -> tuple[list[str], set[str]]:
-    """Return the names of fonts that together have the letters of a text, and the letters that none here has."""
-    from matplotlib import font_manager
-
-    own = "DejaVu Sans"  # comes with matplotlib
-    fonts, missing = [own], set(text) - set(string.printable)
-    files = {str(font_manager.findfont(own)): own}
-    for font in font_manager.fontManager.ttflist:
-        if "Last Resort" not in font.name:  # matplotlib's, of which all letters are boxes
-            files.setdefault(str(font.fname), font.name)  # the first of a collection, of which others may be odd
-    for path, name in files.items():
-        if not missing:
-            break
-        try:
-            face = font_manager.get_font(path)
-        except (OSError, RuntimeError):
-            continue
-        if has := {letter for letter in missing if face.get_char_index(ord(letter))}:
-            missing -= has
-            fonts.append(name)
-    return list(dict.fromkeys(fonts)), missing
-
-
-def shortened(label: str, longest: int = LONGEST_LABEL) -> str:
-    """Return a label of at most so many columns, cut in the middle: long ones often begin or end alike."""
-
-    def columns(text: str) -> int:  # of which Chinese and Japanese letters have two
-        return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-    if columns(label) <= longest:
-        return label
-    half = (longest - 1) // 2
-    head = next(label[:end] for end in range(len(label), -1, -1) if columns(label[:end]) <= longest - 1 - half)
-    tail = next(label[start:] for start in range(len(label) + 1) if columns(label[start:]) <= half)
-    return f"{head.rstrip()}…{tail.lstrip()}"
-
-
-@contextlib.contextmanager
-def drawing(labels: Sequence[str], inches: tuple[float, float]) -> Iterator[tuple]:
-    """Yield an empty matplotlib figure, the names of the classes to write on it, and letters that no font here has."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    fonts, missing = fonts_for("".join(labels))
-    names = [
-        f"class {i + 1}" if missing & set(label) else shortened(label).replace("$", r"\$")
-        for i, label in enumerate(labels)
-    ]
-    with matplotlib.rc_context({"font.family": fonts, "font.size": 10, "text.color": INK, "axes.edgecolor": GREY}):
-        figure = Figure(figsize=inches, dpi=100, facecolor="white")
-        FigureCanvasAgg(figure)
-        yield figure, names, missing
-
-
-def draw_report(report: Report, thumbnails: dict[int, PIL.Image.Image], path: Path) -> None:
-    """Draw the report as one picture, 1,200 pixels wide; thumbnails: those of the worst mistakes, by their rows."""
-    shown = [mistake for mistake in report.worst_mistakes if mistake.row in thumbnails][:MOST_MISTAKES]
-    height = 11.4 + (3.4 if len(shown) > 4 else 1.9 if shown else 0)
-    with drawing(report.labels, (12, height)) as (figure, names, missing):
-        top = draw_headline(figure, report, height, missing)
-        for i, draw in enumerate((draw_confusion, draw_training, draw_curve, draw_classes)):
-            # Inches: two columns of two panels below the headline, with room for labels at the left and below.
-            left, bottom = (1.7, 7.65)[i % 2], height - top - 4.25 - 4.75 * (i // 2)
-            axes = figure.add_axes((left / 12, bottom / height, 3.95 / 12, 3.4 / height))
-            draw(axes, report, names)
-        draw_mistakes(figure, report, names, shown, thumbnails, height)
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png")
-
-
-def thumbnails_of(images: Sequence[Image], rows: Iterable[int], size: tuple[int, int]) -> dict[int, PIL.Image.Image]:
-    """Return small pictures of images, at most as wide and high as `size`, by their rows, but of those now gone."""
-
-    def shrunk(row: int) -> PIL.Image.Image | None:
-        try:
-            image = PIL.Image.fromarray(read_image(images[row].path, Reading(), size))
-        except ImageError:
-            return None
-        image.thumbnail(size)
-        return image
-
-    made = dict(on_all_cores([shrunk] * core_count(), dict.fromkeys(rows)))
-    return {row: image for row, image in made.items() if image is not None}
-
-
-def draw_headline(figure: Figure, report: Report, height: float, missing: set[str]) -> float:
-    """Write the accuracy to believe across the top; return how many inches that takes."""
-    lines = ["Nobody knows how good this is: there is no test."]
-    if report.headline:
-        source, share = report.headline
-        low, high = share.interval
-        lines = [f"{share.value:.1%} right", f"95 % sure: between {low:.1%} and {high:.1%}"]
-        counted = {"test": "test pictures", "cross-validation": "training and validation pictures, cross-validated"}
-        lines[1] += f"   ({share.count} {counted[source]})"
-        if source != "test" and report.tested:
-            lines.append(f"The final test: {report.tested} of {report.tested.count} pictures, too few to believe.")
-        elif report.examination.validated:
-            lines.append(
-                f"Cross-validation: {report.examination.validated.accuracy} of {len(report.examination.known)}."
-            )
-    if missing:
-        lines.append(
-            "No font here has the letters of some classes: they are called by their lines in output_labels.txt."
+    if judged:
+        yield f"The accuracy to believe, by {found.source}: {judged.accuracy}."
+        recalls = [(judged.recall(c), label) for c, label in enumerate(found.labels)]
+        behind = [(recall.value, label) for recall, label in recalls if recall and recall.high < judged.accuracy.value]
+        if behind:
+            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3]]
+            yield f"Recognised less often than the others: {listed(names)}."
+    if curve and curve.hardly:
+        yield "Twice as many images would hardly help: by less than one point."
+    elif curve:
+        low, high = math.floor(100 * curve.gain[0]), math.ceil(100 * curve.gain[1])
+        yield f"Twice as many images, of new scenes, would change the accuracy by {low:+d} to {high:+d} points."
+    if validated and len(found.images) < SMALL and any(image.split != "training" for image in found.images):
+        yield (
+            f"Of only {len(found.images)} images none can be spared: with --testing_percentage 0 "
+            "--validation_percentage 0 it learns from all, and the cross-validation judges it all the same."
         )
-    figure.text(0.04, 1 - 0.55 / height, lines[0], fontsize=26, weight="bold", va="center", wrap=True)
-    for i, line in enumerate(lines[1:]):
-        figure.text(0.04, 1 - (1.05 + 0.28 * i) / height, line, fontsize=12, va="center")
-    return 1.0 + 0.28 * (len(lines) - 1)
 
 
-def chosen_classes(confusion: np.ndarray) -> list[int]:
-    """Return the classes of a confusion matrix [true, named] for which there is room: all, or those most mistaken."""
-    wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
-    return sorted(np.argsort(-wrong, kind="stable")[:MOST_CLASSES].tolist())
-
-
-def left_empty(axes: Axes, title: str, report: Report, else_why: str = "too few pictures") -> None:
-    """Say in a panel why there is nothing in it: why there was no cross-validation, or else what it lacks."""
-    axes.set_title(title, loc="left", weight="bold")
-    axes.text(0.5, 0.5, report.examination.unvalidated or else_why, ha="center", color=GREY, transform=axes.transAxes)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def draw_confusion(axes: Axes, report: Report, names: Sequence[str]) -> None:
-    """Draw which classes are taken for which."""
-    if report.examination.validated is None:
-        return left_empty(axes, "What is taken for what", report)
-    confusion = report.examination.validated.confusion
-    rows = chosen_classes(confusion)
-    counts = confusion[np.ix_(rows, rows)]
-    shares = counts / np.maximum(confusion.sum(axis=1)[rows, None], 1e-9)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j), count in np.ndenumerate(counts):
-        if count >= 0.05:
-            text = f"{count:.0f}" if count >= 9.95 or count == round(count) else f"{count:.1f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if shares[i, j] > 0.5 else INK)
-    places = range(len(rows))
-    axes.set_xticks(places, [names[c] for c in rows], rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
-    axes.set_yticks(places, [names[c] for c in rows], fontsize=9)
-    whole = len(rows) == len(names)
-    axes.set_title(
-        "What (left) is taken for what (below)" if whole else f"The {len(rows)} of {len(names)} classes most confused",
-        loc="left", weight="bold",
-    )  # fmt: skip
-
-
-def draw_training(axes: Axes, report: Report, names: Sequence[str]) -> None:
-    """Draw how the accuracy grew while the head was trained."""
-    for split, colour in (("train", BLUE), ("validation", ORANGE)):
-        scores = [scores for scores in report.history if scores.split == split]
-        if scores:
-            steps, shares = [s.step + 1 for s in scores], [100 * s.accuracy for s in scores]
-            axes.plot(steps, shares, color=colour, label={"train": "training"}.get(split, split), linewidth=1.5)
-    axes.set_ylim(0, 103)
-    axes.set_xlabel("training steps")
-    axes.set_ylabel("% right")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    axes.set_title("The training", loc="left", weight="bold")
-
-
-def draw_curve(axes: Axes, report: Report, names: Sequence[str]) -> None:
-    """Draw the accuracy against the pictures per class, and what twice as many are likely to bring."""
-    title, curve, validated = "Would more pictures help?", report.examination.curve, report.examination.validated
-    if validated is None or curve is None or len(curve.sizes) < 2:
-        few = validated is None or not curve_sizes(validated.classes)
-        dear = "it would take long for so many pictures, classes or steps"
-        return left_empty(axes, title, report, "too few pictures" if few else dear)
-    middle = np.array([100 * draws.mean() for draws in curve.accuracies])
-    spread = np.array([100 * draws.std() for draws in curve.accuracies])
-    axes.fill_between(
-        curve.sizes, middle - spread, np.minimum(middle + spread, 100), color=BLUE, alpha=0.2, linewidth=0
-    )
-    axes.plot(curve.sizes, middle, "o-", color=BLUE, label="measured, and its spread")
-    ends = [curve.sizes[-1], 2 * curve.sizes[-1]]
-    later = 100 * expected_gain(curve, len(validated.classes))[1]
-    axes.plot(ends, [middle[-1], later], "o:", color=ORANGE, label="expected of twice as many")
-    axes.set_xscale("log")
-    ticks = [*curve.sizes, ends[1]]
-    ticks = [tick for i, tick in enumerate(ticks) if i == len(ticks) - 1 or ticks[i + 1] / tick > 1.3]
-    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("training pictures per class")
-    axes.set_ylabel("% right")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    axes.set_title(title, loc="left", weight="bold")
-
-
-def draw_classes(axes: Axes, report: Report, names: Sequence[str]) -> None:
-    """Draw for each class how many of its pictures are found, and how many are right of those that get its name."""
-    validated = report.examination.validated
-    if validated is None:
-        return left_empty(axes, "Class by class", report)
-    figures, rows = class_figures(validated), chosen_classes(validated.confusion)
-    counts = np.bincount(validated.classes, minlength=len(names))
-    for i, c in enumerate(rows):
-        found = Share(float(figures["recall"][c]), int(counts[c]))
-        low, high = found.interval
-        axes.barh(
-            i - 0.2, 100 * found.value, 0.38, color=BLUE, label=None if i else "found (recall), with 95 % interval"
+def about_images(found: Diagnostics, list_path: Path) -> Iterator[str]:
+    """Yield what is to be said about the images themselves."""
+    images, pairs, doubts = found.images, found.pairs, found.doubts
+    for label in found.labels:
+        own = found.groups[[image.label == label for image in images]]
+        largest = int(np.bincount(own).max())
+        if largest >= 5 and largest > LARGE_SHARE * len(own):
+            yield f"{largest} of the {len(own)} images of {printable(label)} show one scene; others would teach more."
+    if found.cue:
+        yield (
+            f"{found.cue.capitalize()} alone tells a class from the others (such measures are right in "
+            f"{100 * found.cue_accuracy:.0f} %, chance in 50 %): the classes may have been photographed under "
+            "different circumstances, and the head may have learnt those."
         )
-        axes.plot([100 * low, 100 * high], [i - 0.2] * 2, color=INK, linewidth=1)
-        right = 100 * figures["precision"][c]
-        axes.barh(i + 0.2, right, 0.38, color=ORANGE, label=None if i else "right when named (precision)")
-    axes.set_yticks(range(len(rows)), [f"{names[c]} ({counts[c]})" for c in rows], fontsize=9)
-    axes.set_xlim(0, 100)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("%")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=2, frameon=False, fontsize=9)
-    axes.set_title("Class by class", loc="left", weight="bold")
-
-
-def draw_mistakes(
-    figure: Figure, report: Report, names: Sequence[str], shown: Sequence[Mistake], thumbnails: dict, height: float
-) -> None:
-    """Draw the worst mistakes as thumbnails, each with its label and what it was taken for."""
-    if not shown:
-        return
-    columns, side = 4 if len(shown) > 4 else len(shown), 1.0
-    rows = -(-len(shown) // columns)
-    top = 1.55 * rows + 0.1
-    figure.text(0.04, top / height, "The worst mistakes", weight="bold", fontsize=12, va="bottom")
-    class_of = {label: i for i, label in enumerate(report.labels)}
-    for i, mistake in enumerate(shown):
-        left, bottom = 0.5 + 2.8 * (i % columns), top - 1.1 - 1.55 * (i // columns)
-        axes = figure.add_axes((left / 12, bottom / height, side / 12, side / height))
-        axes.imshow(np.asarray(thumbnails[mistake.row]))
-        axes.axis("off")
-        image = report.images[mistake.row]
-        where = "test" if image.split == "testing" else "held out"
-        text = f"{names[class_of[image.label]]}\ntaken for\n{names[mistake.taken_for]}\n({mistake.score:.0%}, {where})"
-        figure.text((left + side + 0.1) / 12, (bottom + side / 2) / height, text, fontsize=9, va="center")
-
-
-# ... and for TensorBoard
-
-# Pictures in the projector, the width and height of their thumbnails, and mistakes shown.
-MOST_PROJECTED, SPRITE, MOST_LOGGED = 1000, 48, 32
-
-
-def write_evaluation_summaries(report: Report, features: np.ndarray, folder: Path) -> None:
-    """Write the confusion matrix, the mistakes, and the bottlenecks with thumbnails for TensorBoard's projector.
-
-    features: float32 [images, n]. An earlier run's are replaced.
-    """
-    pictures: dict[str, PIL.Image.Image] = {}
-    if report.examination.validated:
-        data = io.BytesIO()
-        with drawing(report.labels, (7, 6)) as (figure, names, _):
-            draw_confusion(figure.add_axes((0.28, 0.25, 0.68, 0.66)), report, names)
-            figure.savefig(data, format="png")
-        pictures["confusion"] = PIL.Image.open(data)
-    worst = report.worst_mistakes[:MOST_LOGGED]
-    small = thumbnails_of(report.images, [mistake.row for mistake in worst], (240, 240))
-    for mistake in worst:
-        if mistake.row in small:
-            image = report.images[mistake.row]
-            name = f"mistakes/{image.label} taken for {report.labels[mistake.taken_for]}/{printable(image.path.name)}"
-            pictures[name] = small[mistake.row]
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    summary = Summary()
-    for tag, picture in pictures.items():
-        data = io.BytesIO()
-        picture.save(data, "PNG")
-        image = summary.value.add(tag=tag).image
-        image.width, image.height, image.colorspace = *picture.size, 3
-        image.encoded_image_string = data.getvalue()
-    write_events(folder, [(0, summary)])
-    write_projector(report, features, folder)
-
-
-def write_projector(report: Report, features: np.ndarray, folder: Path) -> None:
-    """Write the bottlenecks [images, n] of up to MOST_PROJECTED images as TensorBoard's projector reads them.
-
-    Its files need no package: points and what they are called as tables, thumbnails on one sheet, and which is which.
-    """
-    random = np.random.default_rng(0)
-    rows = np.sort(random.permutation(len(features))[:MOST_PROJECTED])
-    with one_thread():
-        points = reduced(features[rows])
-    wrong = {mistake.row: report.labels[mistake.taken_for] for mistake in report.worst_mistakes}
-    columns = math.ceil(math.sqrt(len(rows)))
-    sheet = PIL.Image.new("RGB", (columns * SPRITE, -(-len(rows) // columns) * SPRITE), "white")
-    small = thumbnails_of(report.images, rows.tolist(), (SPRITE, SPRITE))
-    lines = ["label\tsplit\ttaken for\tpicture\n"]
-    for i, row in enumerate(rows.tolist()):
-        image = report.images[row]
-        lines.append("\t".join([image.label, image.split, wrong.get(row, image.label), printable(image.key)]) + "\n")
-        if row in small:
-            sheet.paste(small[row], (i % columns * SPRITE, i // columns * SPRITE))
-    with whole_file(folder / "sprite.png") as temporary:
-        sheet.save(temporary, "PNG")
-    with whole_file(folder / "metadata.tsv") as temporary:
-        temporary.write_text("".join(lines), "utf-8")
-    with whole_file(folder / "bottlenecks.tsv") as temporary:
-        np.savetxt(temporary, points, fmt="%.4g", delimiter="\t")
-    with whole_file(folder / "projector_config.pbtxt") as temporary:
-        temporary.write_text(
-            'embeddings {\n  tensor_name: "bottlenecks"\n  tensor_path: "bottlenecks.tsv"\n'
-            '  metadata_path: "metadata.tsv"\n  sprite {\n    image_path: "sprite.png"\n'
-            f"    single_image_dim: {SPRITE}\n    single_image_dim: {SPRITE}\n  }}\n}}\n"
-        )
+    if pairs:
+        across = sum(images[pair.first].label != images[pair.second].label for pair in pairs)
+        yield f"Pairs of images that show the same: {len(pairs)}, {across} of them in two classes."
+    if doubts and found.believed and found.believed.accuracy.value < ENOUGH_TO_DOUBT:
+        yield f"It errs too often to tell which images lie in the wrong folder; {list_path} lists where it differs."
+    elif doubts:
+        named = listed([f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3]])
+        yield f"Doubtful images: {len(doubts)}, such as {named}. {list_path} lists them, for --exclude or --relabel."
 
 
 # ======================================================================================================================
@@ -5161,7 +4421,7 @@ def dataset_of(flags: argparse.Namespace, images: Sequence[Image], features: np.
     rows = {split: rows_of(split) for split in ("training", "validation", "testing")}
     coarse = None
     if flags.coarse_image_dir:
-        coarse = without_twins(rows_of("coarse", labels=coarse_labels), features, images)
+        coarse = without_copies(rows_of("coarse", labels=coarse_labels), features, images)
         if not len(coarse.rows):
             raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
     images = [image for image in images if image.split != "coarse"]  # which come first
@@ -5290,36 +4550,18 @@ def learn(
         if Path(flags.output_report).is_file():
             log.warning("The report that lies there (%s) is of an earlier run.", flags.output_report)
     else:
-        material = gather_material(data.images, data.features, data.known, settings)
-        if data.coarse is None:
-            examination = examine(material, len(labels), settings, flags.coverage)
-        else:
-            examination = Examination(data.known.rows, material.pairs, "training in two stages is not cross-validated")
-        testing = data.rows["testing"]
-        whole = evaluate(head, testing, -1, None) if len(testing.rows) else None
-        report = make_report(labels, data.images, history, examination, head, testing, whole)
-        log_report(report, ReportFiles(Path(flags.output_report)).doubtful)
-        head = head.cooled(examination.temperature)
-        facts |= {"temperature": examination.temperature}
-        facts |= {"familiar": examination.familiar and examination.familiar.as_facts()}
+        cues = np.full((len(data.images), 5), np.nan, np.float32)
+        diagnostics = diagnose(
+            data.images, data.features, cues, data.known, data.rows["testing"], head,
+            labels, settings, histories, flags.coverage, train,
+        )  # fmt: skip
+        log_diagnostics(diagnostics, Path(flags.output_report).with_suffix(".tsv"))
+        head = head.cooled(diagnostics.temperature)
+        facts["temperature"] = diagnostics.temperature
+        facts["familiar"] = diagnostics.familiar and diagnostics.familiar.as_facts()
         write_all(flags, base, base_graph, head, labels, facts)
-        write_report(flags, report, data.features)
     if flags.summaries_dir:
         write_summaries(history, Path(flags.summaries_dir))
-
-
-def write_report(flags: argparse.Namespace, report: Report, features: np.ndarray) -> None:
-    """Write the report in its forms; features: float32 [images, n]."""
-    files = ReportFiles(Path(flags.output_report))
-    numbers = json.dumps(report_as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for path, text in ((files.numbers, numbers), (files.doubtful, doubts_as_list(report))):
-        with whole_file(path) as temporary:
-            temporary.write_text(text, "utf-8")
-    worst = [mistake.row for mistake in report.worst_mistakes[: 2 * MOST_MISTAKES]]  # some may be gone
-    draw_report(report, thumbnails_of(report.images, worst, (200, 200)), files.picture.with_suffix(".png"))
-    if flags.summaries_dir:
-        write_evaluation_summaries(report, features, Path(flags.summaries_dir) / "evaluation")
-    log.info("Wrote the report: %s, %s, %s.", files.picture, files.numbers, files.doubtful)
 
 
 def run(flags: argparse.Namespace) -> None:
