@@ -51,6 +51,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -105,18 +106,20 @@ import numpy as np
 import PIL.Image
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
-    from pyarrow import Table
-    from pyarrow.fs import FileSystem
     from ray import ObjectRef
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
     from tqdm import tqdm
+    from upath import UPath
 
 
 # ======================================================================================================================
-# Common ground: errors, whole files, journals, progress, all cores, names
+# Common ground: journals, progress, large matrices, labels
 # ======================================================================================================================
+
+# Features of more bytes than this lie in a file instead of in memory.
+MOST_IN_MEMORY = 2 << 30
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -157,185 +160,22 @@ class Journal:
                 raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
             self.torn = False
 
-    def __getstate__(self) -> dict:
-        """Return what other processes of this machine need to append, too."""
-        return vars(self) | {"path": Path(os.path.abspath(self.path)), "lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state | {"lock": threading.RLock()})
-
-
-class PlainLines:
-    """A text stream for tqdm off a terminal: each state of the bar becomes a line, without carriage returns."""
-
-    def write(self, text: str) -> None:
-        """Print a state of the bar."""
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        """Do as streams do."""
-        sys.stderr.flush()
-
 
 def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tqdm:
-    """Return a tqdm bar with rate and time left; off a terminal it prints a plain line every ten seconds."""
+    """Return a tqdm bar; off a terminal it changes every ten seconds only, and with --logging_verbosity WARN never."""
     from tqdm import tqdm
 
-    if log.getEffectiveLevel() > logging.INFO:
-        return tqdm(total=total, disable=True)
-    on_terminal = sys.stderr.isatty()
-    shape = "{desc}: {percentage:3.0f}%|{bar:30}| " if on_terminal else "{desc}: "
-    return tqdm(
-        total=total,
-        desc=doing,
-        unit=unit,
-        file=sys.stderr if on_terminal else PlainLines(),
-        mininterval=0.1 if on_terminal else 10,
-        miniters=0,
-        delay=1e-9,  # no line yet that says 0 of all, ? left
-        bar_format=shape + "{n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}",
-        **options,
-    )
-
-
-def without_frames(record: logging.LogRecord) -> bool:
-    """Turn the errors in a log record into text, for handlers that keep records, as test runners have; return True.
-
-    Ray Data logs the errors of lost blocks. Their frames hold the processes that they are about, and those hold
-    processors, for which what was lost would wait for ever to be done again.
-    """
-    record.msg, record.args = record.getMessage(), ()
-    if record.exc_info:
-        record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
-    return True
-
-
-def import_ray() -> types.ModuleType:
-    """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
-
-    Raises UserError if they are missing.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
-    try:
-        import ray.data
-    except ImportError as error:
-        raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
-    logger = logging.getLogger("ray.data")
-    logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
-    for handler in logger.handlers:
-        handler.addFilter(without_frames)
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
-    return ray
-
-
-def reach(address: str, timeout: float) -> None:
-    """Connect to host:port, and hang up. Raises OSError after so many seconds, ValueError for a port that is none."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
-
-
-@contextlib.contextmanager
-def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
-    """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
-
-    This file goes along, as the module `retrain`, so that the nodes need no copy of it. cores: how many a local one is
-    to use, 0 for all. Raises UserError, also when the cluster gives up in the block.
-    """
-    ray = import_ray()
-    options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-
-    def hide_folder() -> None:  # as above; in here it travels by value, or nodes without our packages could say nothing
-        sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
-
-    try:
-        if ":" in address:  # Ray itself would go on trying for minutes
-            reach(address, 10)
-        with quiet_stderr():  # where it tells that it will be quiet
-            ray.init(
-                address,
-                runtime_env={
-                    "py_modules": [__file__, str(Path(__file__).with_name("predict.py"))],
-                    "worker_process_setup_hook": hide_folder,
-                },
-                logging_level=logging.CRITICAL,
-                log_to_driver=False,
-                **options,
-            )
-    except Exception as error:  # Ray raises just that when a local cluster is slow to start
-        raise UserError(
-            f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
-            "`ray start --head`, or use --ray_address local."
-        ) from error
-    finally:
-        if in_main_thread:  # Ray puts its own in place, which would end us without a sentence
-            signal.signal(signal.SIGTERM, on_sigterm)
-    head, over = ray.get_runtime_context().gcs_address, threading.Event()
-    try:
-        threading.Thread(target=watch_head, args=(head, over), daemon=True).start()
-        if not ray.cluster_resources().get("CPU"):
-            log.warning("--ray_address: the cluster at %s has no processor yet; the work begins when it has.", head)
-        yield
-    except ray.exceptions.RayError as error:
-        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        node = "".join(f" on {ip}" for ip in re.findall(r"\bip=([^,)\s]+)", str(error))[:1])
-        raise UserError(f"--ray_address: the cluster at {head} gave up{node} ({said[-1].strip()}).") from error
-    finally:
-        over.set()
-        ray.shutdown()
-
-
-def watch_head(address: str, over: threading.Event, pause: float = 2) -> None:
-    """End the process with a sentence once the head of a cluster, host:port, has been out of reach for five pauses.
-
-    Ray itself would end it a minute later, without a word. over: set when it isn't needed any more; pause: seconds.
-    """
-    missed = 0
-    while missed < 5:
-        if over.wait(pause):
-            return
-        try:
-            reach(address, pause)
-            missed = 0
-        except OSError:
-            missed += 1
-    program = Path(sys.argv[0]).name
-    print(
-        f"\n{program}: error: --ray_address: the cluster's head {address} is out of reach; when it is there again, the "
-        "same command goes on where this one was.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)  # which a thread may do
-
-
-def memory_size() -> int:
-    """Return how many bytes of memory this process may fill."""
-    if not hasattr(os, "sysconf"):  # Windows, which tells only by ways of its own
-        return 8 << 30
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # a container's
-        with contextlib.suppress(OSError, ValueError):  # "max" for none
-            sizes.append(int(Path(limit).read_text()))
-    return min(sizes)
-
-
-def fits_in_memory(size: int) -> bool:
-    """Tell whether so many bytes of features may be in memory all at once, and copied there: a quarter of it."""
-    return size <= memory_size() // 4
+    options = {"disable": log.getEffectiveLevel() > logging.INFO, "delay": 1e-9} | options
+    return tqdm(total=total, desc=doing, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
-    """Return an uninitialized float32 matrix [*shape], in a nameless file of `folder` if memory is short.
+    """Return an uninitialized float32 matrix [*shape], in a nameless file of `folder` if it is a large one.
 
     Raises UserError when the disk has no room for it.
     """
     size = 4 * math.prod(shape)
-    if fits_in_memory(size):
+    if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
@@ -344,8 +184,8 @@ def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
             return np.memmap(file, np.float32, "w+", shape=tuple(shape))
     except OSError as error:
         raise UserError(
-            f"--bottleneck_dir {folder}: {size / 1e9:.1f} GB for all features could not be had there "
-            f"({error.strerror or error})."
+            f"--bottleneck_dir {folder}: it has no room for {size / 1e9:.1f} GB of features "
+            f"({error.strerror or error}); name a folder on a larger disk."
         ) from error
 
 
@@ -706,90 +546,25 @@ def from_flags(kind: type, flags: argparse.Namespace, prefix: str = "") -> Any:
 # ======================================================================================================================
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class StoredPath:
-    """A file or folder of an object store, with what the rooms ask of a path: its names, size, time and content."""
-
-    url: str  # of the whole --image_dir, as pyarrow or fsspec understands it
-    place: str  # the path in that store
-    size: int = 0  # bytes
-    changed: int = 0  # nanoseconds since 1970, see time_in
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return PurePosixPath(self.place).name
-
-    @property
-    def parent(self) -> PurePosixPath:
-        """The folder."""
-        return PurePosixPath(self.place).parent
-
-    def __str__(self) -> str:
-        return f"{self.url.split('://')[0]}://{self.place}"  # without the passwords and options that a URL may hold
-
-    def is_file(self) -> bool:
-        """Tell that what was listed is there; else reading it tells."""
-        return True
-
-    def stat(self) -> types.SimpleNamespace:
-        """Return what the store's listing told, without asking it again."""
-        return types.SimpleNamespace(st_size=self.size, st_mtime_ns=self.changed)
-
-    def read_bytes(self, most: int, file_system: FileSystem | None = None) -> bytes:
-        """Return the content, `most` bytes of it, from a file system if it is open already. Raises OSError."""
-        with (file_system or open_store(self.url)[0]).open_input_file(self.place) as file:
-            return file.read(min(most, file.size()))
-
-
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """One picture: where it lies, the class that its folder names, and what it is used for."""
+    """One image: where it lies, the class that its folder names, and what it is used for."""
 
-    path: Path | StoredPath
+    path: Path | UPath  # the latter in an object store
     label: str
     split: str = "training"  # or "validation", "testing", or "coarse": stage one of two
     place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
+    listed: tuple[int, int] | None = None  # in an object store: size and time, see stamp_of
 
     @property
     def key(self) -> str:
-        """`<class folder>/<file name>`: what identifies the picture, wherever its image_dir lies."""
+        """`<class folder>/<file name>`: what identifies the image, wherever its image_dir lies."""
         return f"{self.path.parent.name}/{self.path.name}"
 
 
 def shown(url: str) -> str:
-    """Return an --image_dir, or the address of an object store without the passwords and options that it may hold."""
-    if not is_store_url(url):
-        return url
-    scheme, _, rest = url.partition("?")[0].partition("://")
-    server, slash, place = rest.partition("/")
-    if re.fullmatch(r"[^@:]*:(?!\d*$)[^@]*", server) and "@" in place:  # a secret with a slash in it
-        return f"{scheme}://{place.rpartition('@')[2]}"
-    return f"{scheme}://{server.rpartition('@')[2]}{slash}{place}"
-
-
-# The schemes that pyarrow knows: what it says of a mistake in such an address is to be told.
-ARROW_STORES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")
-
-
-@functools.cache
-def open_store(url: str) -> tuple:
-    """Return the file system (of pyarrow) of an object store's address, and the folder's path in it. Raises UserError.
-
-    What pyarrow doesn't know, fsspec may: it knows many stores, each by a package of its own.
-    """
-    import pyarrow.fs
-
-    try:
-        if url.partition("://")[0].lower() in ARROW_STORES:
-            return pyarrow.fs.FileSystem.from_uri(url)
-        import fsspec
-
-        file_system, place = fsspec.core.url_to_fs(url)
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system)), place
-    except Exception as error:  # stores have errors of their own
-        why = first_line(error).replace(url, shown(url))
-        raise UserError(f"--image_dir {shown(url)}: there is no way to such an object store ({why}).") from error
+    """Return an --image_dir without the user and password that the address of a store may hold."""
+    return re.sub(r"(?<=://).*@", "", url.partition("?")[0]) if is_store_url(url) else url
 
 
 def time_in(details: dict) -> int:
@@ -806,74 +581,80 @@ def time_in(details: dict) -> int:
     return int.from_bytes(hashlib.sha1(str(told).encode(), usedforsecurity=False).digest()[:6], "big")
 
 
-def stored_entries(folder: StoredPath) -> list[tuple[StoredPath, str]] | str:
-    """Return the entries of a folder of an object store and their kinds, see entries_here, or why that can't be."""
-    from pyarrow.fs import FileSelector, FileType
-
-    kinds = {FileType.File: "file", FileType.Directory: "folder"}
+def stamp_of(image: Image) -> tuple[int, int]:
+    """Return the size in bytes and the time of change in nanoseconds since 1970, as a record of features holds them."""
+    if image.listed is not None:
+        return image.listed
     try:
-        file_system = open_store(folder.url)[0]
-        listed = file_system.get_file_info(FileSelector(folder.place))
-        by_fsspec = file_system.handler.fs.ls(folder.place, detail=True) if hasattr(file_system, "handler") else ()
-    except Exception as error:  # stores have errors of their own
-        return first_line(error).replace(folder.url, shown(folder.url))
-    details = {entry["name"]: entry for entry in by_fsspec}
-    entries = [
-        (
-            StoredPath(folder.url, info.path, info.size or 0, info.mtime_ns or time_in(details.get(info.path, {}))),
-            kinds.get(info.type, ""),
-        )
-        for info in listed
-        if info.path.rstrip("/") != folder.place.rstrip("/")  # some stores keep an empty object for the folder itself
-    ]
-    return sorted(entries)
+        now = image.path.stat()
+    except OSError:
+        return 0, 0  # reading it will tell why
+    return now.st_size, now.st_mtime_ns
 
 
-def entries_in_store(folders: Sequence[StoredPath]) -> list[list[tuple[StoredPath, str]]]:
-    """Do the same as entries_here for folders of an object store, all at once on the nodes of the Ray cluster.
+def open_folder(image_dir: str, flag: str) -> Path | UPath:
+    """Return a folder of class folders, here or in an object store. Raises UserError if there is none."""
+    if is_store_url(image_dir):
+        try:
+            from upath import UPath
 
-    Raises UserError for one that can't be listed.
+            folder = UPath(image_dir)
+            folder.fs  # noqa: B018  (which opens the store)
+            return folder
+        except Exception as error:  # stores have errors of their own
+            why = first_line(error).replace(image_dir, shown(image_dir))
+            raise UserError(
+                f"{flag} {shown(image_dir)}: this object store can't be opened ({why}); it may need a package: "
+                f"{INSTALL} -r requirements-ray.txt"
+            ) from error
+    path = Path(image_dir)
+    if path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+        raise UserError(f"{flag} {image_dir}: it is an archive; unpack it, and name the folder that comes out.")
+    if not path.is_dir():
+        fault = "it is a file, not a folder" if path.exists() else "there is no such folder"
+        raise UserError(f"{flag} {image_dir}: {fault} (looked for {path.resolve()}).")
+    return path
+
+
+def entries_of(folder: Path | UPath) -> list[tuple[Path | UPath, str, tuple[int, int] | None]]:
+    """Return the path, the kind (file, directory or other) and in stores the stamp of what a folder holds, by name.
+
+    Raises UserError for a folder that can't be listed.
     """
-    ray = import_ray()
-    listing = ray.remote(stored_entries)
-    answers = ray.get([listing.remote(folder) for folder in folders])
-    for folder, answer in zip(folders, answers, strict=True):
-        if isinstance(answer, str):
-            raise UserError(f"--image_dir: {folder} could not be listed ({answer}).")
-    return answers
-
-
-def entries_here(folders: Sequence[Path]) -> list[list[tuple[Path, str]]]:
-    """Return for each folder its entries in the order of their names, and their kinds: file, folder or ''."""
-
-    def kind(path: Path) -> str:
-        return "file" if path.is_file() else "folder" if path.is_dir() else ""
-
-    return [[(path, kind(path)) for path in sorted(folder.iterdir())] for folder in folders]
+    try:
+        if isinstance(folder, Path):
+            paths = sorted(folder.iterdir())
+            return [(path, "file" if path.is_file() else "directory" * path.is_dir(), None) for path in paths]
+        listed = sorted(folder.fs.ls(folder.path, detail=True), key=lambda details: details["name"])
+        return [
+            (folder / PurePosixPath(details["name"]).name, details["type"], (details["size"] or 0, time_in(details)))
+            for details in listed
+            if details["name"].strip("/") != folder.path.strip("/")  # some stores keep an empty object for the folder
+        ]
+    except Exception as error:  # stores have errors of their own
+        raise UserError(f"{shown(str(folder))} could not be listed ({first_line(error)}).") from error
 
 
 def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
     """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
 
-    Hidden files and folders, and folders within class folders, are not read. Whether a file is a picture is told by its
+    Hidden files and folders, and folders within class folders, are not read. Whether a file is an image is told by its
     content, when it is decoded. Raises UserError for a folder from which no classifier could be trained, with less than
     two classes or `least` files of one, by the name of its flag.
     """
-    entries_of: Callable = entries_here
-    root: Path | StoredPath = Path(image_dir)
-    if is_store_url(image_dir):
-        entries_of, root = entries_in_store, StoredPath(image_dir, open_store(image_dir)[1])
-    elif not Path(image_dir).is_dir():
-        fault = "it is a file, not a folder" if Path(image_dir).exists() else "there is no such folder"
-        raise UserError(f"{flag} {image_dir}: {fault} (looked for {Path(image_dir).resolve()}).")
-    given, (entries,) = f"{flag} {shown(image_dir)}", entries_of([root])
-    folders = [entry for entry, kind in entries if kind == "folder" and not entry.name.startswith(".")]
+    given, entries = f"{flag} {shown(image_dir)}", entries_of(open_folder(image_dir, flag))
+    folders = [entry for entry, kind, _ in entries if kind == "directory" and not entry.name.startswith(".")]
+    unread = [entry for entry, kind, _ in entries if kind == "file" and not is_hidden(entry)]
+    if not folders and unread:
+        raise UserError(
+            f"{given}: it holds no folders, but files; put the images of each class into a folder of its own, or, if "
+            "it is the folder of one class, name the folder above it."
+        )
     if not folders:
-        raise UserError(f"{given}: it holds no folders; put the pictures of each class into one of its own.")
-    unread = [entry for entry, kind in entries if kind == "file" and not is_hidden(entry)]
+        raise UserError(f"{given}: it holds no folders; put the images of each class into one of its own.")
     images: list[Image] = []
-    folder_of: dict[str, Path | StoredPath] = {}
-    for folder, entries in zip(folders, entries_of(folders), strict=True):
+    folder_of: dict[str, Path | UPath] = {}
+    for folder in folders:
         label = label_of(folder.name)
         if label in folder_of:
             raise UserError(
@@ -881,8 +662,9 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
                 f"label {label!r}; rename or merge one of them."
             )
         folder_of[label] = folder
-        images += [Image(entry, label) for entry, kind in entries if kind == "file" and not is_hidden(entry)]
-        unread += [entry for entry, kind in entries if kind != "file" and not is_hidden(entry)]
+        entries = [entry for entry in entries_of(folder) if not is_hidden(entry[0])]
+        images += [Image(entry, label, listed=stamp) for entry, kind, stamp in entries if kind == "file"]
+        unread += [entry for entry, kind, _ in entries if kind != "file"]
     if unread:
         told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
         log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
@@ -890,34 +672,61 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     return images
 
 
-def leave_out(images: Sequence[Image], list_path: Path) -> list[Image]:
-    """Return the images that a list doesn't name: one a line, by class folder and file name, before the first tab.
-
-    More folders before those two are not looked at; lines that begin with # are comments. Raises UserError for a list
-    that can't be read or names none of the images.
-    """
+def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
+    """Return (line, cells) of a table with tabs between its cells, without empty lines and those that begin with #."""
     try:
-        lines = list_path.read_text("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"--exclude {list_path}: {error.strerror}; name the list of pictures to leave out.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--exclude {list_path}: it is no text in UTF-8; name the right file.") from error
-    cells = [line.split("\t")[0].strip() for line in lines if not line.startswith("# ")]
-    named = {"/".join(re.split(r"[/\\](?!x[0-9a-f]{2}|u[0-9a-f]{4})", cell)[-2:]) for cell in cells if cell}
-    kept = [image for image in images if printable(image.key) not in named]
-    gone = len(images) - len(kept)
-    if named and not gone:
-        raise UserError(f"--exclude {list_path}: it names none of the pictures; a line is `class folder/file name`.")
-    log.info("Left out by %s: %d. If there were right ones among them, the accuracy will flatter.", list_path, gone)
-    if gone < len(named):
-        log.warning("%d lines of %s name no picture.", len(named) - gone, list_path)
-    return kept
+        text = Path(path).read_text("utf-8-sig", "surrogateescape")
+        rows = list(enumerate(csv.reader(io.StringIO(text), delimiter="\t"), 1))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{flag} {path}: it can't be read ({error}); name the right file.") from error
+    return [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
+
+
+def named_in(path: str, flag: str, images: Sequence[Image]) -> list[tuple[int, Image, list[str]]]:
+    """Return (line, image, cells) for the lines of a list that name an image by class folder and file name first.
+
+    More folders before those two are not looked at. Raises UserError if none of the lines names one.
+    """
+    rows, found = read_table(path, flag), []
+    by_key = {key: image for image in images for key in (printable(image.key), image.key)}
+    for line, cells in rows:
+        # A backslash parts folders on Windows, but in the report's lists also begins an escaped character.
+        spelled = (cells[0].strip(), cells[0].strip().replace("\\", "/"))
+        keys = ["/".join(cell.split("/")[-2:]) for cell in spelled]
+        if image := next((by_key[key] for key in keys if key in by_key), None):
+            found.append((line, image, cells))
+    if rows and not found:
+        raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
+    if len(found) < len(rows):
+        log.warning("%d lines of %s name no image.", len(rows) - len(found), path)
+    return found
+
+
+def leave_out(images: Sequence[Image], path: str) -> list[Image]:
+    """Return the images that the list of --exclude doesn't name. Raises UserError for one that can't be used."""
+    gone = {image for _, image, _ in named_in(path, "--exclude", images)}
+    log.info("Left out by %s: %d. If there were right ones among them, the accuracy will flatter.", path, len(gone))
+    return [image for image in images if image not in gone]
+
+
+def relabel(images: Sequence[Image], path: str) -> list[Image]:
+    """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
+    labels, wanted = {image.label for image in images}, {}
+    for line, image, cells in named_in(path, "--relabel", images):
+        label = label_of(cells[1].strip()) if len(cells) > 1 else ""
+        if label not in labels:
+            raise UserError(
+                f"--relabel {path}: line {line} gives {image.key} no label of a class; write that behind a tab."
+            )
+        wanted[image] = dataclasses.replace(image, label=label)
+    log.info("Trained under another label by %s: %d.", path, len(wanted))
+    return [wanted.get(image, image) for image in images]
 
 
 def check_classes(
-    given: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable picture", least: int = 2
+    given: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable image", least: int = 2
 ) -> None:
-    """Raise UserError unless there are two classes or more, of `least` pictures or more each.
+    """Raise UserError unless there are two classes or more, of `least` images or more each.
 
     given: the flag and its folder.
     """
@@ -928,15 +737,15 @@ def check_classes(
         f"{label!r} ({counts[label]} {unit}{'s' * (counts[label] != 1)})" for label in labels if counts[label] < least
     ]
     if small:
-        needed = "two usable pictures or more" if least == 2 else "a picture"
+        needed = "two usable images or more" if least == 2 else "an image"
         raise UserError(
-            f"{given}: each class needs {needed}, which these don't have: {', '.join(small)}; add pictures or remove "
+            f"{given}: each class needs {needed}, which these don't have: {', '.join(small)}; add images or remove "
             "the folder."
         )
 
 
 def place_of(folder: Path) -> str:
-    """Return the folder below bottleneck_dir for the pictures of another folder than image_dir.
+    """Return the folder below bottleneck_dir for the images of another folder than image_dir.
 
     Its name tells them apart from image_dir's, and from others', of the same class and file name.
     """
@@ -960,14 +769,10 @@ def list_others(folder: str, flag: str, split: str, listed: dict[str, str], leas
 
 def check_same_classes(given: str, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Raise UserError, naming each that is missing or too many, unless the images are of just these classes."""
-    theirs = dict.fromkeys(image.label for image in images)
-    missing, extra = [x for x in labels if x not in theirs], [x for x in theirs if x not in labels]
-    if missing or extra:
-        told = [
-            f"{name}: {', '.join(map(repr, which))}"
-            for name, which in (("missing", missing), ("extra", extra))
-            if which
-        ]
+    theirs = {image.label for image in images}
+    groups = {"missing": set(labels) - theirs, "extra": theirs - set(labels)}
+    if any(groups.values()):
+        told = [f"{name}: {', '.join(map(repr, sorted(group)))}" for name, group in groups.items() if group]
         raise UserError(f"{given}: its class folders must be those of --image_dir ({'; '.join(told)}).")
 
 
@@ -975,34 +780,32 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     """Return the images that a split file names, with their splits, those of `images` (all of image_dir) first.
 
     It is a table of tabs: path (from image_dir, or absolute), label, and training, validation or testing. Raises
-    UserError for a path that is no picture's, one named twice, another label or split, and classes with none to train.
+    UserError for a path that is no image's, one named twice, another label or split, and classes with none to train.
     """
-    known = {os.path.normpath(str(image.path)): image for image in images}
-    labels, found, left_out = dict.fromkeys(image.label for image in images), {}, dict(known)
-    try:
-        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig", "surrogateescape")), delimiter="\t"))
-    except (OSError, csv.Error) as error:
-        raise UserError(f"--split_file {path}: it can't be read ({error}).") from error
-    for number_of_line, row in enumerate(rows, 1):
-        given = f"--split_file {path}: line {number_of_line}"
-        if row in ([], ["path", "label", "split"]):
+    true_folder = functools.cache(os.path.realpath)
+
+    def place(where: str) -> str:  # one name for one file, however its folder is given
+        return os.path.join(true_folder(os.path.dirname(where)), os.path.basename(where))
+
+    known = {place(str(image.path)): image for image in images}
+    labels, found = dict.fromkeys(image.label for image in images), {}
+    for line, row in read_table(path, "--split_file"):
+        given = f"--split_file {path}: line {line}"
+        if row == ["path", "label", "split"]:
             continue
         if len(row) != 3 or row[2] not in ("training", "validation", "testing"):
             raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
-        where = os.path.normpath(os.path.join(image_dir, row[0]))
+        where = place(os.path.join(image_dir, row[0]))
         if where in found:
             raise UserError(f"{given}: {printable(row[0])} is named twice; remove one of the lines.")
         image = known.get(where) or Image(Path(where), label_of(row[1]), place=place_of(Path(where).parent.parent))
         if not image.path.is_file():
-            raise UserError(
-                f"{given}: there is no picture {printable(row[0])} in {image_dir}; remove or mend the line."
-            )
+            raise UserError(f"{given}: there is no image {printable(row[0])} in {image_dir}; remove or mend the line.")
         if label_of(row[1]) != image.label or image.label not in labels:
             raise UserError(f"{given}: {printable(row[0])} is not of the class {row[1]!r}; mend the line.")
         found[where] = dataclasses.replace(image, split=row[2])
-        left_out.pop(where, None)
-    if left_out:
-        log.warning("%d pictures of %s are not in %s, and are left out.", len(left_out), image_dir, path)
+    if left_out := len(known.keys() - found.keys()):
+        log.warning("%d images of %s are not in %s, and are left out.", left_out, image_dir, path)
     order = [where for where in known if where in found] + [where for where in found if where not in known]
     listed = [found[where] for where in order]
     check_trained(path, listed, list(labels))
@@ -1074,26 +877,21 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
     return [dataclasses.replace(image, split=splits[image.key]) for image in images]
 
 
-def read_anywhere(path: Path | StoredPath, file_system: FileSystem | None = None) -> bytes:
+def read_anywhere(path: Path | UPath) -> bytes:
     """Return the content of a file here or in an object store. Raises ImageError for one that can't be read."""
-    return read_stored(path, file_system) if isinstance(path, StoredPath) else read_bytes(path)
-
-
-def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
-    """Return the content of a file of an object store, or a byte more than MOST_BYTES of it. Raises ImageError.
-
-    It comes whole at once, since requests are paid.
-    """
-    if path.size > MOST_BYTES:
-        raise ImageError("too large a file")
+    if isinstance(path, Path):
+        return read_bytes(path)
     for pause in (0.5, 2, None):
         try:
-            return path.read_bytes(MOST_BYTES + 1, file_system)
+            data = path.fs.cat_file(path.path, end=MOST_BYTES + 1)  # whole at once, since requests are paid
+            break
         except Exception as error:  # stores have errors of their own, many of which pass
             if pause is None or isinstance(error, FileNotFoundError):
                 raise ImageError(f"it can't be read ({first_line(error)})") from None
             time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    if len(data) > MOST_BYTES:
+        raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
+    return data
 
 
 # ======================================================================================================================
@@ -1697,46 +1495,70 @@ def hub_functions(module: Any) -> Iterator[tuple[str, Callable, Any]]:
 
 
 # ======================================================================================================================
-# Bottlenecks: the features of every picture, computed once and kept
+# Bottlenecks: the features of every image, computed once and kept
 # ======================================================================================================================
+
+# What is measured of an image beside its features: luma (0 to 1), its spread, its Laplacian's variance; upright pixels.
+CUES = ("brightness", "contrast", "sharpness", "width", "height")
 
 
 @dataclasses.dataclass(frozen=True)
 class Distortion:
-    """How training pictures are varied at random, in the classic script's terms; percentages."""
+    """How training images are varied at random: the first four as in the classic script; percentages, and degrees."""
 
     flip_left_right: bool = False
     random_crop: int = 0
     random_scale: int = 0
     random_brightness: int = 0
+    random_rotation: int = 0
+    random_color: int = 0
 
     def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
         """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
-        random = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
-        enlarged = (1 + self.random_crop / 100) * random.uniform(1, 1 + self.random_scale / 100)
+        chance = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
+        if self.random_rotation:  # the corners get the mean color
+            turned = PIL.Image.fromarray(pixels).rotate(
+                chance.uniform(-self.random_rotation, self.random_rotation),
+                PIL.Image.Resampling.BILINEAR,
+                fillcolor=tuple(int(mean) for mean in pixels.mean(axis=(0, 1))),
+            )
+            pixels = np.asarray(turned)
+        enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
         resized = resize_bilinear(pixels, (int(size[0] * enlarged), int(size[1] * enlarged)))
-        top, left = (random.integers(have - want + 1) for have, want in zip(resized.shape, size, strict=False))
+        top, left = (chance.integers(have - want + 1) for have, want in zip(resized.shape, size, strict=False))
         cropped = resized[top : top + size[0], left : left + size[1]]
-        if self.flip_left_right and random.integers(2):
+        if self.flip_left_right and chance.integers(2):
             cropped = cropped[:, ::-1]
-        brightness = random.uniform(1 - self.random_brightness / 100, 1 + self.random_brightness / 100)
-        return np.ascontiguousarray(cropped * np.float32(brightness))
+        brightness = chance.uniform(1 - self.random_brightness / 100, 1 + self.random_brightness / 100)
+        cropped = cropped * np.float32(brightness)
+        if self.random_color:
+            share = self.random_color / 100
+            saturation, contrast = chance.uniform(1 - share, 1 + share, 2).astype(np.float32)
+            grey, mean = cropped.mean(axis=2, keepdims=True), cropped.mean()
+            cropped = mean + (grey + (cropped - grey) * saturation - mean) * contrast
+        return np.ascontiguousarray(cropped)
 
 
-def record_of(path: Path | StoredPath, recipe: str) -> list:
-    """Return what tells a picture, and how features are made of it, from what they may become. Raises OSError."""
-    now = path.stat()
-    return [now.st_size, now.st_mtime_ns, recipe]
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is missing of one image, and all that a process on another machine needs to know to compute it."""
+
+    row: int  # of the image
+    path: Path | UPath
+    key: str
+    record: tuple[int, int, str]  # size and time before the image is read: if it changes meanwhile, it is redone
+    distortion: Distortion | None
+    names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
 
 
 class BottleneckStore:
     """The bottleneck files of a base model, `<dir>/<class folder>/<image file name>_<architecture>.txt`.
 
-    Pictures from elsewhere than image_dir have a folder of their own between the first two.
+    Images from elsewhere than image_dir have a folder of their own between the first two.
 
-    Like `make`, it takes a file to be good as long as the picture and the base model are those that it was made from.
-    An index beside the files records, in a line of JSON for each: its name, the picture's size and time of change, and
-    the recipe. Files without a record are the classic script's: they are good if younger than their picture.
+    Like `make`, it takes a file to be good as long as the image and the base model are those that it was made from. An
+    index beside the files records, in a line of JSON for each: its name, the image's size and time of change, the
+    recipe, and the cues. Files without a record are the classic script's: they are good if younger than their image.
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
@@ -1762,41 +1584,38 @@ class BottleneckStore:
             stem = f"{image.place}{image.path.parent.name}/{digest}"
         return stem + ending
 
-    def record(self, image: Image, settings: str) -> list:
-        """Return what a bottleneck file made now would be recorded with. Raises OSError for an image that is gone."""
-        return record_of(image.path, self.recipe + settings)
+    def load(self, name: str, record: tuple[int, int, str]) -> tuple[np.ndarray, list[float]] | None:
+        """Return the features float32 [n] and the cues that are kept under a name, or None if they aren't good (now).
 
-    def load(self, image: Image, variant: str, settings: str) -> np.ndarray | None:
-        """Return the features float32 [n] that are kept for an image, or None if there are none that are still good."""
-        name = self.name(image, variant)
-        path = self.folder / name
+        record: what such a file made now would be recorded with. Cues that weren't kept are NaN.
+        """
+        kept, path = self.records.get(name), self.folder / name
         try:
-            now = self.record(image, settings)
-            if self.records.get(name, now) != now:
+            if kept is None and (record[2] != self.recipe or path.stat().st_mtime_ns < record[1]):
                 return None
-            if name not in self.records and (settings or path.stat().st_mtime_ns < now[1]):
+            if kept is not None and kept[:3] != list(record):
                 return None
-            return parse_bottleneck(path.read_text("ascii"), self.base.bottleneck_size)
+            values = parse_bottleneck(path.read_text("ascii"), self.base.bottleneck_size)
         except (OSError, ValueError):
             return None
+        cues = kept[3] if kept and len(kept) > 3 else []
+        return values, cues if len(cues) == len(CUES) else [math.nan] * len(CUES)
 
-    def save(self, name: str, record: list, text: bytes) -> None:
-        """Keep features made as `record` says, in the bottleneck file of that name; text: see bottleneck_text."""
-        path = os.path.join(self.folder, name)
-        with whole_file(path) as temporary:
-            temporary.write_bytes(text)
-            # The old file goes and the record comes before the new file: a run killed in between leaves no file, never
-            # one that the record doesn't fit.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            self.index.append([name, *record])
-            self.records[name] = record
+    def save(self, job: Task, texts: dict[int, bytes], cues: list[float]) -> None:
+        """Keep the features that were computed for a job; texts: see bottleneck_text, by variant."""
+        for variant, text in texts.items():
+            name, entry = job.names[variant], [*job.record, cues]
+            path = os.path.join(self.folder, name)
+            with whole_file(path) as temporary:
+                temporary.write_bytes(text)
+                # The old file goes and the record comes before the new file: a run killed in between leaves no file,
+                # never one that the record doesn't fit.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                self.index.append([name, *entry])
+                self.records[name] = entry
 
-    def __getstate__(self) -> dict:
-        """Return what other processes of this machine need to save: not the records, of which there may be millions."""
-        return vars(self) | {"folder": Path(os.path.abspath(self.folder)), "records": {}}
-
-    def write_skipped(self, skipped: dict[Path | StoredPath, str]) -> None:
+    def write_skipped(self, skipped: dict[Path | UPath, str]) -> None:
         """List the files that were skipped, with their reasons, beside the bottlenecks."""
         if not skipped:
             self.skipped_path.unlink(missing_ok=True)
@@ -1824,159 +1643,196 @@ def parse_bottleneck(text: str, size: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def features_of(network: Callable, pixels: np.ndarray, variants: dict[str, Callable]) -> dict[str, np.ndarray]:
-    """Return the features float32 [n] of decoded pixels by variant. Raises ImageError if they are not finite.
+def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
+    """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
+    grey = PIL.Image.fromarray(pixels).convert("L").resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
+    luma = np.asarray(grey, np.float32) / 255
+    around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
+    laplacian = around - 4 * luma[1:-1, 1:-1]
+    sides = sorted(PIL.Image.open(io.BytesIO(data)).size)
+    width, height = sides if pixels.shape[0] > pixels.shape[1] else reversed(sides)
+    return [*(round(float(value), 6) for value in (luma.mean(), luma.std(), laplacian.var())), width, height]
 
-    network: function from resized pixels to features; variants: {name: function from decoded to resized pixels}.
-    """
-    features = {variant: network(resized(pixels)) for variant, resized in variants.items()}
-    if not all(np.isfinite(values).all() for values in features.values()):
-        raise ImageError("the base model gives no finite features for it")
-    return features
 
-
-def extract(store: BottleneckStore, network: Callable, job: tuple) -> str | dict[str, np.ndarray]:
-    """Compute and keep what is missing for one image; return it by variant, or the reason why the image can't be used.
-
-    They are float32 [n], n the bottleneck size. job: the image, the settings of the distortion, and {variant: function
-    from decoded to resized pixels}.
-    """
-    image, settings, variants = job
+def content_of(path: Path | UPath) -> bytes | str:
+    """Return the bytes of an image, or why it can't be read."""
     try:
-        record = store.record(image, settings)  # before it is read: if it changes meanwhile, it is redone next time
-        features = features_of(network, read_image(image.path, store.reading, store.base.input_size), variants)
+        return read_anywhere(path)
     except ImageError as error:
         return str(error)
-    except OSError as error:
-        return f"it can't be read ({error.strerror or error})"
-    for variant, values in features.items():
-        store.save(store.name(image, variant), record, bottleneck_text(values))
-    return features
+
+
+def extract(job: Task, data: bytes | str, network: Callable, reading: Reading, size: tuple[int, int]) -> str | tuple:
+    """Return ({variant: features float32 [n]}, {variant: their text}, cues) of an image, or why it can't be used.
+
+    data: see content_of; network: function from pixels float32 [*size, 3] to features.
+    """
+    if isinstance(data, str):
+        return data
+    try:
+        pixels = decode_image(data, reading, size)
+    except ImageError as error:
+        return str(error)
+    features = {}
+    for variant in job.names:
+        if job.distortion:
+            resized = job.distortion.apply(pixels, size, f"{job.key}_distorted_{variant}")
+        else:
+            resized = resize_bilinear(pixels, size)
+        features[variant] = np.array(network(resized))
+        if not np.isfinite(features[variant]).all():
+            return "the base model gives no finite features for it"
+    return features, {variant: bottleneck_text(values) for variant, values in features.items()}, cues_of(data, pixels)
 
 
 def extract_here(
-    store: BottleneckStore, jobs: Sequence[tuple], engine: Engine = Engine()
+    store: BottleneckStore, jobs: Sequence[Task], engine: Engine = Engine()
 ) -> Generator[tuple, None, None]:
-    """Yield (job, result of extract) as they are finished, on this machine."""
-    workers = [functools.partial(extract, store, network) for network in networks(store.base, engine, len(jobs))]
-    return on_all_cores(workers, jobs)
+    """Yield (job, result of extract), on this machine."""
+
+    def work(network: Callable, job: Task) -> str | tuple:
+        return extract(job, content_of(job.path), network, store.reading, store.base.input_size)
+
+    return on_all_cores([functools.partial(work, run) for run in networks(store.base, engine, len(jobs))], jobs)
 
 
-# So many pictures travel together at most, and so many bytes of them: their features are computed again when a node is
-# lost with them. More than the first number only where that still leaves every processor a hundred blocks, and less
-# than the least only where there are fewer pictures: a block costs Ray Data as much as its network one picture.
-SMALL_BLOCK, LARGE_BLOCK, LARGEST_BLOCK, BLOCK_BYTES = 8, 64, 256, 64 << 20
-# How often a block is tried again whose process died, and then each of its pictures: more often than it takes Ray to
+def compute_bottlenecks(
+    store: BottleneckStore,
+    images: Sequence[Image],
+    distortion: Distortion | None = None,
+    count: int = 1,
+    extract_all: Callable[[BottleneckStore, Sequence[Task]], Generator[tuple, None, None]] = extract_here,
+) -> tuple[np.ndarray, np.ndarray, dict[Path | UPath, str]]:
+    """Return features float32 [images, count, n] and CUES float32 [images, 5], kept or computed, and {path: reason}.
+
+    The latter is of unusable images, which have no row. Without a distortion count is 1, the image itself; with one,
+    its variants. extract_all: yields (job, result of extract) for every job, in any order.
+    """
+    doing, size = "Distortions" if distortion else "Bottlenecks", store.base.bottleneck_size
+    features = empty_matrix((len(images), count, size), store.folder)
+    cues = np.full((len(images), len(CUES)), np.nan, np.float32)
+    recipe = store.recipe + (f" {dataclasses.astuple(distortion)}" if distortion else "")
+    jobs = []
+    for row, image in enumerate(images):
+        record, missing = (*stamp_of(image), recipe), {}
+        for variant in range(count):
+            name = store.name(image, f"_distorted_{variant}" if distortion else "")
+            if (found := store.load(name, record)) is None:
+                missing[variant] = name
+            else:
+                features[row, variant], cues[row] = found
+        if missing:
+            jobs.append(Task(row, image.path, image.key, record, distortion, missing))
+    skipped: dict[Path | UPath, str] = {}
+    wanted = sum(len(job.names) for job in jobs)
+    if jobs:
+        log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
+        with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
+            for job, result in results:
+                if isinstance(result, str):
+                    skipped[job.path] = result
+                else:
+                    values, texts, cues[job.row] = result
+                    features[job.row, list(values)] = list(values.values())
+                    store.save(job, texts, result[2])
+                bar.update(len(job.names))
+    usable = [row for row, image in enumerate(images) if image.path not in skipped]
+    for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
+        if new != row:
+            features[new], cues[new] = features[row], cues[row]
+    return features[: len(usable)], cues[: len(usable)], dict(sorted(skipped.items(), key=lambda item: str(item[0])))
+
+
+# ======================================================================================================================
+# Cluster: bottlenecks on all nodes of a Ray cluster
+# ======================================================================================================================
+
+# So many images travel together at most, and so many bytes of them: they are computed again when a node is lost.
+LARGEST_BLOCK, BLOCK_BYTES = 64, 64 << 20
+# How often a block is tried again whose process died, and then each of its images: more often than it takes Ray to
 # find out that a node is lost, half a minute.
-TRIES_OF_BLOCK, TRIES_OF_PICTURE = 2, 15
-# Two processes of this machine read pictures for the others, and two write what those computed, on large clusters more:
-# each begins with seconds of work, and then does a thousand pictures a second.
-HELPED, MOST_HELPERS = 32, 4
+TRIES_OF_BLOCK, TRIES_OF_IMAGE = 2, 15
 
 
-def block_sizes(jobs: Sequence[tuple], cores: int, bottleneck_size: int) -> list[int]:
-    """Return how many of the jobs of extract should travel together to so many processors, block by block.
+def import_ray() -> types.ModuleType:
+    """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
 
-    The less is left the smaller they are, so that all processors end at about one time.
+    Raises UserError if they are missing.
     """
-
-    def weight(job: tuple) -> int:  # bytes of the file, and of the features as text and as numbers
-        image, _, variants = job
-        with contextlib.suppress(OSError):
-            return min(image.path.stat().st_size, MOST_BYTES) + 16 * bottleneck_size * len(variants)
-        return 0
-
-    most = max(LARGE_BLOCK, min(LARGEST_BLOCK, len(jobs) // (100 * cores)))
-    least = max(1, min(SMALL_BLOCK, len(jobs) // (4 * cores)))
-    weights = list(map(weight, jobs))
-    sizes: list[int] = []
-    start = 0
-    while left := len(jobs) - start:
-        wanted = min(left, max(least, min(most, left // (8 * cores))))
-        together = itertools.accumulate(weights[start : start + wanted])
-        sizes.append(max(1, sum(size <= BLOCK_BYTES for size in together)))
-        start += sizes[-1]
-    return sizes
-
-
-def pickled_job(store: BottleneckStore, image: Image, settings: str, variants: dict[str, Callable]) -> bytes:
-    """Return a job of extract as it travels: (path, recipe, {file name: variant}), pickled: not every path is UTF-8."""
-    path = image.path if isinstance(image.path, StoredPath) else Path(os.path.abspath(image.path))
-    named = {store.name(image, variant): resized for variant, resized in variants.items()}
-    return pickle.dumps((path, store.recipe + settings, named))
-
-
-def read_job(job: bytes, file_system: FileSystem | None = None) -> bytes:
-    """Return a picture's job with the picture's bytes, or the reason why it can't be read; both sides are pickled.
-
-    job: see pickled_job. Returns (record, bytes, variants).
-    """
-    path, recipe, variants = pickle.loads(job)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
     try:
-        record = record_of(path, recipe)  # before it is read, as extract does
-        return pickle.dumps((record, read_anywhere(path, file_system), variants))
-    except ImageError as error:
-        return pickle.dumps(str(error))
-    except OSError as error:
-        return pickle.dumps(f"it can't be read ({error.strerror or error})")
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
+    logger = logging.getLogger("ray.data")
+    logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
+    logger.propagate = False  # whoever kept a record of a lost block would keep its processes, and their processors
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
+    return ray
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
+    """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
+
+    Our two scripts go along, so that the nodes need no copy of them. cores: how many a local one is to use, 0 for all.
+    Raises UserError, also when the cluster gives up in the block.
+    """
+    ray = import_ray()
+    options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def hide_folder() -> None:  # as predict.py does; else pandas takes our folder `bottleneck` for the package
+        sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
+
+    modules = [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]
+    try:
+        if ":" in address:  # Ray itself would go on trying for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        with quiet_stderr():  # where it tells that it will be quiet
+            ray.init(
+                address,
+                runtime_env={"py_modules": modules, "worker_process_setup_hook": hide_folder},
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                **options,
+            )
+    except Exception as error:  # Ray raises just that when a local cluster is slow to start
+        raise UserError(
+            f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
+            "`ray start --head`, or use --ray_address local."
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray's own would end us without a sentence
+            signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        node = "".join(f" on {ip}" for ip in re.findall(r"\bip=([^,)\s]+)", str(error))[:1])
+        raise UserError(f"--ray_address: the cluster {address} gave up{node} ({lines[-1].strip()}).") from error
+    finally:
+        ray.shutdown()
 
 
 class ClusterReader:
-    """A process of this machine that reads pictures for the workers.
+    """A process of this machine that reads images for the workers: an actor, since Ray soon ends those of tasks."""
 
-    It is an actor, as the writer is, since Ray soon ends the processes of tasks where it has no processor for them.
-    """
-
-    def __call__(self, block: Table) -> Table:
-        """Return an Arrow table of rows and jobs with the pictures' bytes in it; where those lie, that is cheap."""
-        return block.set_column(1, "read", [[read_job(job) for job in block["job"].to_pylist()]])
-
-
-class ClusterWriter:
-    """A process of this machine that writes bottleneck files.
-
-    It works beside the process that has the matrix, since Ray Data gives that one no rest, nor Python two threads.
-    """
-
-    def __init__(self, store: BottleneckStore):
-        self.store = store
-
-    def written(self, pickled: bytes) -> bytes:
-        """Write the files of a picture's pickled result, and return it without their texts."""
-        result = pickle.loads(pickled)
-        if not isinstance(result, tuple):
-            return pickled
-        record, features, texts = result
-        try:
-            for name, text in texts.items():
-                self.store.save(name, record, text)
-        except UserError as error:
-            return pickle.dumps(error)
-        return pickle.dumps((record, features))
-
-    def __call__(self, block: Table) -> Table:
-        """Do so for an Arrow table of rows and results."""
-        kept = [self.written(result) for result in block["result"].to_pylist()]
-        self.store.records.clear()  # which only the driver looks at
-        return block.set_column(1, "kept", [kept])
-
-
-def parcel_of(base: BaseModel, kind: str, gpus: float) -> tuple:
-    """Return what a cluster's workers need of a base model: (itself, which of its paths, that file's bytes, engine).
-
-    kind: of --engine; gpus: how many the cluster has.
-    """
-    with_tensorflow = kind == "tensorflow" or (kind == "auto" and gpus) or not base.lite_path
-    network_file = "graph_path" if with_tensorflow else "lite_path"
-    return base, network_file, getattr(base, network_file).read_bytes(), "tensorflow" if with_tensorflow else "litert"
+    def __call__(self, block: Any) -> Any:
+        """Return an Arrow table of pickled (job, content) for one of pickled (job, None)."""
+        jobs = [pickle.loads(item)[0] for item in block["item"].to_pylist()]
+        return block.set_column(0, "item", [[pickle.dumps((job, content_of(job.path))) for job in jobs]])
 
 
 class ClusterWorker:
-    """A process on some node of a Ray cluster that does what extract does, but for the keeping of files."""
+    """A process on some node of a Ray cluster that computes what extract does; no file of ours stays there."""
 
     def __init__(self, parcel: ObjectRef):
-        """Load the network. parcel: reference to what parcel_of gives, and the address of an object store, or ''."""
-        (self.base, network_file, data, kind), self.reading, url = import_ray().get(parcel)
+        """Load the network. parcel: reference to base model, name of its file, bytes, engine, reading."""
+        self.base, network_file, data, kind, self.reading = import_ray().get(parcel)
         engine = choose_engine(kind, cpu_threads=1)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
             path = Path(folder, network_file)
@@ -1985,205 +1841,103 @@ class ClusterWorker:
         self.network = at_once[0]
         self.network(np.zeros([*self.base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
         self.computers = concurrent.futures.ThreadPoolExecutor(len(at_once))
-        self.read = functools.partial(read_job, file_system=open_store(url)[0] if url else None)
         self.readers = concurrent.futures.ThreadPoolExecutor(8)  # a far store answers late, but many at once
 
-    def compute(self, read: bytes) -> str | tuple:
-        """Return (record, features by file name, their texts) of a picture that was read, or why it can't be used."""
-        job = pickle.loads(read)
-        if isinstance(job, str):
-            return job
-        record, data, variants = job
-        try:
-            features = features_of(self.network, decode_image(data, self.reading, self.base.input_size), variants)
-        except ImageError as error:
-            return str(error)
-        return record, features, {name: bottleneck_text(values) for name, values in features.items()}
+    def read(self, item: bytes) -> tuple[Task, bytes | str]:
+        """Return a job with the content of its image, which has come along or is read."""
+        job, data = pickle.loads(item)
+        return job, content_of(job.path) if data is None else data
 
-    def __call__(self, block: Table) -> Table:
-        """Return rows and pickled results for an Arrow table of rows and jobs (`job`) or pictures (`read`)."""
-        (_, column), contents = block.column_names, block.column(1).to_pylist()
+    def compute(self, read: tuple[Task, bytes | str]) -> bytes:
+        """Return the pickled row and result of extract."""
+        job, data = read
+        return pickle.dumps((job.row, extract(job, data, self.network, self.reading, self.base.input_size)))
+
+    def __call__(self, block: Any) -> Any:
+        """Return an Arrow table of pickled results for one of pickled jobs."""
+        items = block["item"].to_pylist()
         try:
-            reads = contents if column == "read" else self.readers.map(self.read, contents)
-            results = [pickle.dumps(result) for result in self.computers.map(self.compute, reads)]
+            results = list(self.computers.map(self.compute, self.readers.map(self.read, items)))
         except Exception as error:  # it ends the run there, where it would be taken for a lost block here
-            results = [pickle.dumps(UserError(f"a worker of the cluster failed ({error!r})."))] * len(block)
-        return block.set_column(1, "result", [results])
+            results = [pickle.dumps((0, UserError(f"a worker of the cluster failed ({error!r}).")))] * len(items)
+        return block.set_column(0, "item", [results])
 
 
-def job_blocks(store: BottleneckStore, jobs: dict[int, tuple], sizes: Sequence[int]) -> list[Table]:
-    """Return Arrow tables of rows and jobs as they travel, of so many jobs each, from jobs of extract by row."""
-    import pyarrow
+def on_cluster(jobs: Sequence[Task], together: int, parcel: ObjectRef, read_here: bool, gpus: float) -> Iterator[tuple]:
+    """Yield (row, result) of jobs as they are finished; those of blocks that were lost are left out.
 
-    rows = iter(jobs)
-    parts = (list(itertools.islice(rows, size)) for size in sizes)
-    return [pyarrow.table({"row": part, "job": [pickled_job(store, *jobs[row]) for row in part]}) for part in parts]
-
-
-def on_cluster(
-    store: BottleneckStore,
-    jobs: dict[int, tuple],
-    sizes: Sequence[int],
-    parcel: ObjectRef,
-    read_here: bool,
-    gpus: float,
-    alone: bool,
-) -> Iterator[tuple[int, bytes]]:
-    """Yield (row, pickled result) of jobs by row, as they are finished; those of blocks that were lost are left out.
-
-    sizes: of the blocks; parcel: see ClusterWorker. read_here: whether this machine reads the pictures and sends their
-    bytes. gpus: for each process. alone: whether no block is to wait for a process that another may kill.
+    together: how many jobs make a block; read_here: whether this machine reads the images and sends their bytes; gpus:
+    for each process.
     """
     ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
+    blocks = math.ceil(len(jobs) / together)
     resources = ray.available_resources()
     free = int(min(resources.get("CPU", 1), resources.get("GPU", 1) / gpus if gpus else math.inf))
-    here = {
-        "compute": ray.data.ActorPoolStrategy(size=min(MOST_HELPERS, 2 + free // HELPED, len(sizes))),
-        "num_cpus": 0,  # they mostly wait for the disk
-        "max_task_retries": TRIES_OF_BLOCK,
-        "scheduling_strategy": ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        ),
-    }
-    data = ray.data.from_blocks(job_blocks(store, jobs, sizes))  # from_arrow has the cluster look at each of them first
+    items = [{"item": pickle.dumps((job, None))} for job in jobs]
+    data = ray.data.from_items(items, override_num_blocks=blocks)
     if read_here:
-        data = data.map_batches(ClusterReader, **here, **in_blocks)
-    pool = ray.data.ActorPoolStrategy(
-        min_size=1,
-        initial_size=max(1, min(free, len(sizes))),
-        max_tasks_in_flight_per_actor=1 if alone else None,
-    )
+        here = ray.get_runtime_context().get_node_id()
+        data = data.map_batches(
+            ClusterReader,
+            compute=ray.data.ActorPoolStrategy(size=min(2, blocks)),
+            num_cpus=0,  # it mostly waits for the disk
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False),
+            **in_blocks,
+        )
     data = data.map_batches(
         ClusterWorker,
         fn_constructor_args=[parcel],
-        compute=pool,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=max(1, min(free, blocks)),
+            max_tasks_in_flight_per_actor=1 if together == 1 else None,  # none waits for one that another may kill
+        ),
         num_cpus=1,
         num_gpus=gpus or None,
         max_restarts=-1,
-        max_task_retries=TRIES_OF_PICTURE if alone else TRIES_OF_BLOCK,
+        max_task_retries=TRIES_OF_IMAGE if together == 1 else TRIES_OF_BLOCK,
         **in_blocks,
     )
-    data = data.map_batches(ClusterWriter, fn_constructor_args=[store], **here, **in_blocks)
     for block in data.iter_batches(**in_blocks):
-        yield from zip(block["row"].to_pylist(), block["kept"].to_pylist(), strict=True)
-
-
-def wait_for_processor(seconds: float = 10) -> None:
-    """Return when the cluster has a processor free, or after so many seconds, since they may be others' for hours.
-
-    In Ray Data the errors of lost blocks hold themselves and its idle processes, and those the processors.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        gc.collect()
-        if import_ray().available_resources().get("CPU", 0) >= 1 or time.monotonic() > deadline:
-            return
-        time.sleep(0.2)
+        yield from map(pickle.loads, block["item"].to_pylist())
 
 
 def extract_on_cluster(
-    store: BottleneckStore, jobs: Sequence[tuple], shared_files: bool, engine: str = "auto"
+    store: BottleneckStore, jobs: Sequence[Task], shared_files: bool, engine: str = "auto"
 ) -> Generator[tuple, None, None]:
     """Yield (job, result of extract) as they are finished, on all nodes of the Ray cluster that we are connected to.
 
-    shared_files: whether the nodes can read the pictures by their paths; engine: as --engine has it. A process that
-    dies, or is lost with its node, is replaced by Ray, and its block of pictures is done again. What is missing in the
-    end is done once more, each picture in a block of its own: one that is still missing then has killed whatever
-    process it met. Raises what Ray raises when the cluster gives up.
+    shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. A process that dies,
+    or is lost with its node, is replaced by Ray, and its block is done again. What is missing in the end is done once
+    more, each image alone: one that is still missing then has killed whatever process it met.
     """
-    ray = import_ray()
+    ray, base = import_ray(), store.base
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.max_errored_blocks = False, -1
-    url = next((image.path.url for image, _, _ in jobs if isinstance(image.path, StoredPath)), "")
-    resources, waiting = ray.cluster_resources(), dict(enumerate(jobs))
+    resources = ray.cluster_resources()
     cores, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
-    network = parcel_of(store.base, engine, gpus)
-    # So that every core feeds some GPU, but no more than eight processes crowd one.
-    share = min(1, max(1 / 8, gpus / cores)) if gpus and network[-1] == "tensorflow" else 0
-    parcel, read_here = ray.put((network, store.reading, url)), not (shared_files or url)
-    for alone in (False, True):
-        sizes = [1] * len(waiting) if alone else block_sizes(jobs, cores, store.base.bottleneck_size)
-        for row, result in on_cluster(store, waiting, sizes, parcel, read_here, share, alone):
-            if row in waiting:
-                yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
+    if engine != "tensorflow" and base.lite_path and not (engine == "auto" and gpus):
+        share, parcel = 0, (base, "lite_path", base.lite_path.read_bytes(), "litert", store.reading)
+    else:  # every core feeds some GPU, but no more than eight processes crowd one
+        share = min(1, max(1 / 8, gpus / cores)) if gpus else 0
+        parcel = (base, "graph_path", base.graph_path.read_bytes(), "tensorflow", store.reading)
+    reference = ray.put(parcel)
+    read_here = not shared_files and isinstance(jobs[0].path, Path)
+    weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
+    together = max(1, min(LARGEST_BLOCK, len(jobs) // (4 * cores), BLOCK_BYTES // weight))
+    waiting = {job.row: dataclasses.replace(job, path=job.path.absolute()) for job in jobs}
+    by_row = {job.row: job for job in jobs}
+    for size in (together, 1):
+        for row, result in on_cluster(list(waiting.values()), size, reference, read_here, share):
+            if isinstance(result, UserError):
+                raise result
+            if waiting.pop(row, None):
+                yield by_row[row], result
         if not waiting:
             return
-        wait_for_processor()
-    for job in waiting.values():
-        yield job, "the process that decodes it dies, again and again"
-
-
-def kept(store: BottleneckStore, job: tuple, result: str | tuple | UserError) -> str | dict[str, np.ndarray]:
-    """Note what the cluster returned for a job and has kept, and return what extract does.
-
-    That is features float32 [n] by variant, or a reason. Raises the UserError that stands for a worker that failed.
-    """
-    if isinstance(result, UserError):
-        raise result
-    if isinstance(result, str):
-        return result
-    record, features = result
-    store.records.update(dict.fromkeys(features, record))
-    return dict(zip(job[2], features.values(), strict=True))
-
-
-def variants_of(
-    base: BaseModel, image: Image, distortion: Distortion | None, count: int
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Return what is computed for an image: {part of its file's name: function from decoded to resized pixels}.
-
-    Decoded are uint8 [height, width, 3], resized float32 [*input size, 3].
-    """
-    if distortion is None:
-        return {"": functools.partial(resize_bilinear, size=base.input_size)}
-    names = [f"_distorted_{i}" for i in range(count)]
-    return {
-        name: functools.partial(distortion.apply, size=base.input_size, seed=f"{image.key}{name}") for name in names
-    }
-
-
-def compute_bottlenecks(
-    store: BottleneckStore,
-    images: Sequence[Image],
-    distortion: Distortion | None = None,
-    count: int = 1,
-    extract_all: Callable[[BottleneckStore, Sequence[tuple]], Generator[tuple, None, None]] = extract_here,
-) -> tuple[np.ndarray, dict[Path | StoredPath, str]]:
-    """Return the features float32 [images, count, n], cached or computed, and {path: reason} of the unusable images.
-
-    Without a distortion count is 1, the picture itself; with one, its variants. Unusable images have no row.
-    extract_all: yields (job, result), see extract, for every job, in any order.
-    """
-    base, doing = store.base, "Distortions" if distortion else "Bottlenecks"
-    features = empty_matrix((len(images), count, base.bottleneck_size), store.folder)
-    settings = f" {dataclasses.astuple(distortion)}" if distortion else ""
-    jobs, places = [], {}
-    for row, image in enumerate(images):
-        missing = variants_of(base, image, distortion, count)
-        for column, name in enumerate(list(missing)):
-            places[image, name] = row, column
-            if (values := store.load(image, name, settings)) is not None:
-                features[row, column] = values
-                del missing[name]
-        if missing:
-            jobs.append((image, settings, missing))
-    wanted, skipped = sum(len(missing) for _, _, missing in jobs), {}
-    if jobs:
-        kinds = f" of {count} variants for each of {len(images)} pictures" if distortion else ""
-        log.info("%s: %d cached, %d to compute%s.", doing, len(places) - wanted, wanted, kinds)
-        with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
-            for (image, _, missing), result in results:
-                bar.update(len(missing))
-                if isinstance(result, str):
-                    skipped[image.path] = result
-                    continue
-                for name, values in result.items():
-                    features[places[image, name]] = values
-    usable = [row for row, image in enumerate(images) if image.path not in skipped]
-    for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
-        if new != row:
-            features[new] = features[row]
-    return features[: len(usable)], dict(sorted(skipped.items()))
+        gc.collect()  # Ray Data's errors of lost blocks hold idle processes, and those the processors
+    for row in waiting:
+        yield by_row[row], "the process that decodes it dies, again and again"
 
 
 # ======================================================================================================================
@@ -2782,7 +2536,7 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
     return merged(groups, ends[:, 0], ends[:, 1]), pairs
 
 
-def crops(path: Path | StoredPath) -> tuple[np.ndarray, np.ndarray] | None:
+def crops(path: Path | UPath) -> tuple[np.ndarray, np.ndarray] | None:
     """Return an image as unit vectors: crops float32 [100, 256] of it, and [2, 256] all of it, as it is and mirrored.
 
     Grey, 16 pixels square: windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and
@@ -4335,6 +4089,8 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     """Return the images of all folders that the flags name, those of image_dir first, and the labels of image_dir."""
     images, listed = list_images(flags.image_dir), {"--image_dir": flags.image_dir}
     labels = list(dict.fromkeys(image.label for image in images))
+    if flags.relabel:
+        images = relabel(images, flags.relabel)
     if flags.split_file:
         images = read_split_file(flags.split_file, flags.image_dir, images)
     for name, split in (("validation_dir", "validation"), ("test_dir", "testing")):
@@ -4344,7 +4100,7 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
             images += others
     if flags.coarse_image_dir:
         images += list_others(flags.coarse_image_dir, "--coarse_image_dir", "coarse", listed, least=2)
-    return leave_out(images, Path(flags.exclude)) if flags.exclude else images, labels
+    return leave_out(images, flags.exclude) if flags.exclude else images, labels
 
 
 def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
@@ -4439,7 +4195,7 @@ def add_distortions(flags: argparse.Namespace, data: Dataset, store: BottleneckS
     if distortion == Distortion():
         return
     images, count = [data.images[row] for row in training.rows], flags.distortions_per_image
-    variants, gone = compute(store, images, distortion, count)  # [images, count, n]
+    variants, _, gone = compute(store, images, distortion, count)  # [images, count, n]
     if gone:
         raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
     matrix = empty_matrix((len(images), 1 + count, variants.shape[2]), store.folder)
@@ -4591,7 +4347,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
         extract = functools.partial(extract_here, engine=choose_engine(kind, flags.cpu_threads))
     compute = functools.partial(compute_bottlenecks, extract_all=extract)
     store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
-    features, skipped = compute(store, images)
+    features, cues, skipped = compute(store, images)
     store.write_skipped(skipped)
     try:
         usable = [image for image in images if image.path not in skipped]
