@@ -2598,10 +2598,16 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
 
 
 def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray | None:
-    """Return the fold that holds out each row, int [rows], classes spread and groups whole; None for too few groups."""
+    """Return the fold that holds out each row, int [rows], classes spread and groups whole; None for too few rows.
+
+    Where every class is one group, no more than a word on that remains, and an interval of hardly any use: groups
+    are then divided, so that there are mistakes and doubtful images to look at.
+    """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
+    if np.bincount(classes[first]).max() < 2:
+        groups = first = group_of = np.arange(len(classes))
     count = min(FOLDS, int(np.bincount(classes[first]).max()))
     if count < 2:
         return None

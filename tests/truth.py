@@ -224,8 +224,8 @@ def bursts(sets: Sets, repeats: int) -> None:
         extremes.append((claim.value, claim.effective))
     values, effective = np.array(extremes).T
     print(
-        f"bursts: of {repeats} seeds {np.mean(found):.0%} of the intervals hold 50 %; claimed {values.mean():.1%} in the "
-        f"mean ({values.min():.1%} to {values.max():.1%}), worth {effective.mean():.0f} independent images; "
+        f"bursts: of {repeats} seeds {np.mean(found):.0%} of the intervals hold 50 %; claimed {values.mean():.1%} in "
+        f"the mean ({values.min():.1%} to {values.max():.1%}), worth {effective.mean():.0f} independent images; "
         f"{np.mean(tests):.1f} of 180 test images are left as tests"
     )
 
@@ -256,10 +256,11 @@ def gain(sets: Sets, repeats: int) -> None:
             )
         found.append((scores[1] - scores[0], *curve.gain, curve.hardly))
     truth, low, high, hardly = np.array(found).T
+    brought = 100 * truth[hardly > 0].mean() if hardly.any() else 0
     print(
         f"gain: {repeats} trials: the range holds it in {((low <= truth) & (truth <= high)).mean():.0%}, median width "
-        f"{100 * np.median(high - low):.1f} points, below {(truth < low).mean():.0%}, above {(truth > high).mean():.0%}; "
-        f"'hardly' {int(hardly.sum())} times, then in truth {100 * truth[hardly > 0].mean() if hardly.any() else 0:+.1f} points"
+        f"{100 * np.median(high - low):.1f} points, below {(truth < low).mean():.0%}, above "
+        f"{(truth > high).mean():.0%}; 'hardly' {int(hardly.sum())} times, where in truth it was {brought:+.1f} points"
     )
 
 
@@ -342,7 +343,7 @@ def unknown(sets: Sets, repeats: int) -> None:
 
 
 def calibration(sets: Sets, repeats: int) -> None:
-    """Print the expected calibration error on images that neither training nor temperature saw."""
+    """Print the calibration error on images that neither training nor temperature saw."""
     print("calibration: | set | steps | temperature | error before | after |")
     for name in ("ants_bees/train", "cats_dogs"):
         photographs = sets.load(name)
@@ -354,10 +355,9 @@ def calibration(sets: Sets, repeats: int) -> None:
                 made = validated(photographs.features, photographs.classes, own, own, seed, steps)
                 temperature = retrain.fit_temperature(made.logits, made.classes)
                 head = trained(photographs.features, photographs.classes, own, seed, steps)
-                tried = [head.cooled(t).probabilities(photographs.features[other]) for t in (1.0, temperature)]
-                figures.append(
-                    (temperature, *(retrain.calibration_error(p, photographs.classes[other]) for p in tried))
-                )
+                logits, every = head.logits(photographs.features[other]), np.arange(len(other))
+                fresh = HeldOut(other, photographs.classes[other], logits, every, every)
+                figures.append((temperature, fresh.calibration_error(1.0), fresh.calibration_error(temperature)))
             temperature, before, after = np.mean(figures, axis=0)
             print(f"calibration: | {name} | {steps} | {temperature:.2f} | {before:.1%} | {after:.1%} |", flush=True)
 
@@ -381,7 +381,7 @@ def cues(sets: Sets, repeats: int) -> None:
             for column, factor in factors.items():
                 measured[photographs.classes == 0, column] *= factor
             cue, accuracy = retrain.spurious_cue(measured, made)
-            print(f"cues: {name}, {what}: {cue or 'no alarm'} ({accuracy:.0%}, chance {1 / logits.shape[1]:.0%})")
+            print(f"cues: {name}, {what}: {cue or 'no alarm'} ({accuracy:.0%}, chance 50%)")
 
 
 CHECKS: dict[str, Callable[[Sets, int], None]] = {
