@@ -4471,9 +4471,10 @@ def search_baidu(web: Web, words: str, argument: str, licenses: Sequence[str]) -
         if not entries:
             return
         for address, rest in entries:
-            title = re.search(r'"fromPageTitle":\s*"((?:[^"\\]|\\.)*)"', rest)
+            title = re.search(r'"fromPageTitle":\s*"((?:[^"\\]|\\.)*)"', rest)  # some are in no proper JSON
+            told = plain(re.sub(r"\\(.)", r"\1", title[1])) if title else None
             with contextlib.suppress(ValueError):
-                yield Candidate(json.loads(address), "baidu", title=plain(title[1]) if title else None)
+                yield Candidate(json.loads(address), "baidu", title=told)
 
 
 def read_page(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
