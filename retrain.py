@@ -3171,40 +3171,6 @@ def check_public(address: str, allowed: Sequence) -> None:
         raise Refusal("private address")
 
 
-def guarded(pool_class: Any, allowed: Sequence) -> Callable:
-    """Return what makes urllib3's connection pools, but with connections that check whom they reached.
-
-    The name was looked up and checked before, but a hostile name server can give another address the second time.
-    Such a connection also gives up an answer whose head never ends.
-    """
-
-    class Guarded(pool_class.ConnectionCls):
-        def _new_conn(self) -> socket.socket:  # where urllib3 has a plain socket, before any TLS is spoken
-            connected = super()._new_conn()
-            try:
-                check_public(connected.getpeername()[0], allowed)
-            except Refusal:
-                connected.close()
-                raise
-            return connected
-
-        def getresponse(self) -> Any:
-            alarm = threading.Timer(MOST_SECONDS, self.sock.shutdown, [socket.SHUT_RDWR])
-            alarm.daemon = True
-            alarm.start()
-            try:
-                return super().getresponse()
-            finally:
-                alarm.cancel()
-
-    def make_pool(*arguments: Any, **options: Any) -> Any:
-        pool = pool_class(*arguments, **options)
-        pool.ConnectionCls = Guarded
-        return pool
-
-    return make_pool
-
-
 class Web:
     """Fetches addresses with a polite visitor's patience: robots.txt, a pause between two requests to a host.
 
@@ -3213,7 +3179,6 @@ class Web:
 
     def __init__(self, settings: CrawlSettings):
         import requests
-        import urllib3
 
         self.settings, self.lock = settings, threading.Lock()
         self.next_start: dict[str, float] = defaultdict(float)  # per host, of time.monotonic
@@ -3225,11 +3190,6 @@ class Web:
         self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
         self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
-        for scheme, pool_class in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
-            adapter = requests.adapters.HTTPAdapter(pool_connections=64, pool_maxsize=64)
-            pools: Any = {scheme: guarded(pool_class, settings.allow_private)}
-            adapter.poolmanager.pool_classes_by_scheme = pools
-            self.session.mount(f"{scheme}://", adapter)
 
     def get(
         self, url: str, most_bytes: int = MOST_PAGE_BYTES, robots: bool = False, headers: dict | None = None
@@ -3240,7 +3200,7 @@ class Web:
         it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
         """
         for _ in range(MOST_REDIRECTS + 1):
-            host = self.check(url)
+            host = self.host_of(url)
             if robots:
                 self.check_robots(url, host)
             target, body = self.try_often(url, host, most_bytes, headers or {})
@@ -3253,7 +3213,7 @@ class Web:
                 raise Refusal("no http or https address") from None
         raise Refusal("too many redirects")
 
-    def check(self, url: str) -> str:
+    def host_of(self, url: str) -> str:
         """Return the host of an address, with its port if unusual. Raises Refusal if it must not be fetched."""
         try:
             parts = urllib.parse.urlsplit(url)
@@ -3378,8 +3338,8 @@ def refusal_of(error: Exception) -> Refusal:
     from requests import exceptions
     from urllib3.exceptions import DecodeError, LocationParseError, ProtocolError, ReadTimeoutError
 
-    if isinstance(error, exceptions.InvalidURL | exceptions.InvalidSchema | LocationParseError) or (
-        isinstance(error, ValueError) and not isinstance(error, OSError)
+    if isinstance(error, LocationParseError) or (
+        isinstance(error, ValueError) and not isinstance(error, ConnectionError)
     ):
         return Refusal("no http or https address")
     if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -3491,9 +3451,10 @@ def search_baidu(web: Web, words: str, argument: str, licenses: Sequence[str]) -
         if not entries:
             return
         for address, rest in entries:
-            title = re.search(r'"fromPageTitle":\s*"((?:[^"\\]|\\.)*)"', rest)
+            title = re.search(r'"fromPageTitle":\s*"((?:[^"\\]|\\.)*)"', rest)  # some are in no proper JSON
+            told = plain(re.sub(r"\\(.)", r"\1", title[1])) if title else None
             with contextlib.suppress(ValueError):
-                yield Candidate(json.loads(address), "baidu", title=plain(title[1]) if title else None)
+                yield Candidate(json.loads(address), "baidu", title=told)
 
 
 def read_page(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
@@ -3704,14 +3665,6 @@ class Collection:
         files = {entry["file"] for entry in self.entries[name].values() if entry["outcome"] == "kept"}
         return sum((self.crawl_dir / name / file_name).is_file() for file_name in files)
 
-    def is_settled(self, name: str, url: str) -> bool:
-        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not."""
-        entry = self.entries[name].get(url)
-        if entry is None or entry["outcome"] == "failed":
-            return False
-        limit = LIMITS.get(entry.get("reason", ""))
-        return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
-
     def record(self, name: str, candidate: Candidate, outcome: str, **facts: Any) -> None:
         """Write down what became of an address, and remember it."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -3747,10 +3700,14 @@ class Collection:
         self.record(name, candidate, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
 
     def is_known(self, name: str, candidate: Candidate) -> bool:
-        """Tell whether an address needn't be fetched; record it if it gave an image before."""
-        if self.is_settled(name, candidate.url):
-            return True
-        place = self.place_of.get(candidate.url)
+        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not.
+
+        One that gave an image to another class is then refused.
+        """
+        entry, place = self.entries[name].get(candidate.url), self.place_of.get(candidate.url)
+        if entry and entry["outcome"] != "failed":
+            limit = LIMITS.get(entry.get("reason", ""))
+            return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
         if place:
             self.refuse_twin(name, candidate, "the same file", place, {})
         return place is not None
@@ -3947,19 +3904,12 @@ def crawl(
     import filelock
 
     crawl_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(crawl_dir / ".crawl.lock", timeout=0)
     try:
-        with filelock.FileLock(crawl_dir / ".crawl.lock", timeout=0):
-            fill_folders(classes, crawl_dir, sources, settings)
+        lock.acquire()
     except filelock.Timeout:
-        raise UserError(
-            f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
-        ) from None
-
-
-def fill_folders(
-    classes: dict[str, str], crawl_dir: Path, sources: Sequence[tuple[str, str]], settings: CrawlSettings
-) -> None:
-    """Do what crawl does, while no other run crawls into the same folder."""
+        told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
+        raise UserError(told) from None
     web, collection, unasked, ended = Web(settings), Collection(crawl_dir, classes, settings), [], False
     try:
         for name, words in classes.items():
@@ -3971,6 +3921,7 @@ def fill_folders(
     finally:
         for line in crawl_report(collection, classes, settings.count, ended):
             log.info("%s", line)
+        lock.release()
     if unasked:
         raise UserError(f"{unasked[0]}; see whether this machine is online, and run the same command again to go on.")
     if not any(map(collection.kept, classes)):
