@@ -37,7 +37,7 @@ BAD = {
     "truncated": "the file is truncated",
     "empty": "the file is empty",
     "html": "a web page",
-    "text": "not an image in JPEG, PNG, GIF, BMP or WebP format",
+    "text": "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format",
     "endless": "too many bytes",
     "long": "broke off",
     "gzip_bomb": "too many bytes",
