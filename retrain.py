@@ -3170,7 +3170,7 @@ MOST_CARDS, MOST_NAMED, MOST_CONFUSED = 48, 10_000, 24
 MOST_LISTED = 10_000  # mistakes, confusions and steps in the .json
 INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
 # In TensorBoard: images in the projector, the width and height of their thumbnails, and mistakes shown.
-MOST_PROJECTED, SPRITE, MOST_LOGGED = 500, 48, 32
+MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3294,8 +3294,11 @@ def report_page(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -
         "files": files,
         "printable": printable,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        # The first sentence of the terminal is the headline here.
-        "findings": [*about_accuracy(found)][bool(judged) :] + [*about_images(found, Path(files.doubtful.name))],
+        "findings": [
+            line
+            for line in [*about_accuracy(found), *about_images(found, Path(files.doubtful.name))]
+            if not line.startswith("The accuracy to believe")  # which is the headline here
+        ],
         "plots": plots_of(found),
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
         "splits": Counter(image.split for image in found.images),
@@ -3519,7 +3522,7 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
             for row, thumbnail in sorted(thumbnails_of(images, worst, 240).items()):
                 tag = f"{images[row].label} taken for {worst[row]}/{printable(images[row].path.name)}"
                 writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
-            writer.add_embedding(points, cells, sprites.transpose(0, 3, 1, 2) / 255, 0, "features", columns)
+            writer.add_embedding(points, cells, sprites.transpose(0, 3, 1, 2) / np.float32(255), 0, "features", columns)
     except OSError as error:
         raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
 
