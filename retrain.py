@@ -15,6 +15,7 @@ common ground, flags, images, base model, bottlenecks, head, evaluation, export,
 from __future__ import annotations
 
 import argparse
+import base64
 import concurrent.futures
 import contextlib
 import csv
@@ -106,6 +107,7 @@ import numpy as np
 import PIL.Image
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
+    from matplotlib.axes import Axes
     from ray import ObjectRef
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorflow import Tensor
@@ -2916,6 +2918,376 @@ def about_images(found: Diagnostics, list_path: Path) -> Iterator[str]:
 
 
 # ======================================================================================================================
+# Report: output_report.html for people, and its numbers and doubtful images as .json and .tsv
+# ======================================================================================================================
+
+# The page, which Jinja2 fills in; who copies retrain.py alone gets the .json and .tsv.
+REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")
+# The longer side of a thumbnail in pixels, the most of them, and the most bytes of all as text: a page can be mailed.
+THUMBNAIL, MOST_THUMBNAILS, THUMBNAIL_BYTES = 200, 480, 5_500_000
+# The most images with a card in each list of the page, and named in all cells; classes in the confusion matrix.
+MOST_CARDS, MOST_NAMED, MOST_CONFUSED = 48, 10_000, 24
+MOST_LISTED = 10_000  # mistakes, confusions and steps in the .json
+INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
+# In TensorBoard: images in the projector, the width and height of their thumbnails, and mistakes shown.
+MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFiles:
+    """Where a report lies: its page x.html, and beside it its numbers x.json and the doubtful images x.tsv."""
+
+    page: Path
+
+    @property
+    def numbers(self) -> Path:
+        """The numbers, as JSON."""
+        return self.page.with_suffix(".json")
+
+    @property
+    def doubtful(self) -> Path:
+        """The list of doubtful images, as --exclude and --relabel read it."""
+        return self.page.with_suffix(".tsv")
+
+
+def write_report(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -> None:
+    """Write the report in its three forms; about: what else stands at the head of the page, by its name."""
+    as_json = functools.partial(json.dumps, indent=1, ensure_ascii=False, allow_nan=False, default=dataclasses.asdict)
+    texts = {files.doubtful: doubts_as_list(found), files.numbers: as_json(report_as_json(found)) + "\n"}
+    if REPORT_TEMPLATE.is_file():
+        texts[files.page] = report_page(found, files, about)
+    else:
+        log.warning("There is no %s, so none could be filled in; it comes with retrain.py.", REPORT_TEMPLATE)
+    for path, text in texts.items():
+        with whole_file(path) as temporary:
+            temporary.write_text(text, "utf-8")
+    log.info("Wrote the report: %s.", listed([str(path) for path in sorted(texts)]))
+
+
+# ... for programs
+
+
+def held_out_as_json(held_out: HeldOut, labels: Sequence[str]) -> dict:
+    """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
+    counts = held_out.confusion
+    ends = np.argwhere(counts)[np.argsort(-counts[counts > 0], kind="stable")][:MOST_LISTED].tolist()
+    return {
+        "accuracy": held_out.accuracy,
+        "classes": [
+            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
+            for c, label in enumerate(labels)
+        ],
+        "confusion": [
+            {"label": labels[c], "named": labels[named], "images": int(counts[c, named])} for c, named in ends
+        ],
+    }
+
+
+def report_as_json(found: Diagnostics) -> dict:
+    """Return the numbers of a report, in which a Proportion stands for an object of its fields.
+
+    believe: "test", "cross-validation" or "", whose accuracy is the one to believe; test: without the test_duplicates,
+    which training images show, too; lists of images begin with the surest or worst, and none has over MOST_LISTED.
+    """
+
+    def listed_images(doubts: Sequence[Doubt]) -> list[dict]:
+        return [
+            {"image": printable(found.images[doubt.row].key), "label": found.images[doubt.row].label}
+            | {"split": found.images[doubt.row].split, "proposed": found.labels[doubt.proposed]}
+            | {"score": doubt.score, "reason": doubt.reason}
+            for doubt in doubts[:MOST_LISTED]
+        ]
+
+    steps = [(name, scores) for name, history in found.histories.items() for scores in history]
+    return {
+        "believe": found.source,
+        "labels": found.labels,
+        "images": Counter(image.split for image in found.images),
+        "test": found.test and held_out_as_json(found.test, found.labels),
+        "test_duplicates": found.test_duplicates,
+        "classic_accuracy": found.classic_accuracy,
+        "cross_validation": found.validated and held_out_as_json(found.validated, found.labels),
+        "learning_curve": found.curve,  # images trained on, accuracies, range of the gain by twice as many
+        "temperature": found.temperature,
+        "calibration_error": found.calibration_error,  # before and after dividing by the temperature
+        "cue": {"name": found.cue, "recall": found.cue_accuracy},
+        "mistakes": listed_images(found.mistakes),
+        "doubtful": listed_images(found.doubts),
+        "duplicates": [
+            dataclasses.asdict(pair)
+            | {name: printable(found.images[getattr(pair, name)].key) for name in ("first", "second")}
+            for pair in found.pairs
+        ],
+        "training": [
+            {"of": name, "step": s.step, "split": s.split, "accuracy": s.accuracy, "cross_entropy": s.cross_entropy}
+            for name, s in steps[:: len(steps) // MOST_LISTED + 1]
+        ],
+    }
+
+
+def doubts_as_list(found: Diagnostics) -> str:
+    """Return the doubtful images as lines of a table, worst first, for --exclude and --relabel."""
+    lines = [
+        "# Save this under another name and delete the lines of images that are right. Then --exclude leaves out the\n"
+        "# others, or --relabel trains with the label in their second column.\n"
+        "# image\tlabel to train with\tits score\tscore of the label now\treason\n"
+    ]
+    for doubt in found.doubts:
+        cells = printable(found.images[doubt.row].key), found.labels[doubt.proposed]
+        lines.append("\t".join([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason]) + "\n")
+    return "".join(lines)
+
+
+# ... for people
+
+
+def report_page(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -> str:
+    """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
+    import jinja2
+
+    judged, labels = found.believed, found.labels
+    doubted = {doubt.row for doubt in found.doubts}
+    page: dict[str, Any] = {
+        "found": found,
+        "judged": judged,
+        "about": about,
+        "files": files,
+        "printable": printable,
+        "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        "findings": [
+            line
+            for line in [*about_accuracy(found), *about_images(found, Path(files.doubtful.name))]
+            if not line.startswith("The accuracy to believe")  # which is the headline here
+        ],
+        "plots": plots_of(found),
+        "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
+        "splits": Counter(image.split for image in found.images),
+        "counts": Counter((image.label, image.split) for image in found.images),
+        "doubts": found.doubts[:MOST_CARDS],
+        "pairs": found.pairs[: MOST_CARDS // 2],
+        "mistakes": [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2],
+        "classes": [],
+    }
+    if judged:
+        recalls = [recall.value if (recall := judged.recall(c)) else 2.0 for c in range(len(labels))]
+        page["classes"] = np.argsort(recalls, kind="stable").tolist()  # the worst first, those of no image last
+        wrong = judged.confusion.sum(axis=0) + judged.confusion.sum(axis=1) - 2 * judged.confusion.diagonal()
+        page["confused"] = sorted(np.argsort(-wrong, kind="stable")[:MOST_CONFUSED].tolist())
+        # What each class is taken for, most often first.
+        page["taken_for"] = [[n for n in np.argsort(-row, kind="stable")[:4].tolist() if row[n] and n != c][:3]
+                             for c, row in enumerate(judged.confusion)]  # fmt: skip
+    page |= images_of_page(found, page["doubts"], page["mistakes"], page["pairs"])
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
+
+
+def cells_of(judged: HeldOut, found: Diagnostics) -> tuple[dict[str, dict], dict[int, list]]:
+    """Return the cells of the confusion matrix, "class,class named" -> {"count", "rows"}, and the images in them.
+
+    Mistakes come before what is right, the surest first; of what is right the least sure first. Images: row -> [class
+    folder/file name, class, class named, score], MOST_NAMED at most.
+    """
+    scores, wrong = judged.probabilities(found.temperature).max(axis=1), judged.predicted != judged.classes
+    cells: dict[str, dict] = {}
+    named: dict[int, list] = {}
+    for i in np.lexsort((np.where(wrong, -scores, scores), ~wrong)).tolist():
+        c, guess, row = int(judged.classes[i]), int(judged.predicted[i]), int(judged.rows[i])
+        cell = cells.setdefault(f"{c},{guess}", {"count": 0, "rows": []})
+        cell["count"] += 1
+        if len(named) < MOST_NAMED:
+            cell["rows"].append(row)
+            named[row] = [printable(found.images[row].key), c, guess, round(float(scores[i]), 4)]
+    return cells, named
+
+
+def images_of_page(
+    found: Diagnostics, doubts: Sequence[Doubt], mistakes: Sequence[Doubt], pairs: Sequence[NearDuplicate]
+) -> dict:
+    """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
+
+    The thumbnails that only the script shows are in its data: 12 of each cell, in turn, as far as there is room.
+    """
+    images, class_of = found.images, {label: c for c, label in enumerate(found.labels)}
+    cells, known = cells_of(found.believed, found) if found.believed else ({}, {})
+    ends = [ends for pair in pairs for ends in ((pair.first, pair.second), (pair.second, pair.first))]
+    in_lists = {doubt.row for doubt in [*doubts, *mistakes]} | {row for row, _ in ends}
+    ranked = [cell["rows"][i] for i in range(12) for cell in cells.values() if i < len(cell["rows"])]
+    for row, other in ends:  # of two copies in two classes, each may belong to the other's
+        own, proposed = class_of[images[row].label], class_of[images[other].label]
+        known.setdefault(row, [printable(images[row].key), own, proposed, 0])
+    for doubt in [*mistakes, *doubts]:
+        own, score = class_of[images[doubt.row].label], round(doubt.score, 4)
+        known[doubt.row] = [printable(images[doubt.row].key), own, doubt.proposed, score]
+    urls = data_urls(images, list(dict.fromkeys([*sorted(in_lists), *ranked]))[:MOST_THUMBNAILS])
+    hidden = {row: url for row, url in urls.items() if row not in in_lists}
+    return {
+        "thumbnails": urls,
+        "data": {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden},
+    }
+
+
+def thumbnails_of(images: Sequence[Image], rows: Iterable[int], side: int) -> dict[int, PIL.Image.Image]:
+    """Return small images, at most `side` pixels wide and high, by their rows, but for those that are gone."""
+
+    def shrunk(row: int) -> PIL.Image.Image | None:
+        try:
+            image = PIL.Image.fromarray(read_image(images[row].path, Reading(), (side, side)))
+        except ImageError:
+            return None
+        image.thumbnail((side, side))
+        return image
+
+    made = dict(on_all_cores([shrunk] * core_count(), rows))
+    return {row: image for row, image in made.items() if image is not None}
+
+
+def data_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
+    """Return thumbnails as data URLs, by their rows, the first rows if all together are too large for a page."""
+    small, urls, size = thumbnails_of(images, rows, THUMBNAIL), {}, 0
+    for row in rows:
+        if row in small:
+            data = io.BytesIO()
+            small[row].save(data, "JPEG", quality=72)
+            url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+            size += len(url)
+            if size > THUMBNAIL_BYTES:
+                break
+            urls[row] = url
+    return urls
+
+
+# ... its plots
+
+
+def drawn(draw: Callable[[Axes], None], name: str) -> str:
+    """Return a plot as SVG, whose text is the browser's; draw: takes its axes; name: its own among those of a page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "legend.frameon": False}
+    with matplotlib.rc_context(look | {"axes.edgecolor": GREY, "text.color": INK}):  # type: ignore[arg-type]
+        figure = Figure(figsize=(5.2, 3.6))
+        axes = figure.add_axes((0.13, 0.15, 0.85, 0.82))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        draw(axes)
+        axes.legend(loc="lower right", fontsize=10)
+        text = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    return text.getvalue().partition("<svg")[2].join(["<svg", ""])
+
+
+def from_below(axes: Axes, values: Sequence[float]) -> None:
+    """Let an axis of percentages go to 100 from well below the values, so that noise doesn't look like drama."""
+    axes.set_ylim(max(0, 10 * math.floor(min([*values, 90]) / 10 - 1)), 101)
+    axes.set_ylabel("% right")
+
+
+def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
+    """Draw the accuracy on the batches of the training, and on those of the validation, of each head."""
+    values = []
+    for (name, history), colour in zip(histories.items(), (BLUE, ORANGE, GREY), strict=False):
+        for split, style in (("train", ":"), ("validation", "-")):
+            scores = [scores for scores in history if scores.split == split]
+            scores = scores[:: len(scores) // 200 + 1]
+            if scores and not (split == "train" and len(histories) > 1):
+                label = name if len(histories) > 1 else {"train": "training"}.get(split, split)
+                shares = [100 * each.accuracy for each in scores]
+                axes.plot([each.step for each in scores], shares, style, color=colour, label=label, linewidth=1.6)
+                values += shares
+    from_below(axes, [float(np.quantile(values, 0.1))] if values else [])
+    axes.set_xlabel("training steps")
+
+
+def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
+    """Draw the accuracy against the images trained on, and the range for twice as many."""
+    middle = [100 * share.value for share in curve.accuracies]
+    low, high = [100 * share.low for share in curve.accuracies], [100 * share.high for share in curve.accuracies]
+    axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
+    axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
+    ends = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain]
+    twice = 2 * curve.sizes[-1]
+    axes.plot([twice, twice], ends, color=ORANGE, linewidth=6, solid_capstyle="butt", label="likely with twice as many")
+    axes.set_xscale("log")
+    ticks = [*curve.sizes, twice]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("images trained on")
+    from_below(axes, low + ends)
+
+
+def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
+    """Draw how often it is right against the score that it gives, in ten steps of the score."""
+    scores, right = judged.probabilities(temperature).max(axis=1), judged.predicted == judged.classes
+    places = np.minimum((10 * scores).astype(int), 9)
+    axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
+    bins = [places == place for place in np.unique(places)]
+    shares = [Proportion.of(right[own], judged.groups[own]) for own in bins]
+    middle = [100 * float(scores[own].mean()) for own in bins]
+    for x, share in zip(middle, shares, strict=True):
+        axes.plot([x, x], [100 * share.low, 100 * share.high], color=BLUE, alpha=0.4)
+    sizes = [12 + 150 * share.count / len(scores) for share in shares]
+    values = [100 * share.value for share in shares]
+    axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3)
+    axes.set_xlim(0, 101)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("score, %")
+    axes.set_ylabel("% right")
+
+
+def plots_of(found: Diagnostics) -> list[dict]:
+    """Return the plots of the page, each with its title and what it says."""
+    plots, curve = [], found.curve
+    if curve:
+        svg = drawn(lambda axes: draw_learning_curve(axes, curve), "curve")
+        told = "would hardly help" if curve.hardly else "may raise the accuracy into the range on the right"
+        plots.append({"title": "Would more images help?", "svg": svg, "caption": f"Twice as many {told}."})
+    if any(found.histories.values()):
+        svg = drawn(lambda axes: draw_training(axes, found.histories), "training")
+        told = "Accuracy on the validation images. " * (len(found.histories) > 1)
+        caption = f"{told}Each value is of one batch: that it jumps a little means nothing."
+        plots.append({"title": "Training in two stages" if told else "Training", "svg": svg, "caption": caption})
+    if found.believed and found.calibration_error:
+        judged, (before, after) = found.believed, found.calibration_error
+        svg = drawn(lambda axes: draw_calibration(axes, judged, found.temperature), "calibration")
+        caption = (
+            f"Scores are off by {100 * after:.1f} points on average ({100 * before:.1f} before they were "
+            f"calibrated, temperature {found.temperature:.2f}). Larger dots: more images."
+        )
+        plots.append({"title": "Are its scores to be trusted?", "svg": svg, "caption": caption})
+    return plots
+
+
+# ... for TensorBoard
+
+
+def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder: Path) -> None:
+    """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
+    from sklearn.decomposition import PCA
+    from tensorboardX import SummaryWriter
+
+    images, worst = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes[:MOST_LOGGED]}
+    rows = np.sort(np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]).tolist()
+    points = PCA(min(50, len(rows), features.shape[1]), random_state=0).fit_transform(features[rows])
+    named = {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
+    cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
+    sprites, small = np.full((len(rows), SPRITE, SPRITE, 3), 255, np.uint8), thumbnails_of(images, rows, SPRITE)
+    for sprite, pixels in ((sprites[i], np.asarray(small[row])) for i, row in enumerate(rows) if row in small):
+        sprite[: len(pixels), : pixels.shape[1]] = pixels
+    columns = ["label", "split", "taken for", "image"]
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        with SummaryWriter(str(folder)) as writer:
+            for row, thumbnail in sorted(thumbnails_of(images, worst, 240).items()):
+                tag = f"{images[row].label} taken for {worst[row]}/{printable(images[row].path.name)}"
+                writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
+            writer.add_embedding(points, cells, sprites.transpose(0, 3, 1, 2) / np.float32(255), 0, "features", columns)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
+
+
+# ======================================================================================================================
 # Export: the trained graph in its formats
 # ======================================================================================================================
 
@@ -4237,10 +4609,12 @@ def learn(
     compute: Callable,
     images: Sequence[Image],
     features: np.ndarray,
+    cues: np.ndarray,
     labels: list[str],
 ) -> None:
     """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it.
 
+    cues: see CUES, float32 [images, 5].
     compute: compute_bottlenecks, where it is to be done.
     """
     data = dataset_of(flags, images, features, labels)
@@ -4263,16 +4637,28 @@ def learn(
         if Path(flags.output_report).is_file():
             log.warning("The report that lies there (%s) is of an earlier run.", flags.output_report)
     else:
-        cues = np.full((len(data.images), 5), np.nan, np.float32)
         diagnostics = diagnose(
-            data.images, data.features, cues, data.known, data.rows["testing"], head,
-            labels, settings, histories, flags.coverage, train,
-        )  # fmt: skip
-        log_diagnostics(diagnostics, Path(flags.output_report).with_suffix(".tsv"))
+            data.images,
+            data.features,
+            cues[: len(data.images)],
+            data.known,
+            data.rows["testing"],
+            head,
+            labels,
+            settings,
+            histories,
+            flags.coverage,
+            train,
+        )
+        report = ReportFiles(Path(flags.output_report))
+        log_diagnostics(diagnostics, report.doubtful)
         head = head.cooled(diagnostics.temperature)
         facts["temperature"] = diagnostics.temperature
         facts["familiar"] = diagnostics.familiar and diagnostics.familiar.as_facts()
         write_all(flags, base, base_graph, head, labels, facts)
+        write_report(diagnostics, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
+        if flags.summaries_dir:
+            write_evaluation_summaries(diagnostics, data.features, Path(flags.summaries_dir) / "evaluation")
     if flags.summaries_dir:
         write_summaries(history, Path(flags.summaries_dir))
 
@@ -4308,7 +4694,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
     store.write_skipped(skipped)
     try:
         usable = [image for image in images if image.path not in skipped]
-        learn(flags, base, store, compute, usable, features[:, 0], labels)
+        learn(flags, base, store, compute, usable, features[:, 0], cues, labels)
     finally:
         for path, reason in list(skipped.items())[:3]:
             log.warning("%s: %s", printable(path), printable(reason))
