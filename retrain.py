@@ -3778,7 +3778,7 @@ def write_checkpoint(head: Head, path: Path) -> None:
 FOLDS = 5
 # Steps, on batches of 100, of all trainings together, beyond which the learning curve loses its smallest sizes.
 STEP_BUDGET, CURVE_SHARES = 60_000, (0.125, 0.25, 0.5)
-GAIN_ERRORS = 1.6  # standard errors on either side of what twice as many images are expected to bring
+GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
 # Features nearer than this, 1 - cosine, show one scene: by it 48 scenes of shaken frames made 48 groups and none of 885
 # different photographs were joined, with Inception-v3 and EfficientNet-Lite2.
 GROUP_RADIUS = 0.07
