@@ -2323,7 +2323,7 @@ def write_checkpoint(head: Head, path: Path) -> None:
 FOLDS = 5
 # Steps, on batches of 100, of all trainings together, beyond which the learning curve loses its smallest sizes.
 STEP_BUDGET, CURVE_SHARES = 60_000, (0.125, 0.25, 0.5)
-GAIN_ERRORS = 1.6  # standard errors on either side of what twice as many images are expected to bring
+GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
 # Features nearer than this, 1 - cosine, show one scene: by it 48 scenes of shaken frames made 48 groups and none of 885
 # different photographs were joined, with Inception-v3 and EfficientNet-Lite2.
 GROUP_RADIUS = 0.07
@@ -2581,15 +2581,15 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
 def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
     """Return the coarse rows but for those that show what another image shows, which would make that an easy test.
 
-    features: float32 [images, n]. Left out is what lies within GROUP_RADIUS, or is confirmed by its thumbnail.
+    features: float32 [images, n]. Left out is what has the very features of another, or is confirmed by its thumbnail.
     """
     others = np.flatnonzero([image.split != "coarse" for image in images])
     known, kept, alike = unit(features[others]), np.ones(len(coarse.rows), bool), []
     for place, row in enumerate(coarse.rows.tolist()):
         cosines = known @ unit(features[[row]])[0]
-        kept[place] = cosines.max() <= 1 - GROUP_RADIUS
-        nearest = np.argsort(-cosines)[: 3 if kept[place] else 0].tolist()
-        alike += [(float(cosines[i]), row, int(others[i])) for i in nearest if cosines[i] >= ALIKE]
+        nearest = np.argsort(-cosines)[:3].tolist()
+        kept[place] = not np.array_equal(features[row], features[others[nearest[0]]])
+        alike += [(float(cosines[i]), row, int(others[i])) for i in nearest if kept[place] and cosines[i] >= ALIKE]
     kept &= ~np.isin(coarse.rows, [pair.first for pair in same_images(alike, images)])
     if not kept.all():
         log.warning("%d coarse images are left out, since they show the same as other images.", (~kept).sum())
