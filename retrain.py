@@ -3485,6 +3485,7 @@ LONGEST_WAIT, MOST_LOST = 60.0, 60.0
 BATCH, MOST_PAGES = 20, 200  # candidates that are taken from a source at a time, pages that a source is asked for
 MOST_PIXELS = 50_000_000  # a whole camera's worth
 ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
+ENDINGS |= {"TIFF": ".tif", "AVIF": ".avif"}
 # Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
 # copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most, different ones in at least 82.
 SAME_LOOKS = 40
@@ -3969,14 +3970,16 @@ def look_at(data: bytes, min_side: int) -> dict[str, Any]:
         reason = "too many pixels"
     elif image and min(image.size) < min_side:
         reason = "too small"
-    if not reason:
-        try:
-            pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
-            looks = str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16))
-            return facts | {"file": facts["sha256"] + ENDINGS[image.format or ""], "looks": looks}  # type: ignore
-        except ImageError as error:
-            reason = str(error).split(" (")[0]
-    raise Refusal(reason, **facts)
+    if reason:
+        raise Refusal(reason, **facts)
+    try:
+        pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+    except ImageError as error:
+        raise Refusal(str(error).split(" (")[0], **facts) from None
+    if image is None:
+        raise Refusal("a format that is not kept", **facts)
+    looks = str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16))
+    return facts | {"file": facts["sha256"] + ENDINGS[image.format or ""], "looks": looks}
 
 
 class Collection:
