@@ -3007,15 +3007,17 @@ def report_as_json(found: Diagnostics) -> dict:
 
 def doubts_as_list(found: Diagnostics) -> str:
     """Return the doubtful images as lines of a table, worst first, for --exclude and --relabel."""
-    lines = [
+    text = io.StringIO(
         "# Save this under another name and delete the lines of images that are right. Then --exclude leaves out the\n"
         "# others, or --relabel trains with the label in their second column.\n"
         "# image\tlabel to train with\tits score\tscore of the label now\treason\n"
-    ]
+    )
+    text.seek(0, io.SEEK_END)
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     for doubt in found.doubts:
         cells = printable(found.images[doubt.row].key), found.labels[doubt.proposed]
-        lines.append("\t".join([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason]) + "\n")
-    return "".join(lines)
+        writer.writerow([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason])
+    return text.getvalue()
 
 
 # ... for people

@@ -74,6 +74,12 @@ def test_the_list_is_what_exclude_and_relabel_read(tmp_path):
     ]
 
 
+def test_the_list_names_files_with_quotes(tmp_path):
+    found = made_up(tmp_path, ['"quoted" ants', "bees"])
+    left = retrain.leave_out(found.images, str(write(found, tmp_path).with_suffix(".tsv")))
+    assert left == [image for row, image in enumerate(found.images) if row not in (0, 3)]
+
+
 def test_the_page_shows_all_classes_the_worst_recall_first(tmp_path):
     found = made_up(tmp_path, [f"class {c:02}" for c in range(40)], count=5)
     worst = dataclasses.replace(found.validated, logits=found.validated.logits.copy())
@@ -221,9 +227,13 @@ def test_what_is_ticked_is_saved_for_exclude_and_for_relabel(opened, tmp_path):
 
 
 def test_hostile_names_are_only_names(opened, tmp_path):
-    page = opened(made_up(tmp_path, HOSTILE, file_name='"><script>alert(3)<\u2215script>{}.jpg'))
+    found = made_up(tmp_path, HOSTILE, file_name='"><script>alert(3)<\u2215script>{}.jpg')
+    page = opened(found)
     page.locator('table.confusion [data-cell="0,1"]').click()
     page.locator("#cell .card input").first.check()
+    with page.expect_download() as saved:
+        page.locator('[data-save="exclude"]').click()
+    assert len(retrain.leave_out(found.images, str(saved.value.path()))) == len(found.images) - 1
     assert page.locator("#cell h3 bdi").all_inner_texts() == HOSTILE[:2]
     assert page.locator("#classes th bdi").count() == 3
     assert page.evaluate("document.documentElement.scrollWidth") == 400  # nothing is wider than a phone
