@@ -3245,6 +3245,7 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
     try:
         for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
             old.unlink()
+        shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
         with SummaryWriter(str(folder)) as writer:
             for row, thumbnail in sorted(thumbnails_of(images, worst, 240).items()):
                 tag = f"{images[row].label} taken for {worst[row]}/{printable(images[row].path.name)}"

@@ -144,12 +144,13 @@ def test_an_axis_makes_no_drama_of_noise():
     assert axes.get_ylim() == (80, 101)
 
 
-def test_tensorboard_reads_mistakes_and_projector(tmp_path):
+def test_tensorboard_reads_mistakes_and_projector(tmp_path, capfd):
     from tensorboardX.proto.event_pb2 import Event
 
     found, folder = made_up(tmp_path, ["ants", "bees", "cats"]), tmp_path / "logs"
     for _ in range(2):  # the second in place of the first
         retrain.write_evaluation_summaries(found, np.random.default_rng(0).normal(size=(60, 8)), folder)
+    assert capfd.readouterr() == ("", "")
     (path,) = folder.glob("events.out.tfevents.*")
     data, tags = path.read_bytes(), []
     while data:  # length, its checksum, event, its checksum
