@@ -3405,9 +3405,11 @@ def check_saved_model_dir(folder: Path) -> None:
 
 
 def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> None:
-    """Write a SavedModel of a trained graph: for `image_bytes`, strings [n], it gives `scores`, float32 [n, classes].
+    """Write a SavedModel of a trained graph with two signatures, both for a `prediction`, float32 [n, classes].
 
-    It decodes JPEG, PNG, GIF and BMP, and doesn't know of EXIF orientations. An earlier SavedModel there is replaced.
+    `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as that of TF-Hub's retrain.py did;
+    `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, without their EXIF orientations. An earlier
+    SavedModel there is replaced.
     """
     tf = import_tensorflow()
     graph = tf.compat.v1.GraphDef.FromString(frozen)
@@ -3418,16 +3420,22 @@ def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> No
         pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
-    def serve(image_bytes: Tensor) -> dict[str, Tensor]:
-        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
-        return {"scores": network(pixels)}
+    def serve(image: Tensor) -> dict[str, Tensor]:
+        return {"prediction": network(image * 255)}
 
+    def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
+        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
+        return {"prediction": network(pixels)}
+
+    pixel_spec, file_spec = tf.TensorSpec([None, *size, 3], tf.float32, "image"), tf.TensorSpec([None], tf.string)
     module = tf.Module()
-    module.serve = tf.function(serve, input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    module.serve = tf.function(serve, input_signature=[pixel_spec])
+    module.serve_bytes = tf.function(serve_bytes, input_signature=[file_spec])
+    signatures = {"serving_default": module.serve, "image_bytes": module.serve_bytes}
     temporary, replaced = (folder.with_name(f".retrain-{uuid.uuid4().hex}.tmp") for _ in range(2))
     try:
         with writing_by_tensorflow(folder):
-            tf.saved_model.save(module, str(temporary), signatures={"serving_default": module.serve})
+            tf.saved_model.save(module, str(temporary), signatures=signatures)
             if folder.exists():
                 folder.rename(replaced)
             temporary.rename(folder)

@@ -180,15 +180,27 @@ def test_tflite_with_any_number_of_classes(base, tmp_path, class_count):
 def test_saved_model_serves_batches(trained, pictures):
     import tensorflow as tf
 
-    serve = tf.saved_model.load(str(trained / "saved_model")).signatures["serving_default"]
+    serve = tf.saved_model.load(str(trained / "saved_model")).signatures["image_bytes"]
     (given,) = serve.structured_input_signature[1].values()
     assert (given.name, given.dtype, given.shape.as_list()) == ("image_bytes", tf.string, [None])
     data = [path.read_bytes() for path in pictures]
-    scores = serve(image_bytes=tf.constant(data))["scores"].numpy()
+    scores = serve(image_bytes=tf.constant(data))["prediction"].numpy()
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, predicted(trained, pictures), atol=1e-3)
-    one = serve(image_bytes=tf.constant(data[:1]))["scores"]
+    one = serve(image_bytes=tf.constant(data[:1]))["prediction"]
     np.testing.assert_allclose(one, scores[:1], atol=1e-5)
+
+
+def test_saved_model_takes_pixels_as_that_of_tf_hub_did(trained, pictures):
+    import tensorflow as tf
+
+    serve = tf.saved_model.load(str(trained / "saved_model")).signatures["serving_default"]
+    (given,) = serve.structured_input_signature[1].values()
+    assert (given.name, given.dtype) == ("image", tf.float32)
+    size = tuple(given.shape[1:3])
+    pixels = [retrain.resize_bilinear(retrain.read_image(path, retrain.Reading(), size), size) for path in pictures]
+    predictions = serve(image=tf.constant(np.stack(pixels) / 255))["prediction"]
+    np.testing.assert_allclose(predictions, predicted(trained, pictures), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind, mode", [("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA"), ("BMP", "RGB"), ("GIF", "P")])
@@ -199,8 +211,8 @@ def test_saved_model_reads_other_formats(trained, tmp_path, kind, mode):
     image = picture((40, 180, 60), 77).convert(mode)
     image.save(data, kind)
     path.write_bytes(data.getvalue())
-    serve = tf.saved_model.load(str(trained / "saved_model")).signatures["serving_default"]
-    scores = serve(image_bytes=tf.constant([data.getvalue()]))["scores"].numpy()
+    serve = tf.saved_model.load(str(trained / "saved_model")).signatures["image_bytes"]
+    scores = serve(image_bytes=tf.constant([data.getvalue()]))["prediction"].numpy()
     np.testing.assert_allclose(scores, predicted(trained, [path]), atol=1e-3)
 
 
@@ -208,10 +220,10 @@ def test_saved_model_replaces_its_own(train, tmp_path):
     import tensorflow as tf
 
     def served() -> np.ndarray:
-        serve = tf.saved_model.load("model/1").signatures["serving_default"]
+        serve = tf.saved_model.load("model/1").signatures["image_bytes"]
         data = io.BytesIO()
         picture((90, 90, 90), 4).save(data, "PNG")
-        return serve(image_bytes=tf.constant([data.getvalue()]))["scores"].numpy()
+        return serve(image_bytes=tf.constant([data.getvalue()]))["prediction"].numpy()
 
     flags = ("--saved_model_dir", "model/1", "--random_seed")
     assert train(*flags, 1) == 0

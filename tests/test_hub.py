@@ -111,9 +111,9 @@ def test_from_photographs_to_predictions(tf, train, image_dir, tmp_path, kind, e
     np.testing.assert_allclose(session_run(Path("output_graph.pb"), FEATURES, bytes_of(paths)), expected, atol=1e-3)
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(paths))
     np.testing.assert_allclose(predicted(tmp_path, paths), scores, atol=1e-3)
-    served = tf.saved_model.load("saved").signatures["serving_default"]
+    served = tf.saved_model.load("saved").signatures["image_bytes"]
     given = tf.constant([path.read_bytes() for path in paths])
-    np.testing.assert_allclose(served(image_bytes=given)["scores"], scores, atol=1e-3)
+    np.testing.assert_allclose(served(image_bytes=given)["prediction"], scores, atol=1e-3)
 
 
 def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir, tmp_path, capsys):

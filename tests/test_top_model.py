@@ -55,9 +55,9 @@ def test_all_formats_agree(train, image_dir, tmp_path, capsys):
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(paths))
     assert scores.std() > 0.1
     np.testing.assert_allclose(predicted(tmp_path, paths), scores, atol=1e-3)
-    served = tf.saved_model.load("saved").signatures["serving_default"]
+    served = tf.saved_model.load("saved").signatures["image_bytes"]
     given = tf.constant([path.read_bytes() for path in paths])
-    np.testing.assert_allclose(served(image_bytes=given)["scores"], scores, atol=1e-3)
+    np.testing.assert_allclose(served(image_bytes=given)["prediction"], scores, atol=1e-3)
     nodes = retrain.read_graph(Path("output_graph.pb")).node
     assert [node.op for node in nodes][-12:].count("Relu") == 3 and nodes[-1].name == "final_result"
     shapes = tf.train.load_checkpoint("kept/head").get_variable_to_shape_map()

@@ -78,9 +78,9 @@ def test_from_photographs_to_predictions(train, few, weights, notop, tmp_path, f
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(few))
     np.testing.assert_allclose(predicted(tmp_path, few), scores, atol=1e-3)
     tf = retrain.import_tensorflow()
-    served = tf.saved_model.load("saved").signatures["serving_default"]
+    served = tf.saved_model.load("saved").signatures["image_bytes"]
     given = tf.constant([path.read_bytes() for path in few])
-    np.testing.assert_allclose(served(image_bytes=given)["scores"], scores, atol=1e-3)
+    np.testing.assert_allclose(served(image_bytes=given)["prediction"], scores, atol=1e-3)
 
 
 def test_fc2_from_the_full_weights(train, few, tmp_path, monkeypatch):
