@@ -1937,7 +1937,11 @@ def extract_on_cluster(
                 yield by_row[row], result
         if not waiting:
             return
-        gc.collect()  # Ray Data's errors of lost blocks hold idle processes, and those the processors
+        deadline = time.monotonic() + 10  # they may be others' for hours
+        gc.collect()  # Ray Data's errors of lost blocks hold themselves and idle processes, and those the processors
+        while ray.available_resources().get("CPU", 0) < 1 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            gc.collect()
     for row in waiting:
         yield by_row[row], "the process that decodes it dies, again and again"
 
