@@ -1756,6 +1756,17 @@ LARGEST_BLOCK, BLOCK_BYTES = 64, 64 << 20
 TRIES_OF_BLOCK, TRIES_OF_IMAGE = 2, 15
 
 
+def without_frames(record: logging.LogRecord) -> bool:
+    """Turn the errors in a log record into text, for whoever keeps records, and return True.
+
+    The errors of lost blocks hold the processes that they are about, and those their processors.
+    """
+    record.msg, record.args = record.getMessage(), ()
+    if record.exc_info:
+        record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
+    return True
+
+
 def import_ray() -> types.ModuleType:
     """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
 
@@ -1770,7 +1781,8 @@ def import_ray() -> types.ModuleType:
         raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
     logger = logging.getLogger("ray.data")
     logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
-    logger.propagate = False  # whoever kept a record of a lost block would keep its processes, and their processors
+    for handler in logger.handlers:
+        handler.addFilter(without_frames)
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
     return ray
 
@@ -1937,7 +1949,11 @@ def extract_on_cluster(
                 yield by_row[row], result
         if not waiting:
             return
-        gc.collect()  # Ray Data's errors of lost blocks hold idle processes, and those the processors
+        deadline = time.monotonic() + 10  # they may be others' for hours
+        gc.collect()  # Ray Data's errors of lost blocks hold themselves and idle processes, and those the processors
+        while ray.available_resources().get("CPU", 0) < 1 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            gc.collect()
     for row in waiting:
         yield by_row[row], "the process that decodes it dies, again and again"
 
