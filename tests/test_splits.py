@@ -159,13 +159,13 @@ def test_pictures_that_it_does_not_name_are_left_out(train, capsys):
     assert train("--split_file", "split.tsv") == 0
     said = capsys.readouterr()
     assert "Classes: red things 20, blue 19, green 19." in said.out
-    assert "WARNING: 2 pictures of pictures are not in split.tsv, and are left out." in said.err
+    assert "WARNING: 2 images of pictures are not in split.tsv, and are left out." in said.err
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda text: text + "green/none.jpg\tgreen\ttraining\n", "line 62: there is no picture green/none.jpg in"),
+        (lambda text: text + "green/none.jpg\tgreen\ttraining\n", "line 62: there is no image green/none.jpg in"),
         (lambda text: text + text.splitlines()[5] + "\n", "line 62: Red Things/Red Things_04.jpg is named twice"),
         (
             lambda text: text + "green/../green/green_01.jpg\tgreen\ttraining\n",

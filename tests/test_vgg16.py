@@ -63,9 +63,7 @@ def few(image_dir) -> list[Path]:
     [
         ((), "avg_pool"),
         (("--bottleneck_layer", "block5_pool"), "block5_pool"),
-        (("--engine", "tensorflow"), "avg_pool"),
     ],
-    ids=["usual layer", "block5_pool", "TensorFlow"],
 )
 def test_from_photographs_to_predictions(train, few, weights, notop, tmp_path, flags, layer):
     usual = ("--architecture", "vgg16", "--model_dir", weights, "--learning_rate", 0.0001, "--saved_model_dir", "saved")
