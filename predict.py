@@ -196,7 +196,11 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tupl
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):  # faster than the whole at once, for which memory must be found
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

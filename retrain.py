@@ -2933,35 +2933,21 @@ INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
 MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
 
 
-@dataclasses.dataclass(frozen=True)
-class ReportFiles:
-    """Where a report lies: its page x.html, and beside it its numbers x.json and the doubtful images x.tsv."""
+def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
+    """Write the page, and beside it its numbers as .json and the doubtful images as .tsv.
 
-    page: Path
-
-    @property
-    def numbers(self) -> Path:
-        """The numbers, as JSON."""
-        return self.page.with_suffix(".json")
-
-    @property
-    def doubtful(self) -> Path:
-        """The list of doubtful images, as --exclude and --relabel read it."""
-        return self.page.with_suffix(".tsv")
-
-
-def write_report(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -> None:
-    """Write the report in its three forms; about: what else stands at the head of the page, by its name."""
+    about: what else stands at the head of the page, by its name.
+    """
     as_json = functools.partial(json.dumps, indent=1, ensure_ascii=False, allow_nan=False, default=dataclasses.asdict)
-    texts = {files.doubtful: doubts_as_list(found), files.numbers: as_json(report_as_json(found)) + "\n"}
+    texts = {".tsv": doubts_as_list(found), ".json": as_json(report_as_json(found)) + "\n"}
     if REPORT_TEMPLATE.is_file():
-        texts[files.page] = report_page(found, files, about)
+        texts[page.suffix] = report_page(found, page.with_suffix(".tsv").name, about)
     else:
         log.warning("There is no %s, so none could be filled in; it comes with retrain.py.", REPORT_TEMPLATE)
-    for path, text in texts.items():
-        with whole_file(path) as temporary:
+    for suffix, text in texts.items():
+        with whole_file(page.with_suffix(suffix)) as temporary:
             temporary.write_text(text, "utf-8")
-    log.info("Wrote the report: %s.", listed([str(path) for path in sorted(texts)]))
+    log.info("Wrote the report: %s.", listed([str(page.with_suffix(suffix)) for suffix in sorted(texts)]))
 
 
 # ... for programs
@@ -2971,16 +2957,10 @@ def held_out_as_json(held_out: HeldOut, labels: Sequence[str]) -> dict:
     """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
     counts = held_out.confusion
     ends = np.argwhere(counts)[np.argsort(-counts[counts > 0], kind="stable")][:MOST_LISTED].tolist()
-    return {
-        "accuracy": held_out.accuracy,
-        "classes": [
-            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
-            for c, label in enumerate(labels)
-        ],
-        "confusion": [
-            {"label": labels[c], "named": labels[named], "images": int(counts[c, named])} for c, named in ends
-        ],
-    }
+    cells = [{"label": labels[c], "named": labels[named], "images": int(counts[c, named])} for c, named in ends]
+    shares = [(label, held_out.recall(c), held_out.precision(c)) for c, label in enumerate(labels)]
+    classes = [{"label": label, "recall": recall, "precision": precision} for label, recall, precision in shares]
+    return {"accuracy": held_out.accuracy, "classes": classes, "confusion": cells}
 
 
 def report_as_json(found: Diagnostics) -> dict:
@@ -3027,21 +3007,23 @@ def report_as_json(found: Diagnostics) -> dict:
 
 def doubts_as_list(found: Diagnostics) -> str:
     """Return the doubtful images as lines of a table, worst first, for --exclude and --relabel."""
-    lines = [
+    text = io.StringIO(
         "# Save this under another name and delete the lines of images that are right. Then --exclude leaves out the\n"
         "# others, or --relabel trains with the label in their second column.\n"
         "# image\tlabel to train with\tits score\tscore of the label now\treason\n"
-    ]
+    )
+    text.seek(0, io.SEEK_END)
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     for doubt in found.doubts:
         cells = printable(found.images[doubt.row].key), found.labels[doubt.proposed]
-        lines.append("\t".join([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason]) + "\n")
-    return "".join(lines)
+        writer.writerow([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason])
+    return text.getvalue()
 
 
 # ... for people
 
 
-def report_page(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -> str:
+def report_page(found: Diagnostics, list_name: str, about: dict[str, str]) -> str:
     """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
     import jinja2
 
@@ -3051,12 +3033,12 @@ def report_page(found: Diagnostics, files: ReportFiles, about: dict[str, str]) -
         "found": found,
         "judged": judged,
         "about": about,
-        "files": files,
+        "list_name": list_name,
         "printable": printable,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         "findings": [
             line
-            for line in [*about_accuracy(found), *about_images(found, Path(files.doubtful.name))]
+            for line in [*about_accuracy(found), *about_images(found, Path(list_name))]
             if not line.startswith("The accuracy to believe")  # which is the headline here
         ],
         "plots": plots_of(found),
@@ -3120,10 +3102,8 @@ def images_of_page(
         known[doubt.row] = [printable(images[doubt.row].key), own, doubt.proposed, score]
     urls = data_urls(images, list(dict.fromkeys([*sorted(in_lists), *ranked]))[:MOST_THUMBNAILS])
     hidden = {row: url for row, url in urls.items() if row not in in_lists}
-    return {
-        "thumbnails": urls,
-        "data": {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden},
-    }
+    data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
+    return {"thumbnails": urls, "data": data}
 
 
 def thumbnails_of(images: Sequence[Image], rows: Iterable[int], side: int) -> dict[int, PIL.Image.Image]:
@@ -3185,18 +3165,17 @@ def from_below(axes: Axes, values: Sequence[float]) -> None:
 
 
 def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
-    """Draw the accuracy on the batches of the training, and on those of the validation, of each head."""
-    values = []
-    for (name, history), colour in zip(histories.items(), (BLUE, ORANGE, GREY), strict=False):
-        for split, style in (("train", ":"), ("validation", "-")):
-            scores = [scores for scores in history if scores.split == split]
-            scores = scores[:: len(scores) // 200 + 1]
-            if scores and not (split == "train" and len(histories) > 1):
-                label = name if len(histories) > 1 else {"train": "training"}.get(split, split)
-                shares = [100 * each.accuracy for each in scores]
-                axes.plot([each.step for each in scores], shares, style, color=colour, label=label, linewidth=1.6)
-                values += shares
-    from_below(axes, [float(np.quantile(values, 0.1))] if values else [])
+    """Draw the accuracy on the validation batches of each head, and, of a single one, on those of the training."""
+    wanted = [(name, "validation") for name in histories]
+    wanted += [(name, "train") for name in histories if len(histories) == 1]
+    values = [90.0]
+    for (name, split), colour in zip(wanted, (BLUE, ORANGE, GREY), strict=False):
+        scores = [scores for scores in histories[name] if scores.split == split]
+        scores = scores[:: len(scores) // 200 + 1]
+        shares = [100 * each.accuracy for each in scores]
+        axes.plot([each.step for each in scores], shares, color=colour, label=name if len(histories) > 1 else split)
+        values += shares
+    from_below(axes, [float(np.quantile(values, 0.1))])
     axes.set_xlabel("training steps")
 
 
@@ -3225,10 +3204,8 @@ def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
     bins = [places == place for place in np.unique(places)]
     shares = [Proportion.of(right[own], judged.groups[own]) for own in bins]
     middle = [100 * float(scores[own].mean()) for own in bins]
-    for x, share in zip(middle, shares, strict=True):
-        axes.plot([x, x], [100 * share.low, 100 * share.high], color=BLUE, alpha=0.4)
-    sizes = [12 + 150 * share.count / len(scores) for share in shares]
-    values = [100 * share.value for share in shares]
+    axes.vlines(middle, [100 * share.low for share in shares], [100 * share.high for share in shares], BLUE, alpha=0.4)
+    sizes, values = [12 + 150 * share.count / len(scores) for share in shares], [100 * share.value for share in shares]
     axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3)
     axes.set_xlim(0, 101)
     axes.set_ylim(0, 101)
@@ -3236,26 +3213,15 @@ def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
     axes.set_ylabel("% right")
 
 
-def plots_of(found: Diagnostics) -> list[dict]:
-    """Return the plots of the page, each with its title and what it says."""
-    plots, curve = [], found.curve
+def plots_of(found: Diagnostics) -> dict[str, str]:
+    """Return the plots of the page, as SVG, those for which there is something to draw."""
+    plots, judged, curve = {}, found.believed, found.curve
     if curve:
-        svg = drawn(lambda axes: draw_learning_curve(axes, curve), "curve")
-        told = "would hardly help" if curve.hardly else "may raise the accuracy into the range on the right"
-        plots.append({"title": "Would more images help?", "svg": svg, "caption": f"Twice as many {told}."})
+        plots["curve"] = drawn(lambda axes: draw_learning_curve(axes, curve), "curve")
     if any(found.histories.values()):
-        svg = drawn(lambda axes: draw_training(axes, found.histories), "training")
-        told = "Accuracy on the validation images. " * (len(found.histories) > 1)
-        caption = f"{told}Each value is of one batch: that it jumps a little means nothing."
-        plots.append({"title": "Training in two stages" if told else "Training", "svg": svg, "caption": caption})
-    if found.believed and found.calibration_error:
-        judged, (before, after) = found.believed, found.calibration_error
-        svg = drawn(lambda axes: draw_calibration(axes, judged, found.temperature), "calibration")
-        caption = (
-            f"Scores are off by {100 * after:.1f} points on average ({100 * before:.1f} before they were "
-            f"calibrated, temperature {found.temperature:.2f}). Larger dots: more images."
-        )
-        plots.append({"title": "Are its scores to be trusted?", "svg": svg, "caption": caption})
+        plots["training"] = drawn(lambda axes: draw_training(axes, found.histories), "training")
+    if judged:
+        plots["calibration"] = drawn(lambda axes: draw_calibration(axes, judged, found.temperature), "calibration")
     return plots
 
 
@@ -3277,7 +3243,9 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
         sprite[: len(pixels), : pixels.shape[1]] = pixels
     columns = ["label", "split", "taken for", "image"]
     try:
-        shutil.rmtree(folder, ignore_errors=True)
+        for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
+            old.unlink()
+        shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
         with SummaryWriter(str(folder)) as writer:
             for row, thumbnail in sorted(thumbnails_of(images, worst, 240).items()):
                 tag = f"{images[row].label} taken for {worst[row]}/{printable(images[row].path.name)}"
@@ -3485,6 +3453,7 @@ LONGEST_WAIT, MOST_LOST = 60.0, 60.0
 BATCH, MOST_PAGES = 20, 200  # candidates that are taken from a source at a time, pages that a source is asked for
 MOST_PIXELS = 50_000_000  # a whole camera's worth
 ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
+ENDINGS |= {"TIFF": ".tif", "AVIF": ".avif"}
 # Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
 # copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most, different ones in at least 82.
 SAME_LOOKS = 40
@@ -3969,14 +3938,16 @@ def look_at(data: bytes, min_side: int) -> dict[str, Any]:
         reason = "too many pixels"
     elif image and min(image.size) < min_side:
         reason = "too small"
-    if not reason:
-        try:
-            pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
-            looks = str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16))
-            return facts | {"file": facts["sha256"] + ENDINGS[image.format or ""], "looks": looks}  # type: ignore
-        except ImageError as error:
-            reason = str(error).split(" (")[0]
-    raise Refusal(reason, **facts)
+    if reason:
+        raise Refusal(reason, **facts)
+    try:
+        pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+    except ImageError as error:
+        raise Refusal(str(error).split(" (")[0], **facts) from None
+    if image is None:
+        raise Refusal("a format that is not kept", **facts)
+    looks = str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16))
+    return facts | {"file": facts["sha256"] + ENDINGS[image.format or ""], "looks": looks}
 
 
 class Collection:
@@ -4650,13 +4621,14 @@ def learn(
             flags.coverage,
             train,
         )
-        report = ReportFiles(Path(flags.output_report))
-        log_diagnostics(diagnostics, report.doubtful)
+        log_diagnostics(diagnostics, Path(flags.output_report).with_suffix(".tsv"))
         head = head.cooled(diagnostics.temperature)
         facts["temperature"] = diagnostics.temperature
         facts["familiar"] = diagnostics.familiar and diagnostics.familiar.as_facts()
         write_all(flags, base, base_graph, head, labels, facts)
-        write_report(diagnostics, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
+        write_report(
+            diagnostics, Path(flags.output_report), {"Base model": base.name, "Folder": shown(flags.image_dir)}
+        )
         if flags.summaries_dir:
             write_evaluation_summaries(diagnostics, data.features, Path(flags.summaries_dir) / "evaluation")
     if flags.summaries_dir:

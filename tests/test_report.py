@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 import retrain
-from retrain import Diagnostics, Doubt, HeldOut, Image, LearningCurve, NearDuplicate, ReportFiles, Scores
+from retrain import Diagnostics, Doubt, HeldOut, Image, LearningCurve, NearDuplicate, Scores
 
 HOSTILE = ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(2)>", "שלום\u202e{{ 7*7 }}"]
 CHROMIUM = "/usr/bin/chromium"
@@ -46,15 +46,15 @@ def made_up(folder: Path, names: list[str], count: int = 20, file_name: str = "i
     )  # fmt: skip
 
 
-def write(found: Diagnostics, folder: Path) -> ReportFiles:
-    files = ReportFiles(folder / "out" / "report.html")
-    retrain.write_report(found, files, {"Base model": "starter"})
-    return files
+def write(found: Diagnostics, folder: Path) -> Path:
+    page = folder / "out" / "report.html"
+    retrain.write_report(found, page, {"Base model": "starter"})
+    return page
 
 
 def test_numbers_come_with_their_interval_and_what_they_are_worth(tmp_path):
     found = made_up(tmp_path, ["ants", "bees", "cats"])
-    numbers = json.loads(write(found, tmp_path).numbers.read_text("utf-8"))
+    numbers = json.loads(write(found, tmp_path).with_suffix(".json").read_text("utf-8"))
     accuracy = found.validated.accuracy
     assert numbers["believe"] == "cross-validation"
     assert numbers["cross_validation"]["accuracy"] == dataclasses.asdict(accuracy)
@@ -65,18 +65,26 @@ def test_numbers_come_with_their_interval_and_what_they_are_worth(tmp_path):
 
 
 def test_the_list_is_what_exclude_and_relabel_read(tmp_path):
-    lines = write(made_up(tmp_path, ["ants", "bees", "cats"]), tmp_path).doubtful.read_text("utf-8").splitlines()
+    lines = (
+        write(made_up(tmp_path, ["ants", "bees", "cats"]), tmp_path).with_suffix(".tsv").read_text("utf-8").splitlines()
+    )
     assert [line.split("\t")[:2] for line in lines if not line.startswith("# ")] == [
         ["ants/image0.jpg", "bees"],
         ["ants/image3.jpg", "ants"],
     ]
 
 
+def test_the_list_names_files_with_quotes(tmp_path):
+    found = made_up(tmp_path, ['"quoted" ants', "bees"])
+    left = retrain.leave_out(found.images, str(write(found, tmp_path).with_suffix(".tsv")))
+    assert left == [image for row, image in enumerate(found.images) if row not in (0, 3)]
+
+
 def test_the_page_shows_all_classes_the_worst_recall_first(tmp_path):
     found = made_up(tmp_path, [f"class {c:02}" for c in range(40)], count=5)
     worst = dataclasses.replace(found.validated, logits=found.validated.logits.copy())
     worst.logits[33 * 5 : 34 * 5, 0] = 9
-    page = write(dataclasses.replace(found, validated=worst), tmp_path).page.read_text("utf-8")
+    page = write(dataclasses.replace(found, validated=worst), tmp_path).read_text("utf-8")
     table = page.partition('<table class="classes">')[2]
     names = re.findall(r'<th scope="row"><bdi>(.*?)</bdi>', table)
     assert names[0] == "class 33"
@@ -84,7 +92,7 @@ def test_the_page_shows_all_classes_the_worst_recall_first(tmp_path):
 
 
 def test_the_page_asks_for_nothing_and_escapes_names(tmp_path):
-    page = write(made_up(tmp_path, HOSTILE), tmp_path).page.read_text("utf-8")
+    page = write(made_up(tmp_path, HOSTILE), tmp_path).read_text("utf-8")
     assert "alert(1)</script>" not in page
     assert "<img src=x" not in page
     assert html.escape(HOSTILE[0]).replace("&#x27;", "&#39;") in page
@@ -94,9 +102,9 @@ def test_the_page_asks_for_nothing_and_escapes_names(tmp_path):
 def test_names_that_are_no_text_and_images_that_are_gone(tmp_path):
     found = made_up(tmp_path, ["ants", "bees", "cats"])
     odd = dataclasses.replace(found.images[0], path=tmp_path / "ants" / "lone\udcff\n.jpg")
-    files = write(dataclasses.replace(found, images=[odd, *found.images[1:]]), tmp_path)
-    assert "ants/lone\\udcff\\n.jpg" in files.page.read_text("utf-8")
-    assert files.doubtful.read_text("utf-8").splitlines()[3].startswith("ants/lone\\udcff\\n.jpg\tbees")
+    page = write(dataclasses.replace(found, images=[odd, *found.images[1:]]), tmp_path)
+    assert "ants/lone\\udcff\\n.jpg" in page.read_text("utf-8")
+    assert page.with_suffix(".tsv").read_text("utf-8").splitlines()[3].startswith("ants/lone\\udcff\\n.jpg\tbees")
 
 
 def test_a_page_of_many_images_can_be_mailed(tmp_path, monkeypatch):
@@ -109,23 +117,23 @@ def test_a_page_of_many_images_can_be_mailed(tmp_path, monkeypatch):
     doubts = [Doubt(i, 1 - i % 2, 0.9, 0.1, "looks like") for i in range(1000)]
     pairs = [NearDuplicate(i, i + 1, 0.9, False) for i in range(1000)]
     large = dataclasses.replace(found, images=images, groups=rows, validated=many, doubts=doubts, pairs=pairs)
-    files = write(large, tmp_path)
-    assert files.page.stat().st_size < 8_000_000
+    page = write(large, tmp_path)
+    assert page.stat().st_size < 8_000_000
 
 
 def test_without_anything_held_out_it_says_so(tmp_path):
     found = dataclasses.replace(
         made_up(tmp_path, ["ants", "bees"]), validated=None, unvalidated="too few images", curve=None, doubts=[]
     )
-    page = write(dataclasses.replace(found, calibration_error=None), tmp_path).page.read_text("utf-8")
+    page = write(dataclasses.replace(found, calibration_error=None), tmp_path).read_text("utf-8")
     assert "Nobody knows" in page
     assert "too few images" in page
 
 
 def test_without_the_template_the_other_files_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(retrain, "REPORT_TEMPLATE", tmp_path / "gone.html")
-    files = write(made_up(tmp_path, ["ants", "bees"]), tmp_path)
-    assert files.numbers.is_file() and files.doubtful.is_file() and not files.page.exists()
+    page = write(made_up(tmp_path, ["ants", "bees"]), tmp_path)
+    assert page.with_suffix(".json").is_file() and page.with_suffix(".tsv").is_file() and not page.exists()
 
 
 def test_an_axis_makes_no_drama_of_noise():
@@ -136,12 +144,13 @@ def test_an_axis_makes_no_drama_of_noise():
     assert axes.get_ylim() == (80, 101)
 
 
-def test_tensorboard_reads_mistakes_and_projector(tmp_path):
+def test_tensorboard_reads_mistakes_and_projector(tmp_path, capfd):
     from tensorboardX.proto.event_pb2 import Event
 
     found, folder = made_up(tmp_path, ["ants", "bees", "cats"]), tmp_path / "logs"
     for _ in range(2):  # the second in place of the first
         retrain.write_evaluation_summaries(found, np.random.default_rng(0).normal(size=(60, 8)), folder)
+    assert capfd.readouterr() == ("", "")
     (path,) = folder.glob("events.out.tfevents.*")
     data, tags = path.read_bytes(), []
     while data:  # length, its checksum, event, its checksum
@@ -180,7 +189,7 @@ def opened(browser, tmp_path):
     page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or told.append(request.url))
 
     def open_report(found: Diagnostics):
-        page.goto(write(found, tmp_path).page.as_uri())
+        page.goto(write(found, tmp_path).as_uri())
         return page
 
     yield open_report
@@ -219,9 +228,13 @@ def test_what_is_ticked_is_saved_for_exclude_and_for_relabel(opened, tmp_path):
 
 
 def test_hostile_names_are_only_names(opened, tmp_path):
-    page = opened(made_up(tmp_path, HOSTILE, file_name='"><script>alert(3)<\u2215script>{}.jpg'))
+    found = made_up(tmp_path, HOSTILE, file_name='"><script>alert(3)<\u2215script>{}.jpg')
+    page = opened(found)
     page.locator('table.confusion [data-cell="0,1"]').click()
     page.locator("#cell .card input").first.check()
+    with page.expect_download() as saved:
+        page.locator('[data-save="exclude"]').click()
+    assert len(retrain.leave_out(found.images, str(saved.value.path()))) == len(found.images) - 1
     assert page.locator("#cell h3 bdi").all_inner_texts() == HOSTILE[:2]
     assert page.locator("#classes th bdi").count() == 3
     assert page.evaluate("document.documentElement.scrollWidth") == 400  # nothing is wider than a phone

@@ -143,6 +143,20 @@ def test_pictures_from_elsewhere_come_in_the_order_of_the_file(image_dir, others
     assert [image.path for image in images[len(own) :]] == outside
 
 
+def test_an_absolute_path_is_the_image_that_a_relative_image_dir_lists(train, image_dir, capsys):
+    """Else one image would count twice, once to train and once to test."""
+    images = retrain.assign_splits(retrain.list_images("pictures"), 10, 10)
+    retrain.write_split_file(Path("split.tsv"), "pictures", images)
+    first = images[0]
+    lines = Path("split.tsv").read_text().splitlines()
+    lines[1] = f"{image_dir.resolve() / first.key}\t{first.label}\t{first.split}"
+    Path("split.tsv").write_text("\n".join(lines))
+    assert retrain.read_split_file("split.tsv", "pictures", images) == images
+    Path("split.tsv").write_text("\n".join([*lines, f"{first.key}\t{first.label}\ttesting"]))
+    with pytest.raises(retrain.UserError, match="is named twice"):
+        retrain.read_split_file("split.tsv", "pictures", images)
+
+
 def test_odd_names_survive(train, image_dir, capsys):
     for name in ('a "quoted"\tname.jpg', "line\nbreak.jpg", "\udcff\udcfe.jpg", "кошка.jpg"):
         picture(COLOURS["green"], 3).save(image_dir / "green" / name, "JPEG")
