@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import make_image_dir
+from conftest import make_image_dir, picture
 
+import predict
 import retrain
 from retrain import HeldOut, Image, Proportion, Rows, TrainingSettings
 
@@ -347,3 +348,55 @@ def test_two_stages_are_judged_like_any_other_head(train, tmp_path, capsys):
     flags = "--coarse_image_dir", "coarse", "--coarse_training_steps", 5, "--refine_training_steps", 5
     assert train(*flags) == 0
     assert "The accuracy to believe" in capsys.readouterr().out
+
+
+def test_predict_says_unsure_of_another_thing(train, tmp_path, capsys):
+    assert train("--how_many_training_steps", 200, "--random_seed", 1) == 0
+    noise = np.random.default_rng(0).integers(0, 256, (48, 60, 3), np.uint8)
+    PIL.Image.fromarray(noise).save(tmp_path / "noise.png")
+    picture((200, 40, 40), 99).save(tmp_path / "red.jpg", quality=95)
+    capsys.readouterr()
+    assert predict.main(["--image", "noise.png", "red.jpg", "--json", "named.json", "--csv", "named.csv"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")[:2]
+    assert first.splitlines()[1].startswith("unsure: ")
+    assert second.splitlines()[1].startswith("red things (score = ")
+    assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
+    assert Path("named.csv").read_text().splitlines()[1].endswith(",unsure")
+
+    (tmp_path / "output_graph.tflite").unlink()  # the frozen graph alone is as doubtful
+    predict.main(["--image", "noise.png", "red.jpg", "--json", "named.json"])
+    assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"exemplars_shape": [0, 2]}, {"exemplars_float16": "!"}, {"least_score": "a"}, {"coverage": None}, None],
+)
+def test_a_damaged_measure_of_the_familiar_gets_one_sentence(train, tmp_path, capsys, change):
+    assert train("--how_many_training_steps", 20) == 0
+    facts = json.loads(Path("output_graph.json").read_text("utf-8"))
+    facts["familiar"] = facts["familiar"] | change if change else "odd"
+    Path("output_graph.json").write_text(json.dumps(facts), "utf-8")
+    picture((200, 40, 40), 99).save(tmp_path / "red.jpg")
+    capsys.readouterr()
+    assert predict.main(["--image", "red.jpg"]) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "output_graph.json is damaged" in sentence
+
+
+def test_temperature_leaves_the_classes_and_no_report_the_classic_graph(train, tmp_path):
+    flags = "--random_seed", 3, "--head", "softmax"
+    assert train(*flags, "--no_report") == 0
+    plain, facts = Path("output_graph.pb").read_bytes(), json.loads(Path("output_graph.json").read_text())
+    assert (facts["temperature"], facts["familiar"]) == (1.0, None)
+    assert train(*flags, "--output_graph", "other.pb") == 0
+    temperature = json.loads(Path("other.json").read_text())["temperature"]
+    assert temperature != 1
+    assert Path("other.pb").read_bytes() != plain
+    paths = sorted(Path("pictures/green").iterdir())[:5]
+    for path in paths:
+        pixels = retrain.resize_bilinear(retrain.read_image(path, retrain.Reading(), (33, 33)), (33, 33))
+        before, after = (retrain.LiteModel(Path(name))(pixels) for name in ("output_graph.tflite", "other.tflite"))
+        cooled = before ** (1 / temperature)
+        np.testing.assert_allclose(after, cooled / cooled.sum(), atol=1e-4)
+        assert before.argmax() == after.argmax()
