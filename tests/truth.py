@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check what the diagnostics claim, where the truth is known, and print the tables of tests/README.md.
 
-    python tests/truth.py --photos ../shared/photos --graph GRAPH.pb coverage bursts
+    python tests/truth.py --architecture efficientnet_lite2 bursts noise
 
 coverage     how often the 95 % intervals hold the true accuracy: independent images, uneven groups, 400 against 15
 bursts       60 scenes of 30 shaken frames, classes by chance: what is claimed where the truth is 50 %
@@ -10,6 +10,7 @@ noise        how many of the labels flipped on purpose are found
 copies       how many planted copies are found, and how many pairs that are none
 unknown      what becomes of photographs of none of the classes
 calibration  how far scores are from how often they are right, before and after
+stages       whether coarse images of which 30 % are wrong help a few good ones, in two stages
 cues         whether planted brightness, sharpness and size raise the alarm, and photographs as they are don't
 """
 
@@ -48,21 +49,22 @@ class Set(NamedTuple):
 class Sets:
     """The sets of photographs by name, as a base model sees them; features are kept in a folder."""
 
-    def __init__(self, photos: Path, graph: Path, kept: Path):
+    def __init__(self, photos: Path, architecture: str, model_dir: Path, kept: Path):
         self.photos, self.kept = photos, kept
         kept.mkdir(parents=True, exist_ok=True)
-        self.base = retrain.load_base_model(graph, kept)
+        recipe, _ = retrain.find_recipe(architecture, "", model_dir)
+        self.base = retrain.load_base_model(recipe, model_dir, kept)
 
     def compute(self, images: list[Image], name: str) -> Set:
         """Return images with their features, from the file of that name if there is one."""
         path = self.kept / f"{name}.npz"
         if not path.exists():
             store = retrain.BottleneckStore(str(self.kept / "bottleneck" / name), self.base, retrain.Reading())
-            features, cues = compute_both(store, images)
-            np.savez(path, features=features, cues=cues)
+            features, measured, _ = retrain.compute_bottlenecks(store, images)
+            np.savez(path, features=features[:, 0], cues=measured)
         with np.load(path) as arrays:
-            features, cues = arrays["features"], arrays["cues"]
-        return Set(images, features, np.unique([image.label for image in images], return_inverse=True)[1], cues)
+            features, measured = arrays["features"], arrays["cues"]
+        return Set(images, features, np.unique([image.label for image in images], return_inverse=True)[1], measured)
 
     def load(self, name: str) -> Set:
         """Return a set of class folders, such as cats_dogs or ants_bees/train."""
@@ -72,12 +74,6 @@ class Sets:
         """Return the thousand photographs of as many classes."""
         paths = sorted((self.photos / "imagenet_one_each").rglob("*.jp*g"))
         return self.compute([Image(path, path.stem) for path in paths], "one_each")
-
-
-def compute_both(store: retrain.BottleneckStore, images: list[Image]) -> tuple[np.ndarray, np.ndarray]:
-    """Return features float32 [images, n] and cues float32 [images, 5]."""
-    features, *cues, _ = retrain.compute_bottlenecks(store, images)
-    return features[:, 0], cues[0] if cues else np.full((len(images), 5), np.nan, np.float32)
 
 
 def settings(seed: int, steps: int = 200) -> retrain.TrainingSettings:
@@ -311,7 +307,7 @@ def copies(sets: Sets, repeats: int) -> None:
             planted.append(Image(Path(folder, f"{i:02}.jpg"), "copy"))
             changed.save(planted[-1].path, quality=quality)
         store = retrain.BottleneckStore(f"{folder}/bottleneck", sets.base, retrain.Reading())
-        features = np.concatenate([originals.features, compute_both(store, planted)[0]])
+        features = np.concatenate([originals.features, retrain.compute_bottlenecks(store, planted)[0][:, 0]])
         _, pairs = retrain.find_groups(features, [*originals.images, *planted])
     found = {(pair.first, pair.second) for pair in pairs}
     right = {(int(row), len(originals.images) + i) for i, row in enumerate(chosen)}
@@ -384,8 +380,42 @@ def cues(sets: Sets, repeats: int) -> None:
             print(f"cues: {name}, {what}: {cue or 'no alarm'} ({accuracy:.0%}, chance 50%)")
 
 
+def stages(sets: Sets, repeats: int) -> None:
+    """Print the accuracy on 60 held-out images of each class of stage one, of a few good images, and of both stages."""
+    print("stages: | set | good images of each class | stage one | good images alone | both stages |")
+    for name in ("cats_dogs", "flowers_small"):
+        photographs = sets.load(name)
+        features, classes, count = photographs.features, photographs.classes, int(photographs.classes.max()) + 1
+        for good in (5, 10, 20):
+            found = []
+            for seed in range(min(repeats, 10)):
+                random = np.random.default_rng(seed)
+                drawn = [random.permutation(np.flatnonzero(classes == c))[:200] for c in range(count)]
+                held_out, few, many = (
+                    np.concatenate([rows[part] for rows in drawn])
+                    for part in (slice(60), slice(60, 60 + good), slice(80, None))
+                )
+                noisy, wrong = classes[many].copy(), random.random(len(many)) < 0.3
+                noisy[wrong] = random.permutation(noisy[wrong])
+                coarse, training = Rows(features, many, noisy), Rows(features, few, classes[few])
+                asked, nothing = settings(seed, 300), Rows(features, few[:0], few[:0])
+                base, _ = retrain.train_head(coarse, nothing, count, asked.of_stage_one())
+                alone, _ = retrain.train_head(training, nothing, count, asked)
+                both, _ = retrain.train_head(
+                    training, nothing, count, asked.of_stage_two(True), base=base, coarse=coarse
+                )
+                right = [
+                    head.logits(features[held_out]).argmax(axis=1) == classes[held_out] for head in (base, alone, both)
+                ]
+                found.append([values.mean() for values in right])
+            print(
+                f"stages: | {name} | {good} | {' | '.join(f'{value:.1%}' for value in np.mean(found, axis=0))} |",
+                flush=True,
+            )
+
+
 CHECKS: dict[str, Callable[[Sets, int], None]] = {
-    check.__name__: check for check in (coverage, bursts, gain, noise, copies, unknown, calibration, cues)
+    check.__name__: check for check in (coverage, bursts, gain, noise, copies, unknown, calibration, stages, cues)
 }
 
 
@@ -394,12 +424,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="truth.py", description="Check what the diagnostics claim.")
     parser.add_argument("checks", nargs="+", choices=list(CHECKS), help="what to check")
     parser.add_argument("--photos", type=Path, default=ROOT.parent / "shared/photos", help="a folder of sets")
-    parser.add_argument("--graph", type=Path, required=True, help="the frozen graph of the base model")
+    parser.add_argument("--architecture", default="efficientnet_lite2", help="the base model, as of retrain.py")
+    parser.add_argument("--model_dir", type=Path, default=ROOT / "inception_model", help="where the base model lies")
     parser.add_argument("--kept", type=Path, default=Path("truth_features"), help="a folder that keeps the features")
     parser.add_argument("--repeats", type=int, default=200, help="of coverage, bursts and gain")
     flags = parser.parse_args()
     retrain.set_up_logging("WARN")
-    sets = Sets(flags.photos, flags.graph, flags.kept)
+    sets = Sets(flags.photos, flags.architecture, flags.model_dir, flags.kept)
     for name in flags.checks:
         CHECKS[name](sets, flags.repeats)
     return 0
