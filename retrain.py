@@ -2912,11 +2912,15 @@ def about_accuracy(found: Diagnostics) -> Iterator[str]:
 def about_images(found: Diagnostics, list_path: Path) -> Iterator[str]:
     """Yield what is to be said about the images themselves."""
     images, pairs, doubts = found.images, found.pairs, found.doubts
+    scenes = []
     for label in found.labels:
         own = found.groups[[image.label == label for image in images]]
         largest = int(np.bincount(own).max())
         if largest >= 5 and largest > LARGE_SHARE * len(own):
-            yield f"{largest} of the {len(own)} images of {printable(label)} show one scene; others would teach more."
+            scenes.append(f"{largest} of the {len(own)} images of {printable(label)}")
+    if scenes:
+        more = [f"those of {len(scenes) - 3} more classes"] if scenes[3:] else []
+        yield f"Each of one scene only: {listed(scenes[:3] + more)}; images of others would teach more."
     if found.cue:
         yield (
             f"{found.cue.capitalize()} alone tells a class from the others (such measures are right in "
