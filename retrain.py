@@ -1962,7 +1962,7 @@ def extract_on_cluster(
 # Head: a softmax layer, trained by gradient descent
 # ======================================================================================================================
 
-# Hidden layers are given features of this mean squared length. Inception-v3's and the starter's have 120 to 670;
+# Hidden layers are given features of this mean squared length. Inception-v3's have 120 to 670;
 # networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent go astray.
 FEATURE_POWER = 256
 LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smaller the weights; chosen by measurement
