@@ -186,12 +186,15 @@ def stub_worker(size: int) -> type:
         def __init__(self, parcel):
             values = np.random.default_rng(0).random(size, np.float32)
             self.values, self.text = values, retrain.bottleneck_text(values)
-            self.read, self.readers = retrain.read_job, concurrent.futures.ThreadPoolExecutor(1)
-            self.computers = self.readers
+            self.readers = self.computers = concurrent.futures.ThreadPoolExecutor(1)
+
+        def read(self, item):
+            return item  # the next step needs the job only
 
         def compute(self, read):
-            record, _, (name,) = pickle.loads(read)
-            return record, {name: self.values}, {name: self.text}
+            job, _ = pickle.loads(read)
+            result = {0: self.values}, {0: self.text}, [0.0] * len(retrain.CUES)
+            return pickle.dumps((job.row, result))
 
     return Stub
 
