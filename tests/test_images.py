@@ -619,6 +619,16 @@ def test_a_list_that_names_no_image_gets_one_sentence(tmp_path, text):
         retrain.leave_out(LISTED, str(tmp_path / "list.tsv"))
 
 
+def test_a_run_leaves_out_and_relabels_what_its_lists_name(train, tmp_path):
+    (tmp_path / "gone.tsv").write_text("green/green_00.jpg\n")
+    (tmp_path / "renamed.tsv").write_text("green/green_01.jpg\tblue\n")
+    assert train("--exclude", "gone.tsv", "--relabel", "renamed.tsv", "--write_split_file", "split.tsv") == 0
+    rows = [line.split("\t") for line in (tmp_path / "split.tsv").read_text("utf-8").splitlines()]
+    labels = {Path(row[0]).name: row[1] for row in rows}
+    assert "green_00.jpg" not in labels
+    assert (labels["green_01.jpg"], labels["green_02.jpg"]) == ("blue", "green")
+
+
 def test_relabelled_images_keep_their_place_and_get_the_label(tmp_path):
     images = images_of("Blue", ["a.jpg", "b.jpg"]) + images_of("Dark Green", ["a.jpg"])
     (tmp_path / "list.tsv").write_text("Blue/b.jpg\tDark Green\t0.8\n")
