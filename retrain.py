@@ -4374,7 +4374,10 @@ def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
     graph = OutputFiles(Path(flags.output_graph))
     files: dict[str, Sequence] = {"output_graph": [graph.graph, graph.lite, graph.facts]}
-    files["output_report"] = [] if flags.no_report else [flags.output_report]
+    report = Path(flags.output_report)
+    files["output_report"] = (
+        [] if flags.no_report else [report, report.with_suffix(".json"), report.with_suffix(".tsv")]
+    )
     files |= {name: [getattr(flags, name)] for name in ("output_labels", "write_split_file", "checkpoint_path")}
     folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
     folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
@@ -4395,7 +4398,12 @@ def check_outputs(flags: argparse.Namespace) -> None:
             if place.is_relative_to(root) and (is_folder or place.parent != root):
                 raise UserError(f"--{name} {path}: it lies among the images of --{other}; name another place.")
     if flags.saved_model_dir:
-        check_saved_model_dir(Path(flags.saved_model_dir))
+        folder = Path(flags.saved_model_dir)
+        check_saved_model_dir(folder)
+        if inside := [name for place, name in places.items() if folder.resolve() in place.parents]:
+            raise UserError(
+                f"--{inside[0]}: it lies in --saved_model_dir, which is replaced whole; name another place."
+            )
 
 
 def collect(flags: argparse.Namespace) -> None:
