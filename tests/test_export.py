@@ -177,6 +177,16 @@ def test_tflite_with_any_number_of_classes(base, tmp_path, class_count):
 # SavedModel
 
 
+def test_wrap_function_runs_the_graph_and_agrees_with_predict(trained, pictures):
+    import tensorflow as tf
+
+    graph = read_graph(trained / "output_graph.pb")
+    wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(graph, name=""), [])
+    run = wrapped.prune(wrapped.graph.get_tensor_by_name(JPEG), wrapped.graph.get_tensor_by_name(FINAL))
+    scores = [run(tf.constant(path.read_bytes())).numpy()[0] for path in pictures]
+    np.testing.assert_allclose(predicted(trained, pictures), scores, atol=1e-3)
+
+
 def test_saved_model_serves_batches(trained, pictures):
     import tensorflow as tf
 
