@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Teach a computer a few classes of pictures from few samples.
+"""Teach a computer a few classes of images from few samples.
 
     python retrain.py --image_dir data
 
-`data` holds one folder of pictures per class. Every picture passes once through a trained network (the base model,
-Inception-v3); the features of its last pooling layer, the bottleneck, are kept as a text file per picture; a new layer,
+`data` holds one folder of images per class. Every image passes once through a trained network (the base model,
+Inception-v3); the features of its last pooling layer, the bottleneck, are kept as a text file per image; a new layer,
 the head, is trained on them; base model and head together are written as output_graph.pb, and the classes as
-output_labels.txt. `python predict.py --image x.jpg` then names new pictures. All flags: `python retrain.py --help`.
+output_labels.txt. `python predict.py --image x.jpg` then names new images. All flags: `python retrain.py --help`.
 
-The file is read in the order in which a picture travels:
+The file is read in the order in which an image travels:
 common ground, flags, images, base model, bottlenecks, head, evaluation, export, crawl, main.
 """
 
@@ -4621,8 +4621,7 @@ def learn(
 ) -> None:
     """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it.
 
-    cues: see CUES, float32 [images, 5].
-    compute: compute_bottlenecks, where it is to be done.
+    cues: see CUES, float32 [images, 5]; compute: compute_bottlenecks, where it is to be done.
     """
     data = dataset_of(flags, images, features, labels)
     add_distortions(flags, data, store, compute)
