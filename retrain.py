@@ -9,7 +9,7 @@ the head, is trained on them; base model and head together are written as output
 output_labels.txt. `python predict.py --image x.jpg` then names new images. All flags: `python retrain.py --help`.
 
 The file is read in the order in which an image travels:
-common ground, flags, images, base model, bottlenecks, head, evaluation, export, crawl, main.
+common ground, flags, images, base model, bottlenecks, cluster, head, diagnostics, report, export, crawl, main.
 """
 
 from __future__ import annotations
