@@ -41,9 +41,6 @@ def make_image(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = 
     return image
 
 
-picture = make_image  # its old name
-
-
 def make_image_dir(folder: Path, count: int = 20) -> Path:
     """Write `count` JPEGs for each of three classes, and return the folder."""
     for label, colour in COLOURS.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, picture, run_script
+from conftest import ROOT, make_image, run_script
 
 import retrain
 from retrain import BOTTLENECK_NODE, GRAPH_FILE, DownloadError, Reading, UserError
@@ -37,7 +37,7 @@ def fresh_log(monkeypatch):
 def jpeg(colour: tuple[int, int, int], seed: int) -> bytes:
     """Return the file of an image."""
     file = io.BytesIO()
-    picture(colour, seed).save(file, "JPEG")
+    make_image(colour, seed).save(file, "JPEG")
     return file.getvalue()
 
 

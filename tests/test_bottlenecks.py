@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 import pytest
-from conftest import COLOURS, ROOT, make_graph, picture
+from conftest import COLOURS, ROOT, make_graph, make_image
 
 import retrain
 
@@ -127,7 +127,7 @@ def check_features(folder: Path, graph_path: Path) -> None:
 
 def other_picture(path: Path) -> None:
     """Change what a picture shows."""
-    picture((250, 250, 0), 99, (70, 50)).save(path)
+    make_image((250, 250, 0), 99, (70, 50)).save(path)
 
 
 # Names, format, values
@@ -371,7 +371,7 @@ def test_old_temporary_files_are_removed(train, image_dir):
 # Distortions
 
 
-PIXELS = np.asarray(picture((90, 120, 60), 5))
+PIXELS = np.asarray(make_image((90, 120, 60), 5))
 SIZE = (33, 33)
 SEEDS = [f"seed {i}" for i in range(20)]
 PLAIN = retrain.resize_bilinear(PIXELS, SIZE)

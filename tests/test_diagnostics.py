@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import make_image_dir, picture
+from conftest import make_image, make_image_dir
 
 import predict
 import retrain
@@ -354,7 +355,7 @@ def test_predict_says_unsure_of_another_thing(train, tmp_path, capsys):
     assert train("--how_many_training_steps", 200, "--random_seed", 1) == 0
     noise = np.random.default_rng(0).integers(0, 256, (48, 60, 3), np.uint8)
     PIL.Image.fromarray(noise).save(tmp_path / "noise.png")
-    picture((200, 40, 40), 99).save(tmp_path / "red.jpg", quality=95)
+    make_image((200, 40, 40), 99).save(tmp_path / "red.jpg", quality=95)
     capsys.readouterr()
     assert predict.main(["--image", "noise.png", "red.jpg", "--json", "named.json", "--csv", "named.csv"]) == 0
     first, second = capsys.readouterr().out.split("\n\n")[:2]
@@ -377,7 +378,7 @@ def test_a_damaged_measure_of_the_familiar_gets_one_sentence(train, tmp_path, ca
     facts = json.loads(Path("output_graph.json").read_text("utf-8"))
     facts["familiar"] = facts["familiar"] | change if change else "odd"
     Path("output_graph.json").write_text(json.dumps(facts), "utf-8")
-    picture((200, 40, 40), 99).save(tmp_path / "red.jpg")
+    make_image((200, 40, 40), 99).save(tmp_path / "red.jpg")
     capsys.readouterr()
     assert predict.main(["--image", "red.jpg"]) == 1
     (sentence,) = capsys.readouterr().err.splitlines()
@@ -400,3 +401,13 @@ def test_temperature_leaves_the_classes_and_no_report_the_classic_graph(train, t
         cooled = before ** (1 / temperature)
         np.testing.assert_allclose(after, cooled / cooled.sum(), atol=1e-4)
         assert before.argmax() == after.argmax()
+
+
+def test_the_report_of_a_run_shows_near_duplicates(train, image_dir, tmp_path):
+    for source, copy in (("green/green_00.jpg", "blue/copy.jpg"), ("blue/blue_00.jpg", "blue/again.jpg")):
+        shutil.copy(image_dir / source, image_dir / copy)
+    assert train("--random_seed", 1) == 0
+    report = json.loads((tmp_path / "output_report.json").read_text("utf-8"))
+    pairs = [{pair["first"], pair["second"]} for pair in report["duplicates"] if pair["same_file"]]
+    assert {"green/green_00.jpg", "blue/copy.jpg"} in pairs and {"blue/blue_00.jpg", "blue/again.jpg"} in pairs
+    assert "blue/copy.jpg" in (tmp_path / "output_report.html").read_text("utf-8")

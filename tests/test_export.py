@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import make_image
 
 import predict
 import retrain
@@ -37,7 +37,7 @@ def pictures(tmp_path_factory) -> list[Path]:
     ]
     paths = [folder / f"{i}.jpg" for i in range(len(looks))]
     for i, (path, (colour, size)) in enumerate(zip(paths, looks, strict=True)):
-        picture(colour, 1000 + i, size).save(path, quality=90)
+        make_image(colour, 1000 + i, size).save(path, quality=90)
     return paths
 
 
@@ -218,7 +218,7 @@ def test_saved_model_reads_other_formats(trained, tmp_path, kind, mode):
     import tensorflow as tf
 
     path, data = tmp_path / "picture", io.BytesIO()
-    image = picture((40, 180, 60), 77).convert(mode)
+    image = make_image((40, 180, 60), 77).convert(mode)
     image.save(data, kind)
     path.write_bytes(data.getvalue())
     serve = tf.saved_model.load(str(trained / "saved_model")).signatures["image_bytes"]
@@ -232,7 +232,7 @@ def test_saved_model_replaces_its_own(train, tmp_path):
     def served() -> np.ndarray:
         serve = tf.saved_model.load("model/1").signatures["image_bytes"]
         data = io.BytesIO()
-        picture((90, 90, 90), 4).save(data, "PNG")
+        make_image((90, 90, 90), 4).save(data, "PNG")
         return serve(image_bytes=tf.constant([data.getvalue()]))["prediction"].numpy()
 
     flags = ("--saved_model_dir", "model/1", "--random_seed")

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, make_image_dir, picture
+from conftest import COLOURS, make_image, make_image_dir
 
 import predict
 import retrain
@@ -74,7 +74,7 @@ def test_pictures_of_the_same_name_keep_their_own_features(train, others, image_
 def test_each_class_that_is_missing_or_extra_is_named(train, others, capsys, flag):
     shutil.rmtree(others / "green")
     (others / "blue").rename(others / "Violet!")
-    picture(COLOURS["blue"], 1).save(others / "Violet!/one.jpg")
+    make_image(COLOURS["blue"], 1).save(others / "Violet!/one.jpg")
     said = error_of(train, capsys, flag, others)
     assert said.endswith(
         f"{flag} {others}: its class folders must be those of --image_dir (missing: 'blue', 'green'; extra: 'violet ')."
@@ -159,7 +159,7 @@ def test_an_absolute_path_is_the_image_that_a_relative_image_dir_lists(train, im
 
 def test_odd_names_survive(train, image_dir, capsys):
     for name in ('a "quoted"\tname.jpg', "line\nbreak.jpg", "\udcff\udcfe.jpg", "кошка.jpg"):
-        picture(COLOURS["green"], 3).save(image_dir / "green" / name, "JPEG")
+        make_image(COLOURS["green"], 3).save(image_dir / "green" / name, "JPEG")
     assert train("--write_split_file", "split.tsv") == 0
     assert train("--split_file", "split.tsv") == 0
     assert "are left out" not in capsys.readouterr().err

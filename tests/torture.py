@@ -126,8 +126,8 @@ def outputs(cwd: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(path for path in cwd.rglob("*") if path.is_file() and not path.name.startswith(".retrain-")):
         name = str(path.relative_to(cwd))
-        if "tfevents" in name:
-            found[str(path.parent.relative_to(cwd))] = path.stat().st_size  # they hold times, in their names, too
+        if "tfevents" in name or path.suffix == ".html":  # they hold times, and some have them in their names, too
+            found[str(path.parent.relative_to(cwd) / path.suffix)] = path.stat().st_size
         elif path.suffix == ".jsonl":  # the order is that in which threads were ready; half a line is that of a kill
             found[name] = {line for line in path.read_bytes().splitlines() if line[:1] in b"[{" and line[-1:] in b"]}"}
         elif path.suffix != ".log" and not name.startswith("images"):
@@ -350,7 +350,8 @@ def stopped(t: Torture, lives: Lives, name: str, code: int, count: int) -> None:
         cwd, done, seconds, stretch = lives.strike(name, number)
         lost = complaint(done, (0, code)) or ("" if seconds <= t.patience else f"{seconds:.1f} s")
         if done.returncode == code and not lost:
-            lines = [line for line in done.stderr.splitlines() if not line.startswith(("Bottlenecks:", "WARNING:"))]
+            usual = ("Bottlenecks:", "WARNING:")
+            lines = [line for line in done.stderr.splitlines() if line and not line.startswith(usual)]
             lost = "" if len(lines) == 1 and "retrain.py: stopped" in lines[0] else f"said {lines}"
         lost = lost or ", ".join(leftovers(cwd))
         shutil.rmtree(cwd)
