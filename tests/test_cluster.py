@@ -302,9 +302,9 @@ def test_an_object_store_that_is_not_there(on_cluster, capsys):
 
 @pytest.fixture
 def started_by_hand(tmp_path) -> Iterator[str]:
-    """Run the README's two `ray start`, each for as long as the test takes; yields the address of the head."""
+    """Run the two `ray start` of tests/README.md for as long as the test takes; yields the address of the head."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
-    head, node = re.findall(r"^ray (start .*?)  +#", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    head, node = re.findall(r"^ray (start .*?)  +#", (ROOT / "tests/README.md").read_text("utf-8"), re.MULTILINE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
