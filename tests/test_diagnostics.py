@@ -362,17 +362,14 @@ def test_predict_says_unsure_of_another_thing(train, tmp_path, capsys):
     assert first.splitlines()[1].startswith("unsure: ")
     assert second.splitlines()[1].startswith("red things (score = ")
     assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
-    assert Path("named.csv").read_text().splitlines()[1].endswith(",unsure")
+    assert ",unsure,unlike the training images," in Path("named.csv").read_text("utf-8-sig").splitlines()[1]
 
     (tmp_path / "output_graph.tflite").unlink()  # the frozen graph alone is as doubtful
     predict.main(["--image", "noise.png", "red.jpg", "--json", "named.json"])
     assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"exemplars_shape": [0, 2]}, {"exemplars_float16": "!"}, {"least_score": "a"}, {"coverage": None}, None],
-)
+@pytest.mark.parametrize("change", [{"exemplars_shape": [0, 2]}, {"exemplars_float16": "!"}, {"coverage": None}, None])
 def test_a_damaged_measure_of_the_familiar_gets_one_sentence(train, tmp_path, capsys, change):
     assert train("--how_many_training_steps", 20) == 0
     facts = json.loads(Path("output_graph.json").read_text("utf-8"))
