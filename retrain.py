@@ -2546,8 +2546,7 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
         for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
             nearest = cosines.argmax(axis=1)
             best = cosines[every, nearest]
-            alike = np.flatnonzero(best >= ALIKE).tolist()
-            found += [(float(best[i]), start + i, start + int(nearest[i])) for i in alike]
+            found += [(float(best[i]), int(start + i), int(start + nearest[i])) for i in np.flatnonzero(best >= ALIKE)]
             cosines[every, nearest] = -1
         found = sorted(found, reverse=True)[:MOST_PAIRS]
     pairs = same_images(found, images)

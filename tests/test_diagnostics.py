@@ -369,10 +369,7 @@ def test_predict_says_unsure_of_another_thing(train, tmp_path, capsys):
     assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"exemplars_shape": [0, 2]}, {"exemplars_float16": "!"}, {"least_score": "a"}, {"coverage": None}, None],
-)
+@pytest.mark.parametrize("change", [{"exemplars_shape": [0, 2]}, {"exemplars_float16": "!"}, {"coverage": None}, None])
 def test_a_damaged_measure_of_the_familiar_gets_one_sentence(train, tmp_path, capsys, change):
     assert train("--how_many_training_steps", 20) == 0
     facts = json.loads(Path("output_graph.json").read_text("utf-8"))

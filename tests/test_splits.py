@@ -181,15 +181,10 @@ def test_pictures_that_it_does_not_name_are_left_out(train, capsys):
     [
         (lambda text: text + "green/none.jpg\tgreen\ttraining\n", "line 62: there is no image green/none.jpg in"),
         (lambda text: text + text.splitlines()[5] + "\n", "line 62: Red Things/Red Things_04.jpg is named twice"),
-        (
-            lambda text: text + "green/../green/green_01.jpg\tgreen\ttraining\n",
-            "line 62: green/../green/green_01.jpg is",
-        ),
         (lambda text: text.replace("\tblue\t", "\tgreen\t", 1), "is not of the class 'green'"),
         (lambda text: text.replace("testing", "tested", 1), "is not: path, label and training, validation or testing"),
         (lambda text: text.replace("\t", ",", 4), "line 1 is not: path, label"),
         (lambda text: re.sub("green\ttraining", "green\ttesting", text), "it leaves nothing to train on to 'green'"),
-        (lambda text: re.sub("green/.*\n|blue/.*\n", "", text), "it leaves nothing to train on to 'blue', 'green'"),
         (lambda text: "", "it leaves nothing to train on to 'red things', 'blue', 'green'"),
     ],
 )
