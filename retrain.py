@@ -198,7 +198,7 @@ def writing_by_tensorflow(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except (import_tensorflow().errors.OpError, OSError) as error:
-        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"{path} could not be written ({first_line(error)}).") from error
 
 
 def label_of(folder: str) -> str:
