@@ -259,9 +259,10 @@ class Parser(argparse.ArgumentParser):
             wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
             name = wrong.lstrip("-").replace("-", "_")
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
-            near = [self.meant[name]] if name in self.meant else near
-            if not near and Path(wrong).is_dir() and "--image_dir" in self._option_string_actions:
-                near = [f"--image_dir {wrong}"]
+            if name in self.meant:
+                near = [self.meant[name]]
+            elif not wrong.startswith("-"):  # no flag, but what one may have been forgotten before
+                near = [f"--image_dir {wrong}"] if Path(wrong).is_dir() else []
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
