@@ -2337,14 +2337,17 @@ def write_checkpoint(head: Head, path: Path) -> None:
 # ======================================================================================================================
 
 FOLDS = 5
-# Steps, on batches of 100, of all trainings together, beyond which the learning curve loses its smallest sizes.
-STEP_BUDGET, CURVE_SHARES = 60_000, (0.125, 0.25, 0.5)
+# An interval of the cross-validation is as wide as for so many times fewer images: its heads learn from four fifths of
+# them and share most of those. By it, and not without, 90 % hold the truth or more; see tests/truth.py.
+CROSS_VALIDATED = 1.3
+# Images that the heads of all trainings together may see, beyond which the learning curve loses its smallest sizes.
+MOST_SEEN, CURVE_SHARES = 6_000_000, (0.125, 0.25, 0.5)
 GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
 # Features nearer than this, 1 - cosine, show one scene: by it 48 scenes of shaken frames made 48 groups and none of 885
 # different photographs were joined, with Inception-v3 and EfficientNet-Lite2.
 GROUP_RADIUS = 0.07
 # Listed as near duplicates are, of the MOST_PAIRS of greatest cosine, at least ALIKE, those whose thumbnails correlate
-# by SAME_IMAGE, see `crops`: 97 % of copies cropped by 4 to 12 % do, and no two different photographs (0.92 at most).
+# by SAME_IMAGE: 97 % of copies cropped by 4 to 12 % do, and no two different photographs (0.92 at most).
 ALIKE, SAME_IMAGE, MOST_PAIRS = 0.7, 0.93, 1000
 ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
 ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the folders that images lie in
@@ -2365,13 +2368,18 @@ class Proportion:
     high: float
 
     @classmethod
-    def of(cls, right: np.ndarray, groups: np.ndarray) -> Proportion:
-        """Return that of `right`, bool [n]: Wilson's interval on the effective size by Kish over groups, int [n]."""
-        sizes = np.unique(groups, return_counts=True)[1]
-        share, count, z2 = float(right.mean()), len(right) ** 2 / float((sizes**2).sum()), 1.959964**2
+    def of(cls, right: np.ndarray, groups: np.ndarray, divisor: float = 1.0) -> Proportion:
+        """Return that of `right`, bool [n], which come in groups, int [n]; 0 of no images is anything from 0 to 1.
+
+        effective: by Kish; the interval is Wilson's on that, divided by `divisor`.
+        """
+        sizes, z2 = np.unique(groups, return_counts=True)[1], 1.959964**2
+        share = float(right.sum() / max(len(right), 1))
+        effective = len(right) ** 2 / max(float((sizes**2).sum()), 1)
+        count = effective / divisor
         middle = (share * count + z2 / 2) / (count + z2)
         spread = math.sqrt(z2 * (count * share * (1 - share) + z2 / 4)) / (count + z2)
-        return cls(share, len(right), count, max(0.0, middle - spread), min(1.0, middle + spread))
+        return cls(share, len(right), effective, max(0.0, middle - spread), min(1.0, middle + spread))
 
     def __str__(self) -> str:
         worth = "" if self.effective > 0.95 * self.count else f", about {self.effective:.0f} independent ones"
@@ -2397,9 +2405,20 @@ class HeldOut:
     def predicted(self) -> np.ndarray:
         return self.logits.argmax(axis=1)
 
+    def share(self, some: np.ndarray | slice) -> Proportion:
+        """Return how many of some of the rows, bool [n], are named rightly."""
+        right, divisor = (self.predicted == self.classes)[some], CROSS_VALIDATED if self.folds.any() else 1.0
+        return Proportion.of(right, self.groups[some], divisor)
+
     @functools.cached_property
     def accuracy(self) -> Proportion:
-        return Proportion.of(self.predicted == self.classes, self.groups)
+        return self.share(slice(None))
+
+    def recall(self, c: int) -> Proportion:
+        return self.share(self.classes == c)
+
+    def precision(self, c: int) -> Proportion:
+        return self.share(self.predicted == c)
 
     @functools.cached_property
     def confusion(self) -> np.ndarray:
@@ -2407,16 +2426,6 @@ class HeldOut:
         counts = np.zeros((self.logits.shape[1],) * 2, np.intp)
         np.add.at(counts, (self.classes, self.predicted), 1)
         return counts
-
-    def recall(self, c: int) -> Proportion | None:
-        """Return the share of the images of class `c` that are predicted to be of it; None without any."""
-        own = self.classes == c
-        return Proportion.of(self.predicted[own] == c, self.groups[own]) if own.any() else None
-
-    def precision(self, c: int) -> Proportion | None:
-        """Return the share of those predicted to be of class `c` that are of it; None without any."""
-        named = self.predicted == c
-        return Proportion.of(self.classes[named] == c, self.groups[named]) if named.any() else None
 
     def probabilities(self, temperature: float) -> np.ndarray:
         return softmax(self.logits / np.float32(temperature))
@@ -2448,7 +2457,7 @@ class LearningCurve:
 class Doubt:
     """An image to look at: its row, the class it looks like, and the scores 0..1 of that class and of its own.
 
-    reason: "looks like bees", or "blurred", "nearly black", "tiny", with its own class for `proposed`; of a mistake
+    reason: "looks like bees"; or "blurred", "nearly black", "tiny", with its own class for `proposed`; of a mistake
     where it was made, "test" or "cross-validation".
     """
 
@@ -2476,21 +2485,18 @@ class Diagnostics:
     labels: list[str]
     images: Sequence[Image]
     groups: np.ndarray  # int [images]: the same number for all that show one scene
-    validated: HeldOut | None  # the cross-validation; None for the reason `unvalidated`
-    unvalidated: str
+    validated: HeldOut | None  # the cross-validation; None for too few images
     test: HeldOut | None  # without the `test_duplicates`, whose groups have training or validation images
     classic_accuracy: float | None  # of all test images
     test_duplicates: int
     curve: LearningCurve | None
     temperature: float  # what the logits are divided by
-    calibration_error: tuple[float, float] | None  # 0..1 before and after that, of what is believed
     doubts: list[Doubt]  # worst first
     pairs: list[NearDuplicate]  # most alike first
     cue: str  # what alone tells the classes apart, such as "brightness", or ""
     cue_accuracy: float  # how often such measures are right, where chance gives half
     familiar: Familiar | None
     histories: dict[str, list[Scores]]  # training curves, by the names of the trainings
-    cues: np.ndarray  # float32 [images, 5]
 
     @property
     def source(self) -> str:
@@ -2502,6 +2508,12 @@ class Diagnostics:
     @property
     def believed(self) -> HeldOut | None:
         return self.test if self.source == "test" else self.validated
+
+    @property
+    def calibration_error(self) -> tuple[float, float] | None:
+        """That of what is believed, before and after the logits are divided by the temperature."""
+        judged = self.believed
+        return (judged.calibration_error(1.0), judged.calibration_error(self.temperature)) if judged else None
 
     @functools.cached_property
     def mistakes(self) -> list[Doubt]:
@@ -2531,51 +2543,42 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
 
     A group hangs together by features within GROUP_RADIUS, by listed pairs, or by a `_nohash_` stem.
     """
-    count, found, groups = len(features), [], np.arange(len(features))
     _, first, stems = np.unique([stem_of(image.key) for image in images], return_index=True, return_inverse=True)
-    groups = merged(groups, groups, first[stems])
-    lengths = np.sqrt(np.maximum(np.einsum("ij,ij->i", features, features), 1e-24))
-    at_once = (1 << 22) // count + 1  # rows, of whose cosines there are 16 MB: never all of them
-    for start in range(0, count, at_once):
-        rows = features[start : start + at_once]
-        cosines = rows @ features[start:].T / (lengths[start : start + at_once, None] * lengths[start:])
-        cosines[np.tril_indices(len(rows), 0, cosines.shape[1])] = -1  # each pair once, and none with itself
+    groups = merged(np.arange(len(images)), np.arange(len(images)), first[stems])
+    lengths = np.maximum(np.linalg.norm(features, axis=1), 1e-12)
+    alike: list[tuple[float, int, int]] = []
+    at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
+    for start in range(0, len(images), at_once):
+        rows = slice(start, start + at_once)
+        cosines = features[rows] @ features[start:].T / (lengths[rows, None] * lengths[start:])
+        cosines = np.triu(cosines, 1)  # each pair once, and none with itself
         near = np.nonzero(cosines > 1 - GROUP_RADIUS)
         groups = merged(groups, start + near[0], start + near[1])
-        every = np.arange(len(rows))
         for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
             nearest = cosines.argmax(axis=1)
-            best = cosines[every, nearest]
-            found += [(float(best[i]), int(start + i), int(start + nearest[i])) for i in np.flatnonzero(best >= ALIKE)]
-            cosines[every, nearest] = -1
-        found = sorted(found, reverse=True)[:MOST_PAIRS]
-    pairs = same_images(found, images)
-    ends = np.array([(pair.first, pair.second) for pair in pairs], np.intp).reshape(-1, 2)
-    return merged(groups, ends[:, 0], ends[:, 1]), pairs
+            best = np.take_along_axis(cosines, nearest[:, None], axis=1)[:, 0]
+            alike += [(float(best[i]), start + int(i), start + int(nearest[i])) for i in np.flatnonzero(best >= ALIKE)]
+            np.put_along_axis(cosines, nearest[:, None], 0, axis=1)
+        alike = sorted(alike, reverse=True)[:MOST_PAIRS]
+    pairs = same_images(alike, images)
+    return merged(groups, np.array([p.first for p in pairs], int), np.array([p.second for p in pairs], int)), pairs
 
 
-def crops(path: Path | UPath) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return an image as unit vectors: crops float32 [100, 256] of it, and [2, 256] all of it, as it is and mirrored.
+def thumbnail_crops(path: Path | UPath) -> np.ndarray | None:
+    """Return unit vectors float32 [100, 256], grey, 16 pixels square: an image, and its crops; None if it is gone.
 
-    Grey, 16 pixels square: windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and
-    end. None if the file can't be read any more.
+    They are windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and end.
     """
     try:
         pixels = read_image(path, Reading(), (64, 64))
     except ImageError:
         return None
-    grey = np.asarray(PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
-    sums = np.pad(grey.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))  # of all above and to the left, [65, 65]
-    sides = [(0.0, 64.0)] + [(32 * (1 - side) * place, 64 * side) for side in (0.95, 0.9, 0.85) for place in range(3)]
-    edges = np.concatenate([start + side / 16 * np.arange(17) for start, side in sides])  # of 16 cells each, [170]
-    low = np.minimum(edges.astype(int), 63)
-    part = (edges - low)[:, None]
-    sums = sums[low] * (1 - part) + sums[low + 1] * part
-    sums = (sums[:, low] * (1 - part.T) + sums[:, low + 1] * part.T).reshape(10, 17, 10, 17)
-    cells = np.diff(np.diff(sums, axis=1), axis=3).swapaxes(1, 2).reshape(100, 16, 16)
-    cells -= cells.mean(axis=(1, 2), keepdims=True)
-    both = np.stack([cells[0], cells[0, :, ::-1]])
-    return unit(cells.reshape(100, 256)), unit(both.reshape(2, 256))
+    grey = PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
+    sides = [(0.0, 64.0)]
+    sides += [(start, start + 64 * side) for side in (0.95, 0.9, 0.85) for start in np.linspace(0, 64 * (1 - side), 3)]
+    boxes = [(left, top, right, bottom) for left, right in sides for top, bottom in sides]
+    cells = np.array([np.asarray(grey.resize((16, 16), PIL.Image.Resampling.BOX, box)).ravel() for box in boxes])
+    return unit(cells - cells.mean(axis=1, keepdims=True, dtype=np.float32))
 
 
 def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[NearDuplicate]:
@@ -2584,13 +2587,19 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     That is told by the best correlation of all of one thumbnail, mirrored or not, with a crop of the other.
     """
     rows = sorted({row for _, *both in alike for row in both})
-    looked = dict(on_all_cores([lambda row: crops(images[row].path)] * core_count(), rows))
+    crops = dict(on_all_cores([lambda row: thumbnail_crops(images[row].path)] * core_count(), rows))
+
+    def correlation(whole: np.ndarray, other: np.ndarray) -> float:
+        mirrored = whole.reshape(16, 16)[:, ::-1].reshape(256)
+        return float((other @ np.stack([whole, mirrored], axis=1)).max())
+
     pairs = []
     for cosine, first, second in alike:
-        one, other = looked[first], looked[second]
-        if one and other and max((one[0] @ other[1].T).max(), (other[0] @ one[1].T).max()) >= SAME_IMAGE:
-            same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
-            pairs.append(NearDuplicate(first, second, min(cosine, 1.0), same_file))
+        one, other = crops[first], crops[second]
+        if one is None or other is None or max(correlation(one[0], other), correlation(other[0], one)) < SAME_IMAGE:
+            continue
+        same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
+        pairs.append(NearDuplicate(first, second, min(cosine, 1.0), same_file))
     return pairs
 
 
@@ -2600,15 +2609,17 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
     features: float32 [images, n]. Left out is what has the very features of another, or is confirmed by its thumbnail.
     """
     others = np.flatnonzero([image.split != "coarse" for image in images])
-    known, kept, alike = unit(features[others]), np.ones(len(coarse.rows), bool), []
-    for place, row in enumerate(coarse.rows.tolist()):
+    known, copies, alike = unit(features[others]), set(), []
+    for row in coarse.rows.tolist():
         cosines = known @ unit(features[[row]])[0]
         nearest = np.argsort(-cosines)[:3].tolist()
-        kept[place] = not np.array_equal(features[row], features[others[nearest[0]]])
-        alike += [(float(cosines[i]), row, int(others[i])) for i in nearest if kept[place] and cosines[i] >= ALIKE]
-    kept &= ~np.isin(coarse.rows, [pair.first for pair in same_images(alike, images)])
-    if not kept.all():
-        log.warning("%d coarse images are left out, since they show the same as other images.", (~kept).sum())
+        if np.array_equal(features[row], features[others[nearest[0]]]):
+            copies.add(row)
+        alike += [(float(cosines[i]), row, int(others[i])) for i in nearest if cosines[i] >= ALIKE]
+    copies |= {pair.first for pair in same_images(alike, images)}
+    if copies:
+        log.warning("%d coarse images are left out, since they show the same as other images.", len(copies))
+    kept = ~np.isin(coarse.rows, list(copies))
     return Rows(coarse.matrix, coarse.rows[kept], coarse.classes[kept])
 
 
@@ -2618,27 +2629,24 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
 def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray | None:
     """Return the fold that holds out each row, int [rows], classes spread and groups whole; None for too few rows.
 
-    Where every class is one group, no more than a word on that remains, and an interval of hardly any use: groups
-    are then divided, so that there are mistakes and doubtful images to look at.
+    The first row of a group speaks for it. Where every class is one group, no more than a word on that remains, and an
+    interval of hardly any use: groups are then divided, so that there are mistakes and doubtful images to look at.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+    from sklearn.model_selection import StratifiedKFold
 
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
     if np.bincount(classes[first]).max() < 2:
-        groups = first = group_of = np.arange(len(classes))
+        first = group_of = np.arange(len(classes))
     count = min(FOLDS, int(np.bincount(classes[first]).max()))
     if count < 2:
         return None
-    kind, rows, places = StratifiedGroupKFold, np.arange(len(classes)), np.arange(len(classes))
-    if len(first) > 20_000:  # that takes long (14 s for 100,000), so the first row of a group speaks for it
-        kind, rows, places = StratifiedKFold, first, group_of
-    folds = np.zeros(len(rows), np.intp)
+    folds = np.zeros(len(first), np.intp)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes of fewer images than folds: each is held out once all the same
-        parts = kind(count, shuffle=True, random_state=seed).split(rows, classes[rows], groups[rows])
+        parts = StratifiedKFold(count, shuffle=True, random_state=seed).split(first, classes[first])
         for fold, (_, held_out) in enumerate(parts):
             folds[held_out] = fold
-    return folds[places]
+    return folds[group_of]
 
 
 def held_out_logits(
@@ -2650,9 +2658,8 @@ def held_out_logits(
     """
     logits, nothing = np.zeros((len(folds), class_count), np.float32), Rows(known.matrix, folds[:0], folds[:0])
     for fold in np.unique(folds):
-        held_out, rest = np.flatnonzero(folds == fold), np.flatnonzero((folds != fold) & some)
-        training = Rows(known.matrix, known.rows[rest], known.classes[rest])
-        head, _ = train(training, nothing, class_count, settings)
+        held_out, rest = folds == fold, (folds != fold) & some
+        head, _ = train(Rows(known.matrix, known.rows[rest], known.classes[rest]), nothing, class_count, settings)
         logits[held_out] = head.logits(known.features(held_out))
     logits[~np.isfinite(logits).all(axis=1)] = 0  # a head that went astray knows nothing
     return logits
@@ -2674,12 +2681,17 @@ def learning_curve(
 ) -> LearningCurve | None:
     """Train on nested parts of the other folds and predict each fold; None for too few images or too many steps.
 
-    Of each class the same share is taken, scene by scene, so that a rare one stays in every part.
+    Of each class the same share is taken, group by group, so that a rare one stays in every part.
     """
-    groups, classes, folds = validated.groups, validated.classes, validated.folds
+    groups, classes, folds, class_count = (
+        validated.groups,
+        validated.classes,
+        validated.folds,
+        validated.logits.shape[1],
+    )
     batch = len(classes) if settings.train_batch_size == -1 else settings.train_batch_size
-    affordable = int(STEP_BUDGET / (settings.how_many_training_steps * FOLDS * batch / 100)) - 1
-    shares = [share for share in CURVE_SHARES if share * len(classes) >= 2 * validated.logits.shape[1]]
+    affordable = int(MOST_SEEN / (settings.how_many_training_steps * FOLDS * batch)) - 1
+    shares = [share for share in CURVE_SHARES if share * len(classes) >= 2 * class_count]
     if affordable < 1 or settings.hidden_units or not shares:
         return None
     order = np.random.default_rng(settings.random_seed or 0).permutation(groups.max() + 1)[groups]
@@ -2687,14 +2699,13 @@ def learning_curve(
     for fold, c in itertools.product(np.unique(folds), np.unique(classes)):
         own = np.flatnonzero((folds == fold) & (classes == c))
         before[own[np.argsort(order[own], kind="stable")]] = np.arange(len(own)) / max(len(own), 1)
-    tried, sizes = [], []
-    for share in shares[-affordable:]:
-        tried.append(held_out_logits(known, before < share, folds, validated.logits.shape[1], settings, train))
-        sizes.append((before < share).sum())
-    right = [logits.argmax(axis=1) == classes for logits in (*tried, validated.logits)]
-    accuracies, learnt = [Proportion.of(values, groups) for values in right], 1 - 1 / len(np.unique(folds))
-    gain = expected_gain([*sizes, len(classes)], right, accuracies[-1].effective)
-    return LearningCurve([round(learnt * size) for size in (*sizes, len(classes))], accuracies, gain)
+    parts = [before < share for share in shares[-affordable:]]
+    logits = [held_out_logits(known, part, folds, class_count, settings, train) for part in parts]
+    right = [each.argmax(axis=1) == classes for each in (*logits, validated.logits)]
+    sizes = [*(int(part.sum()) for part in parts), len(classes)]
+    accuracies, learnt = [Proportion.of(each, groups, CROSS_VALIDATED) for each in right], 1 - 1 / len(np.unique(folds))
+    gain = expected_gain(sizes, right, accuracies[-1].effective)
+    return LearningCurve([round(learnt * size) for size in sizes], accuracies, gain)
 
 
 def expected_gain(sizes: Sequence[int], right: Sequence[np.ndarray], effective: float) -> tuple[float, float]:
@@ -2738,10 +2749,9 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     present, middles = np.unique(classes), []
     count = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
     for c in present:
-        rows = directions[classes == c]
+        rows = np.unique(directions[classes == c], axis=0)
         if len(rows) > count:
-            clusters = min(count, len({row.tobytes() for row in rows}))
-            rows = KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
+            rows = KMeans(count, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
         middles.append(rows)
     return unit(np.concatenate(middles)).astype(np.float16)
 
@@ -2774,30 +2784,29 @@ def doubts_of(held_out: HeldOut, places: Iterable[int], temperature: float, reas
     return found
 
 
-def find_doubts(
-    validated: HeldOut | None, temperature: float, labels: Sequence[str], cues: np.ndarray, classes: Sequence[int]
-) -> list[Doubt]:
-    """Return the rows that confident learning (Northcutt et al. 2021) finds mislabelled, and those of bad quality.
+def mislabelled(validated: HeldOut, temperature: float, labels: Sequence[str]) -> list[Doubt]:
+    """Return the rows that confident learning (Northcutt et al. 2021) finds mislabelled, worst first."""
+    from cleanlab.filter import find_label_issues
 
-    cues: float32 [images, 5]; classes: [images]. Worst first.
-    """
-    doubts, (brightness, contrast, sharpness, width, height) = [], cues.T
-    if validated:
-        from cleanlab.filter import find_label_issues
+    scores, how = validated.probabilities(temperature), {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        places = find_label_issues(validated.classes, scores, filter_by="both", **how)
+    places = places[validated.predicted[places] != validated.classes[places]]
+    return doubts_of(validated, places, temperature, [f"looks like {label}" for label in labels])
 
-        scores, how = validated.probabilities(temperature), {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            places = find_label_issues(validated.classes, scores, filter_by="both", **how)
-        places = places[validated.predicted[places] != validated.classes[places]]
-        doubts = doubts_of(validated, places, temperature, [f"looks like {label}" for label in labels])
+
+def of_bad_quality(cues: np.ndarray, classes: Sequence[int]) -> list[Doubt]:
+    """Return the images that are tiny, nearly black or blurred; cues: float32 [images, 5]; classes: [images]."""
+    brightness, contrast, sharpness, width, height = cues.T
     usual = np.nanmedian(sharpness) if np.isfinite(sharpness).any() else 0
-    bad = {"tiny": np.minimum(width, height) < TINY, "nearly black": brightness + contrast < NEARLY_BLACK}
-    bad["blurred"] = sharpness < BLURRED * usual
-    for reason, found in bad.items():
-        rows = set(np.flatnonzero(found).tolist()) - {doubt.row for doubt in doubts}
-        doubts += [Doubt(row, classes[row], 0.0, 0.0, reason) for row in sorted(rows)]
-    return doubts
+    bad = {
+        "tiny": np.minimum(width, height) < TINY,
+        "nearly black": brightness + contrast < NEARLY_BLACK,
+        "blurred": sharpness < BLURRED * usual,
+    }
+    reasons = {int(row): reason for reason, rows in bad.items() for row in np.flatnonzero(rows)}
+    return [Doubt(row, classes[row], 0.0, 0.0, reason) for row, reason in sorted(reasons.items())]
 
 
 def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
@@ -2806,22 +2815,19 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     cues: float32 [rows, 5] of the validated rows. Then the images of the classes may have been taken under different
     circumstances, and the head may have learnt these. The share is of a world half of which is that class.
     """
-    from sklearn.metrics import multilabel_confusion_matrix
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
     brightness, contrast, sharpness, width, height = cues.T
-    names = ["brightness", "contrast", "sharpness", "size", "aspect ratio"]
-    columns = np.stack([brightness, contrast, sharpness, width * height, width / height], axis=1)  # [rows, 5]
-    classes, folds, shares = validated.classes, validated.folds, []
-    for chosen in ([0, 1, 2, 3, 4], [0], [1], [2], [3], [4]):
-        predicted = np.zeros_like(classes)
-        for fold in np.unique(folds):
-            out = folds == fold
-            tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
-            predicted[out] = tree.fit(columns[~out][:, chosen], classes[~out]).predict(columns[out][:, chosen])
-        counts = multilabel_confusion_matrix(classes, predicted, labels=np.unique(classes))  # [classes, 2, 2]
-        shares.append(float((counts.diagonal(axis1=1, axis2=2) / counts.sum(axis=2)).mean(axis=1).max()))
-    return names[int(np.argmax(shares[1:]))] if max(shares) > CUE_ALARM else "", max(shares)
+    columns = [brightness, contrast, sharpness, width * height, width / height]
+    names, classes = ["brightness", "contrast", "sharpness", "size", "aspect ratio"], validated.classes
+    tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
+    shares = []
+    for chosen in (columns, *([column] for column in columns)):
+        predicted = cross_val_predict(tree, np.stack(chosen, axis=1), classes, cv=PredefinedSplit(validated.folds))
+        shares.append(max(balanced_accuracy_score(classes == c, predicted == c) for c in np.unique(classes)))
+    return names[int(np.argmax(shares[1:]))] if max(shares) > CUE_ALARM else "", float(max(shares))
 
 
 def diagnose(
@@ -2839,8 +2845,7 @@ def diagnose(
 
     silent = dataclasses.replace(settings, eval_step_interval=0, intermediate_store_frequency=0)
     groups, pairs = find_groups(features, images)  # by large products, which all cores share
-    clean = ~np.isin(groups[testing.rows], groups[known.rows])
-    temperature, curve, cue, familiar = 1.0, None, ("", 0.5), None
+    temperature, curve, cue, familiar, doubts = 1.0, None, ("", 0.5), None, []
     with threadpool_limits(1):  # several threads halve the speed of small products
         validated = cross_validate(known, groups[known.rows], len(labels), silent, train)
         if validated:
@@ -2848,93 +2853,92 @@ def diagnose(
             temperature = fit_temperature(validated.logits, validated.classes)
             cue = spurious_cue(cues[known.rows], validated)
             familiar = become_familiar(known.features(), validated, temperature, coverage)
-        classes = [labels.index(image.label) for image in images]
-        doubts = find_doubts(validated, temperature, labels, cues, classes)
+            doubts = mislabelled(validated, temperature, labels)
+    doubted = {doubt.row for doubt in doubts}
+    bad = of_bad_quality(cues, [labels.index(image.label) for image in images])
+    doubts += [doubt for doubt in bad if doubt.row not in doubted]
     test, accuracy, logits = None, None, head.logits(testing.features())
+    clean = ~np.isin(groups[testing.rows], groups[known.rows])
     if len(clean):
         accuracy = float((logits.argmax(axis=1) == testing.classes).mean())
     if clean.any():
         rows = testing.rows[clean]
         test = HeldOut(rows, testing.classes[clean], logits[clean], groups[rows], np.zeros_like(rows))
-    found = Diagnostics(
-        labels, images, groups, validated, "" if validated else "too few images", test, accuracy, int((~clean).sum()),
-        curve, temperature, None, doubts, pairs, *cue, familiar, histories, cues,
+    return Diagnostics(
+        labels, images, groups, validated, test, accuracy, int((~clean).sum()), curve, temperature, doubts, pairs, *cue,
+        familiar, histories,
     )  # fmt: skip
-    if not found.believed:
-        return found
-    errors = found.believed.calibration_error(1.0), found.believed.calibration_error(temperature)
-    return dataclasses.replace(found, calibration_error=errors)
 
 
 # ... told on the terminal
 
 
-def listed(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
     """Return parts as a sentence lists them: a, b and c."""
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
 def log_diagnostics(found: Diagnostics, list_path: Path) -> None:
-    """Say in a few plain sentences how good it is, what would make it better, and which images to look at."""
-    for line in [*about_accuracy(found), *about_images(found, list_path)]:
-        log.info("%s", line)
+    """Say how good it is, and the findings; list_path: where the doubtful images are listed."""
+    if found.believed:
+        log.info("The accuracy to believe, by %s: %s.", found.source, found.believed.accuracy)
+    for finding in findings(found, list_path):
+        log.info("%s", finding)
 
 
-def about_accuracy(found: Diagnostics) -> Iterator[str]:
-    """Yield what is to be said about the accuracy, and about what would raise it."""
-    judged, validated, curve = found.believed, found.validated, found.curve
-    if validated is None:
-        yield f"There is no cross-validation: {found.unvalidated}."
+def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
+    """Yield in plain sentences what would make it better, and which images to look at."""
+    judged, images, doubts, curve = found.believed, found.images, found.doubts, found.curve
     if found.test_duplicates:
         yield (
             f"{found.test_duplicates} test images are near duplicates of training or validation images: they are no "
             "test, and count in the line 'Final test accuracy' only."
         )
+    if not found.validated:
+        yield "There is no cross-validation: too few images."
     if judged:
-        yield f"The accuracy to believe, by {found.source}: {judged.accuracy}."
         recalls = [(judged.recall(c), label) for c, label in enumerate(found.labels)]
-        behind = [(recall.value, label) for recall, label in recalls if recall and recall.high < judged.accuracy.value]
+        behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value]
         if behind:
             names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3]]
-            yield f"Recognised less often than the others: {listed(names)}."
+            yield f"Recognised less often than the others: {joined(names)}."
     if curve and curve.hardly:
         yield "Twice as many images would hardly help: by less than one point."
     elif curve:
         low, high = math.floor(100 * curve.gain[0]), math.ceil(100 * curve.gain[1])
         yield f"Twice as many images, of new scenes, would change the accuracy by {low:+d} to {high:+d} points."
-    if validated and len(found.images) < SMALL and any(image.split != "training" for image in found.images):
+    if found.validated and len(images) < SMALL and any(image.split != "training" for image in images):
         yield (
-            f"Of only {len(found.images)} images none can be spared: with --testing_percentage 0 "
+            f"Of only {len(images)} images none can be spared: with --testing_percentage 0 "
             "--validation_percentage 0 it learns from all, and the cross-validation judges it all the same."
         )
-
-
-def about_images(found: Diagnostics, list_path: Path) -> Iterator[str]:
-    """Yield what is to be said about the images themselves."""
-    images, pairs, doubts = found.images, found.pairs, found.doubts
-    scenes = []
-    for label in found.labels:
-        own = found.groups[[image.label == label for image in images]]
-        largest = int(np.bincount(own).max())
-        if largest >= 5 and largest > LARGE_SHARE * len(own):
-            scenes.append(f"{largest} of the {len(own)} images of {printable(label)}")
-    if scenes:
-        more = [f"those of {len(scenes) - 3} more classes"] if scenes[3:] else []
-        yield f"Each of one scene only: {listed(scenes[:3] + more)}; images of others would teach more."
+    if scenes := large_scenes(found):
+        yield f"Each of one scene only: {joined(scenes)}; images of others would teach more."
     if found.cue:
         yield (
             f"{found.cue.capitalize()} alone tells a class from the others (such measures are right in "
             f"{100 * found.cue_accuracy:.0f} %, chance in 50 %): the classes may have been photographed under "
             "different circumstances, and the head may have learnt those."
         )
-    if pairs:
-        across = sum(images[pair.first].label != images[pair.second].label for pair in pairs)
-        yield f"Pairs of images that show the same: {len(pairs)}, {across} of them in two classes."
-    if doubts and found.believed and found.believed.accuracy.value < ENOUGH_TO_DOUBT:
+    if found.pairs:
+        across = sum(images[pair.first].label != images[pair.second].label for pair in found.pairs)
+        yield f"Pairs of images that show the same: {len(found.pairs)}, {across} of them in two classes."
+    if doubts and judged and judged.accuracy.value < ENOUGH_TO_DOUBT:
         yield f"It errs too often to tell which images lie in the wrong folder; {list_path} lists where it differs."
     elif doubts:
-        named = listed([f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3]])
+        named = joined([f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3]])
         yield f"Doubtful images: {len(doubts)}, such as {named}. {list_path} lists them, for --exclude or --relabel."
+
+
+def large_scenes(found: Diagnostics) -> list[str]:
+    """Return words on the classes of which one scene is a large share, three at most."""
+    scenes = []
+    for label in found.labels:
+        own = found.groups[[image.label == label for image in found.images]]
+        largest = int(np.bincount(own).max())
+        if largest >= 5 and largest > LARGE_SHARE * len(own):
+            scenes.append(f"{largest} of the {len(own)} images of {printable(label)}")
+    return scenes[:3] + [f"those of {len(scenes) - 3} more classes"] * (len(scenes) > 3)
 
 
 # ======================================================================================================================
@@ -2958,29 +2962,33 @@ def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
 
     about: what else stands at the head of the page, by its name.
     """
-    as_json = functools.partial(json.dumps, indent=1, ensure_ascii=False, allow_nan=False, default=dataclasses.asdict)
-    texts = {".tsv": doubts_as_list(found), ".json": as_json(report_as_json(found)) + "\n"}
+    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "default": dataclasses.asdict}
+    texts = {".tsv": doubts_as_list(found), ".json": json.dumps(report_as_json(found), indent=1, **options) + "\n"}
     if REPORT_TEMPLATE.is_file():
-        texts[page.suffix] = report_page(found, page.with_suffix(".tsv").name, about)
+        texts[".html"] = report_page(found, page.with_suffix(".tsv").name, about)
     else:
         log.warning("There is no %s, so none could be filled in; it comes with retrain.py.", REPORT_TEMPLATE)
     for suffix, text in texts.items():
         with whole_file(page.with_suffix(suffix)) as temporary:
             temporary.write_text(text, "utf-8")
-    log.info("Wrote the report: %s.", listed([str(page.with_suffix(suffix)) for suffix in sorted(texts)]))
+    log.info("Wrote the report: %s.", joined([str(page.with_suffix(suffix)) for suffix in sorted(texts)]))
 
 
 # ... for programs
 
 
-def held_out_as_json(held_out: HeldOut, labels: Sequence[str]) -> dict:
+def held_out_as_json(held_out: HeldOut | None, labels: Sequence[str]) -> dict | None:
     """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
+    if not held_out:
+        return None
     counts = held_out.confusion
     ends = np.argwhere(counts)[np.argsort(-counts[counts > 0], kind="stable")][:MOST_LISTED].tolist()
-    cells = [{"label": labels[c], "named": labels[named], "images": int(counts[c, named])} for c, named in ends]
     shares = [(label, held_out.recall(c), held_out.precision(c)) for c, label in enumerate(labels)]
-    classes = [{"label": label, "recall": recall, "precision": precision} for label, recall, precision in shares]
-    return {"accuracy": held_out.accuracy, "classes": classes, "confusion": cells}
+    return {
+        "accuracy": held_out.accuracy,
+        "classes": [{"label": label, "recall": recall, "precision": precision} for label, recall, precision in shares],
+        "confusion": [{"label": labels[c], "named": labels[n], "images": int(counts[c, n])} for c, n in ends],
+    }
 
 
 def report_as_json(found: Diagnostics) -> dict:
@@ -2989,54 +2997,56 @@ def report_as_json(found: Diagnostics) -> dict:
     believe: "test", "cross-validation" or "", whose accuracy is the one to believe; test: without the test_duplicates,
     which training images show, too; lists of images begin with the surest or worst, and none has over MOST_LISTED.
     """
+    images, keys = found.images, [printable(image.key) for image in found.images]
 
-    def listed_images(doubts: Sequence[Doubt]) -> list[dict]:
-        return [
-            {"image": printable(found.images[doubt.row].key), "label": found.images[doubt.row].label}
-            | {"split": found.images[doubt.row].split, "proposed": found.labels[doubt.proposed]}
-            | {"score": doubt.score, "reason": doubt.reason}
-            for doubt in doubts[:MOST_LISTED]
-        ]
+    def image_of(doubt: Doubt) -> dict:
+        image, proposed = images[doubt.row], found.labels[doubt.proposed]
+        facts = {"image": keys[doubt.row], "label": image.label, "split": image.split}
+        return facts | {"proposed": proposed, "score": doubt.score, "reason": doubt.reason}
 
-    steps = [(name, scores) for name, history in found.histories.items() for scores in history]
+    pairs = [{"first": keys[pair.first], "second": keys[pair.second]} for pair in found.pairs]
+    steps = [
+        {
+            "of": name,
+            "step": each.step,
+            "split": each.split,
+            "accuracy": each.accuracy,
+            "cross_entropy": each.cross_entropy,
+        }
+        for name, history in found.histories.items()
+        for each in history
+    ]
     return {
         "believe": found.source,
         "labels": found.labels,
-        "images": Counter(image.split for image in found.images),
-        "test": found.test and held_out_as_json(found.test, found.labels),
+        "images": Counter(image.split for image in images),
+        "test": held_out_as_json(found.test, found.labels),
         "test_duplicates": found.test_duplicates,
         "classic_accuracy": found.classic_accuracy,
-        "cross_validation": found.validated and held_out_as_json(found.validated, found.labels),
+        "cross_validation": held_out_as_json(found.validated, found.labels),
         "learning_curve": found.curve,  # images trained on, accuracies, range of the gain by twice as many
         "temperature": found.temperature,
         "calibration_error": found.calibration_error,  # before and after dividing by the temperature
         "cue": {"name": found.cue, "recall": found.cue_accuracy},
-        "mistakes": listed_images(found.mistakes),
-        "doubtful": listed_images(found.doubts),
-        "duplicates": [
-            dataclasses.asdict(pair)
-            | {name: printable(found.images[getattr(pair, name)].key) for name in ("first", "second")}
-            for pair in found.pairs
-        ],
-        "training": [
-            {"of": name, "step": s.step, "split": s.split, "accuracy": s.accuracy, "cross_entropy": s.cross_entropy}
-            for name, s in steps[:: len(steps) // MOST_LISTED + 1]
-        ],
+        "mistakes": list(map(image_of, found.mistakes[:MOST_LISTED])),
+        "doubtful": list(map(image_of, found.doubts[:MOST_LISTED])),
+        "duplicates": [dataclasses.asdict(pair) | named for pair, named in zip(found.pairs, pairs, strict=True)],
+        "training": steps[:: len(steps) // MOST_LISTED + 1],
     }
 
 
 def doubts_as_list(found: Diagnostics) -> str:
     """Return the doubtful images as lines of a table, worst first, for --exclude and --relabel."""
-    text = io.StringIO(
+    text = io.StringIO()
+    text.write(
         "# Save this under another name and delete the lines of images that are right. Then --exclude leaves out the\n"
         "# others, or --relabel trains with the label in their second column.\n"
         "# image\tlabel to train with\tits score\tscore of the label now\treason\n"
     )
-    text.seek(0, io.SEEK_END)
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     for doubt in found.doubts:
-        cells = printable(found.images[doubt.row].key), found.labels[doubt.proposed]
-        writer.writerow([*cells, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason])
+        scores = f"{doubt.score:.3f}", f"{doubt.own_score:.3f}"
+        writer.writerow([printable(found.images[doubt.row].key), found.labels[doubt.proposed], *scores, doubt.reason])
     return text.getvalue()
 
 
@@ -3047,83 +3057,79 @@ def report_page(found: Diagnostics, list_name: str, about: dict[str, str]) -> st
     """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
     import jinja2
 
-    judged, labels = found.believed, found.labels
     doubted = {doubt.row for doubt in found.doubts}
+    doubts, pairs = found.doubts[:MOST_CARDS], found.pairs[: MOST_CARDS // 2]
+    mistakes = [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2]
     page: dict[str, Any] = {
         "found": found,
-        "judged": judged,
+        "judged": found.believed,
         "about": about,
         "list_name": list_name,
         "printable": printable,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        "findings": [
-            line
-            for line in [*about_accuracy(found), *about_images(found, Path(list_name))]
-            if not line.startswith("The accuracy to believe")  # which is the headline here
-        ],
+        "findings": list(findings(found, list_name)),
         "plots": plots_of(found),
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
         "splits": Counter(image.split for image in found.images),
         "counts": Counter((image.label, image.split) for image in found.images),
-        "doubts": found.doubts[:MOST_CARDS],
-        "pairs": found.pairs[: MOST_CARDS // 2],
-        "mistakes": [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2],
-        "classes": [],
+        "doubts": doubts,
+        "pairs": pairs,
+        "mistakes": mistakes,
     }
-    if judged:
-        recalls = [recall.value if (recall := judged.recall(c)) else 2.0 for c in range(len(labels))]
-        page["classes"] = np.argsort(recalls, kind="stable").tolist()  # the worst first, those of no image last
-        wrong = judged.confusion.sum(axis=0) + judged.confusion.sum(axis=1) - 2 * judged.confusion.diagonal()
-        page["confused"] = sorted(np.argsort(-wrong, kind="stable")[:MOST_CONFUSED].tolist())
-        # What each class is taken for, most often first.
-        page["taken_for"] = [[n for n in np.argsort(-row, kind="stable")[:4].tolist() if row[n] and n != c][:3]
-                             for c, row in enumerate(judged.confusion)]  # fmt: skip
-    page |= images_of_page(found, page["doubts"], page["mistakes"], page["pairs"])
+    if found.believed:
+        page |= classes_of_page(found.believed)
+    page |= images_of_page(found, doubts + mistakes, pairs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
 
 
-def cells_of(judged: HeldOut, found: Diagnostics) -> tuple[dict[str, dict], dict[int, list]]:
-    """Return the cells of the confusion matrix, "class,class named" -> {"count", "rows"}, and the images in them.
-
-    Mistakes come before what is right, the surest first; of what is right the least sure first. Images: row -> [class
-    folder/file name, class, class named, score], MOST_NAMED at most.
-    """
-    scores, wrong = judged.probabilities(found.temperature).max(axis=1), judged.predicted != judged.classes
-    cells: dict[str, dict] = {}
-    named: dict[int, list] = {}
-    for i in np.lexsort((np.where(wrong, -scores, scores), ~wrong)).tolist():
-        c, guess, row = int(judged.classes[i]), int(judged.predicted[i]), int(judged.rows[i])
-        cell = cells.setdefault(f"{c},{guess}", {"count": 0, "rows": []})
-        cell["count"] += 1
-        if len(named) < MOST_NAMED:
-            cell["rows"].append(row)
-            named[row] = [printable(found.images[row].key), c, guess, round(float(scores[i]), 4)]
-    return cells, named
+def classes_of_page(judged: HeldOut) -> dict:
+    """Return the classes in the order of their recall, those mistaken most, and what each is taken for most often."""
+    counts = judged.confusion
+    recalls = [recall.value if recall.count else 2.0 for recall in map(judged.recall, range(len(counts)))]
+    wrong = counts - np.diag(counts.diagonal())
+    most_often = [[n for n in np.argsort(-row, kind="stable")[:3].tolist() if row[n]] for row in wrong]
+    confused = np.argsort(-wrong.sum(axis=0) - wrong.sum(axis=1), kind="stable")[:MOST_CONFUSED]
+    # Classes without an image come last.
+    return {"classes": np.argsort(recalls).tolist(), "confused": sorted(confused.tolist()), "taken_for": most_often}
 
 
-def images_of_page(
-    found: Diagnostics, doubts: Sequence[Doubt], mistakes: Sequence[Doubt], pairs: Sequence[NearDuplicate]
-) -> dict:
+def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[NearDuplicate]) -> dict:
     """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
 
-    The thumbnails that only the script shows are in its data: 12 of each cell, in turn, as far as there is room.
+    cells: "class,class named" -> rows, mistakes before what is right, the surest mistakes and the least sure right ones
+    first; images: row -> [class folder/file name, class, class to propose, score]. The thumbnails that only the script
+    shows are in its data: 12 of each cell, in turn, as far as there is room.
     """
-    images, class_of = found.images, {label: c for c, label in enumerate(found.labels)}
-    cells, known = cells_of(found.believed, found) if found.believed else ({}, {})
-    ends = [ends for pair in pairs for ends in ((pair.first, pair.second), (pair.second, pair.first))]
-    in_lists = {doubt.row for doubt in [*doubts, *mistakes]} | {row for row, _ in ends}
-    ranked = [cell["rows"][i] for i in range(12) for cell in cells.values() if i < len(cell["rows"])]
-    for row, other in ends:  # of two copies in two classes, each may belong to the other's
-        own, proposed = class_of[images[row].label], class_of[images[other].label]
-        known.setdefault(row, [printable(images[row].key), own, proposed, 0])
-    for doubt in [*mistakes, *doubts]:
-        own, score = class_of[images[doubt.row].label], round(doubt.score, 4)
-        known[doubt.row] = [printable(images[doubt.row].key), own, doubt.proposed, score]
-    urls = data_urls(images, list(dict.fromkeys([*sorted(in_lists), *ranked]))[:MOST_THUMBNAILS])
+    images, class_of, judged = found.images, {label: c for c, label in enumerate(found.labels)}, found.believed
+    cells: dict[str, list[int]] = defaultdict(list)
+    known: dict[int, list] = {}
+    ranked: list[tuple[int, int]] = []
+
+    def know(row: int, proposed: int, score: float) -> None:
+        known[row] = [printable(images[row].key), class_of[images[row].label], proposed, round(score, 4)]
+
+    if judged:
+        scores, wrong = judged.probabilities(found.temperature).max(axis=1), judged.predicted != judged.classes
+        for i in np.lexsort((np.where(wrong, -scores, scores), ~wrong))[:MOST_NAMED].tolist():
+            row, cell = int(judged.rows[i]), cells[f"{judged.classes[i]},{judged.predicted[i]}"]
+            ranked.append((len(cell), row))
+            cell.append(row)
+            know(row, int(judged.predicted[i]), float(scores[i]))
+    for pair in pairs:  # of two copies in two classes, each may belong to the other's
+        for row, other in ((pair.first, pair.second), (pair.second, pair.first)):
+            if row not in known:
+                know(row, class_of[images[other].label], 0)
+    for doubt in reversed(doubts):
+        know(doubt.row, doubt.proposed, doubt.score)
+    in_lists = {doubt.row for doubt in doubts} | {row for pair in pairs for row in (pair.first, pair.second)}
+    in_cells = [row for rank, row in sorted(ranked, key=lambda pair: pair[0]) if rank < 12]
+    urls = data_urls(images, list(dict.fromkeys([*sorted(in_lists), *in_cells]))[:MOST_THUMBNAILS])
     hidden = {row: url for row, url in urls.items() if row not in in_lists}
-    data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
-    return {"thumbnails": urls, "data": data}
+    return {
+        "thumbnails": urls,
+        "data": {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden},
+    }
 
 
 def thumbnails_of(images: Sequence[Image], rows: Iterable[int], side: int) -> dict[int, PIL.Image.Image]:
@@ -3137,45 +3143,56 @@ def thumbnails_of(images: Sequence[Image], rows: Iterable[int], side: int) -> di
         image.thumbnail((side, side))
         return image
 
-    made = dict(on_all_cores([shrunk] * core_count(), rows))
-    return {row: image for row, image in made.items() if image is not None}
+    return {row: image for row, image in on_all_cores([shrunk] * core_count(), rows) if image}
 
 
 def data_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
     """Return thumbnails as data URLs, by their rows, the first rows if all together are too large for a page."""
-    small, urls, size = thumbnails_of(images, rows, THUMBNAIL), {}, 0
-    for row in rows:
-        if row in small:
-            data = io.BytesIO()
-            small[row].save(data, "JPEG", quality=72)
-            url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-            size += len(url)
-            if size > THUMBNAIL_BYTES:
-                break
-            urls[row] = url
+    urls, size = {}, 0
+    for row, image in thumbnails_of(images, rows, THUMBNAIL).items():
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=72)
+        url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+        size += len(url)
+        if size > THUMBNAIL_BYTES:
+            break
+        urls[row] = url
     return urls
 
 
 # ... its plots
 
 
-def drawn(draw: Callable[[Axes], None], name: str) -> str:
-    """Return a plot as SVG, whose text is the browser's; draw: takes its axes; name: its own among those of a page."""
+def plots_of(found: Diagnostics) -> dict[str, str]:
+    """Return the plots of the page, as SVG, those for which there is something to draw."""
+    judged, curve, plots = found.believed, found.curve, {}
+    if curve:
+        plots["curve"] = drawn("curve", draw_learning_curve, curve)
+    if any(found.histories.values()):
+        plots["training"] = drawn("training", draw_training, found.histories)
+    if judged:
+        plots["calibration"] = drawn("calibration", draw_calibration, judged, found.temperature)
+    return plots
+
+
+def drawn(name: str, draw: Callable, *values: Any) -> str:
+    """Return what `draw` draws of the values, on the axes that it is given, as SVG whose text is the browser's.
+
+    name: its own among the plots of a page.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "legend.frameon": False}
     with matplotlib.rc_context(look | {"axes.edgecolor": GREY, "text.color": INK}):  # type: ignore[arg-type]
-        figure = Figure(figsize=(5.2, 3.6))
+        figure, text = Figure(figsize=(5.2, 3.6)), io.StringIO()
         axes = figure.add_axes((0.13, 0.15, 0.85, 0.82))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        draw(axes)
+        draw(axes, *values)
         axes.legend(loc="lower right", fontsize=10)
-        text = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    return text.getvalue().partition("<svg")[2].join(["<svg", ""])
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def from_below(axes: Axes, values: Sequence[float]) -> None:
@@ -3186,14 +3203,13 @@ def from_below(axes: Axes, values: Sequence[float]) -> None:
 
 def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
     """Draw the accuracy on the validation batches of each head, and, of a single one, on those of the training."""
-    wanted = [(name, "validation") for name in histories]
-    wanted += [(name, "train") for name in histories if len(histories) == 1]
-    values = [90.0]
-    for (name, split), colour in zip(wanted, (BLUE, ORANGE, GREY), strict=False):
+    alone, values = len(histories) == 1, [90.0]
+    wanted = [(name, split) for split in ("validation", "train")[: 1 + alone] for name in histories]
+    for (name, split), color in zip(wanted, (BLUE, ORANGE, GREY), strict=False):
         scores = [scores for scores in histories[name] if scores.split == split]
         scores = scores[:: len(scores) // 200 + 1]
         shares = [100 * each.accuracy for each in scores]
-        axes.plot([each.step for each in scores], shares, color=colour, label=name if len(histories) > 1 else split)
+        axes.plot([each.step for each in scores], shares, color=color, label=split if alone else name)
         values += shares
     from_below(axes, [float(np.quantile(values, 0.1))])
     axes.set_xlabel("training steps")
@@ -3201,16 +3217,15 @@ def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
 
 def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     """Draw the accuracy against the images trained on, and the range for twice as many."""
-    middle = [100 * share.value for share in curve.accuracies]
-    low, high = [100 * share.low for share in curve.accuracies], [100 * share.high for share in curve.accuracies]
+    middle, low, high = (
+        [100 * getattr(share, name) for share in curve.accuracies] for name in ("value", "low", "high")
+    )
     axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
     axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
-    ends = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain]
-    twice = 2 * curve.sizes[-1]
+    ends, twice = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain], 2 * curve.sizes[-1]
     axes.plot([twice, twice], ends, color=ORANGE, linewidth=6, solid_capstyle="butt", label="likely with twice as many")
     axes.set_xscale("log")
-    ticks = [*curve.sizes, twice]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([*curve.sizes, twice], map(str, [*curve.sizes, twice]))
     axes.minorticks_off()
     axes.set_xlabel("images trained on")
     from_below(axes, low + ends)
@@ -3218,31 +3233,14 @@ def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
 
 def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
     """Draw how often it is right against the score that it gives, in ten steps of the score."""
-    scores, right = judged.probabilities(temperature).max(axis=1), judged.predicted == judged.classes
-    places = np.minimum((10 * scores).astype(int), 9)
+    scores = judged.probabilities(temperature).max(axis=1)
+    bins = [own for own in (np.arange(10)[:, None] == (scores * 9.999).astype(int)) if own.any()]  # bool [rows] each
+    shares, middle = [judged.share(own) for own in bins], [100 * float(scores[own].mean()) for own in bins]
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
-    bins = [places == place for place in np.unique(places)]
-    shares = [Proportion.of(right[own], judged.groups[own]) for own in bins]
-    middle = [100 * float(scores[own].mean()) for own in bins]
     axes.vlines(middle, [100 * share.low for share in shares], [100 * share.high for share in shares], BLUE, alpha=0.4)
     sizes, values = [12 + 150 * share.count / len(scores) for share in shares], [100 * share.value for share in shares]
     axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3)
-    axes.set_xlim(0, 101)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("score, %")
-    axes.set_ylabel("% right")
-
-
-def plots_of(found: Diagnostics) -> dict[str, str]:
-    """Return the plots of the page, as SVG, those for which there is something to draw."""
-    plots, judged, curve = {}, found.believed, found.curve
-    if curve:
-        plots["curve"] = drawn(lambda axes: draw_learning_curve(axes, curve), "curve")
-    if any(found.histories.values()):
-        plots["training"] = drawn(lambda axes: draw_training(axes, found.histories), "training")
-    if judged:
-        plots["calibration"] = drawn(lambda axes: draw_calibration(axes, judged, found.temperature), "calibration")
-    return plots
+    axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="score, %", ylabel="% right")
 
 
 # ... for TensorBoard
@@ -3253,24 +3251,24 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
     from sklearn.decomposition import PCA
     from tensorboardX import SummaryWriter
 
-    images, worst = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes[:MOST_LOGGED]}
+    images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     rows = np.sort(np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]).tolist()
     points = PCA(min(50, len(rows), features.shape[1]), random_state=0).fit_transform(features[rows])
-    named = {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
-    sprites, small = np.full((len(rows), SPRITE, SPRITE, 3), 255, np.uint8), thumbnails_of(images, rows, SPRITE)
-    for sprite, pixels in ((sprites[i], np.asarray(small[row])) for i, row in enumerate(rows) if row in small):
-        sprite[: len(pixels), : pixels.shape[1]] = pixels
+    sprites, small = np.ones((len(rows), 3, SPRITE, SPRITE), np.float32), thumbnails_of(images, rows, SPRITE)
+    for sprite, row in zip(sprites, rows, strict=True):
+        if row in small:
+            sprite[:, : small[row].height, : small[row].width] = np.asarray(small[row]).transpose(2, 0, 1) / 255
     columns = ["label", "split", "taken for", "image"]
     try:
         for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
             old.unlink()
         shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
         with SummaryWriter(str(folder)) as writer:
-            for row, thumbnail in sorted(thumbnails_of(images, worst, 240).items()):
-                tag = f"{images[row].label} taken for {worst[row]}/{printable(images[row].path.name)}"
+            for row, thumbnail in thumbnails_of(images, list(named)[:MOST_LOGGED], 240).items():
+                tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
                 writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
-            writer.add_embedding(points, cells, sprites.transpose(0, 3, 1, 2) / np.float32(255), 0, "features", columns)
+            writer.add_embedding(points, cells, sprites, 0, "features", columns)
     except OSError as error:
         raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
 

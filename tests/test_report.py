@@ -39,10 +39,9 @@ def made_up(folder: Path, names: list[str], count: int = 20, file_name: str = "i
     doubts = [Doubt(0, 1, 0.9, 0.05, f"looks like {names[1]}"), Doubt(3, 0, 0.0, 0.0, "blurred")]
     pairs = [NearDuplicate(1, 2, 0.99, True)]
     return Diagnostics(
-        labels=names, images=images, groups=rows // 2, validated=held_out, unvalidated="", test=None,
-        classic_accuracy=0.9, test_duplicates=0, curve=curve, temperature=1.2, calibration_error=(0.05, 0.02),
+        labels=names, images=images, groups=rows // 2, validated=held_out, test=None,
+        classic_accuracy=0.9, test_duplicates=0, curve=curve, temperature=1.2,
         doubts=doubts, pairs=pairs, cue="", cue_accuracy=0.0, familiar=None, histories={"head": history},
-        cues=np.zeros((len(rows), 5), np.float32),
     )  # fmt: skip
 
 
@@ -122,10 +121,8 @@ def test_a_page_of_many_images_can_be_mailed(tmp_path, monkeypatch):
 
 
 def test_without_anything_held_out_it_says_so(tmp_path):
-    found = dataclasses.replace(
-        made_up(tmp_path, ["ants", "bees"]), validated=None, unvalidated="too few images", curve=None, doubts=[]
-    )
-    page = write(dataclasses.replace(found, calibration_error=None), tmp_path).read_text("utf-8")
+    found = dataclasses.replace(made_up(tmp_path, ["ants", "bees"]), validated=None, curve=None, doubts=[])
+    page = write(found, tmp_path).read_text("utf-8")
     assert "Nobody knows" in page
     assert "too few images" in page
 

@@ -272,7 +272,7 @@ def noise(sets: Sets, repeats: int) -> None:
             classes[flipped] = (classes[flipped] + random.integers(1, class_count, len(flipped))) % class_count
             made = validated(photographs.features, classes, np.arange(count), np.arange(count), seed)
             temperature = retrain.fit_temperature(made.logits, classes)
-            doubts = retrain.doubtful_labels(made, temperature, [str(c) for c in range(class_count)])
+            doubts = retrain.mislabelled(made, temperature, [str(c) for c in range(class_count)])
             both = len({doubt.row for doubt in doubts} & set(flipped.tolist()))
             figures.append((len(doubts), both / len(flipped), both / max(1, len(doubts))))
         listed, found, right = np.mean(figures, axis=0)
