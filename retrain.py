@@ -158,8 +158,10 @@ def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tq
     """Return a tqdm bar; off a terminal it changes every ten seconds only, and with --logging_verbosity WARN never."""
     from tqdm import tqdm
 
-    options = {"disable": log.getEffectiveLevel() > logging.INFO} | options
-    return tqdm(total=total, desc=doing, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
+    quiet = log.getEffectiveLevel() > logging.INFO
+    seconds = 0.1 if sys.stderr.isatty() else 10
+    options = {"total": total, "desc": doing, "unit": unit, "mininterval": seconds, "disable": quiet} | options
+    return tqdm(**options)
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
@@ -541,13 +543,11 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | 
 
     Hidden files and folders are left out. Raises UserError for a folder that can't be listed.
     """
-    url, remedy = str(folder), ""
+    url = str(folder)
     entries: list = []
+    is_store = is_store_url(url)
     try:
-        if not is_store_url(url):
-            entries = [(path, path.is_dir(), None) for path in Path(folder).iterdir()]
-        else:
-            remedy = f"; for its kind of store, a package may be missing: {INSTALL} -r requirements-ray.txt"
+        if is_store:
             from upath import UPath
 
             store = UPath(folder)
@@ -556,10 +556,14 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | 
                 stamp = told["size"] or 0, zlib.crc32(repr(told).encode())
                 if name != store.path.strip("/"):  # some stores keep an empty object for the folder
                     entries.append((store / name.rpartition("/")[2], told["type"] == "directory", stamp))
+        else:
+            entries = [(path, path.is_dir(), None) for path in Path(folder).iterdir()]
     except Exception as error:  # stores have errors of their own
         why = first_line(error).replace(url, shown(url))
+        remedy = f"; the package for it may be missing: {INSTALL} -r requirements-ray.txt" if is_store else ""
         raise UserError(f"{shown(url)} could not be listed ({why}){remedy}.") from error
-    return sorted((entry for entry in entries if not is_hidden(entry[0])), key=lambda entry: entry[0].name)
+    entries = [entry for entry in entries if not is_hidden(entry[0])]
+    return sorted(entries, key=lambda entry: entry[0].name)
 
 
 def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
@@ -586,19 +590,18 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     folder_of: dict[str, str] = {}
     for folder in folders:
         label = label_of(folder.name)
-        if label in folder_of:
-            both = f"the folders {folder_of[label]!r} and {folder.name!r} both give the label {label!r}"
+        other = folder_of.setdefault(label, folder.name)
+        if other != folder.name:
+            both = f"the folders {other!r} and {folder.name!r} both give the label {label!r}"
             raise UserError(f"{given}: {both}; rename or merge one of them.")
-        folder_of[label] = folder.name
         for path, is_folder, stamp in entries_of(folder):
             if is_folder:
                 unread.append(path)
             else:
                 images.append(Image(path, label, listed=stamp))
     if unread:
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        told = "Only the files directly in a class's folder are read, so these are not: %s%s."
-        log.warning(told, printable(unread[0]), more)
+        told = "Only the files directly in a class's folder are read; %d others are not, such as %s."
+        log.warning(told, len(unread), printable(unread[0]))
     if len(folder_of) == 1:
         raise UserError(f"{given}: it holds one class only, {label!r}; a classifier needs two or more.")
     check_classes(given, images, list(folder_of), least)
@@ -628,12 +631,18 @@ def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[
 
     Raises UserError for a list that names none.
     """
-    rows, cells_of = read_table(path, flag), {}
+    rows = read_table(path, flag)
+    cells_of = {}
     for _, cells in rows:
+        name = cells[0].strip()
         # A backslash parts folders on Windows, but in the report's lists also begins an escaped character.
-        for spelled in (cells[0].strip().replace("\\", "/"), cells[0].strip()):
+        for spelled in (name.replace("\\", "/"), name):
             cells_of["/".join(spelled.split("/")[-2:])] = cells
-    found = {image: cells_of[key] for image in images for key in (image.key, printable(image.key)) if key in cells_of}
+    found = {}
+    for image in images:
+        for key in (image.key, printable(image.key)):
+            if key in cells_of:
+                found[image] = cells_of[key]
     if rows and not found:
         raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
     log.info("The %d lines of %s name %d images.", len(rows), path, len(found))
@@ -649,12 +658,13 @@ def leave_out(images: Sequence[Image], path: str) -> list[Image]:
 
 def relabel(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
-    labels, label_for = {image.label for image in images}, {}
+    labels = {image.label for image in images}
+    wanted = {image: image.label for image in images}
     for image, cells in named_in(path, "--relabel", images).items():
-        label_for[image] = label_of(cells[1].strip()) if len(cells) > 1 else ""
-        if label_for[image] not in labels:
+        wanted[image] = label_of(cells[1].strip()) if len(cells) > 1 else ""
+        if wanted[image] not in labels:
             raise UserError(f"--relabel {path}: it gives {image.key} no label of a class; write that behind a tab.")
-    return [dataclasses.replace(image, label=label_for.get(image, image.label)) for image in images]
+    return [dataclasses.replace(image, label=label) for image, label in wanted.items()]
 
 
 def place_of(folder: Path) -> str:
@@ -678,7 +688,8 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     def place(where: str) -> str:  # one name for one file, however its folder is given
         return os.path.join(true_folder(os.path.dirname(where)), os.path.basename(where))
 
-    known, labels = {place(str(image.path)): image for image in images}, {image.label for image in images}
+    known = {place(str(image.path)): image for image in images}
+    labels = {image.label for image in images}
     found: dict[str, Image | None] = dict.fromkeys(known)
     for line, row in read_table(path, "--split_file"):
         given = f"--split_file {path}: line {line}"
@@ -686,9 +697,10 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
             continue
         if len(row) != 3 or row[2] not in ("training", "validation", "testing"):
             raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
-        where, label = place(os.path.join(image_dir, row[0])), label_of(row[1])
+        where = place(os.path.join(image_dir, row[0]))
         if found.get(where):
             raise UserError(f"{given}: {printable(row[0])} is named twice; remove one of the lines.")
+        label = label_of(row[1])
         image = known.get(where) or Image(Path(where), label, place=place_of(Path(where).parent.parent))
         if label != image.label or label not in labels or not image.path.is_file():
             raise UserError(f"{given}: {printable(row[0])} is no image of the class {row[1]!r}; mend the line.")
@@ -4225,25 +4237,23 @@ def find_class_folders(flags: argparse.Namespace) -> None:
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
-    graph, report = OutputFiles(flags.output_graph), Path(flags.output_report)
     folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
     folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
     names = ["output_graph", "output_labels", "output_report", "write_split_file", "checkpoint_path", *folders]
     outputs = [(name, Path(getattr(flags, name))) for name in names if getattr(flags, name)]
-    outputs += [("output_graph", graph.lite), ("output_graph", graph.facts)]
-    outputs += [("output_report", report.with_suffix(".json")), ("output_report", report.with_suffix(".tsv"))]
+    graph, report = OutputFiles(flags.output_graph), Path(flags.output_report)
+    outputs += [("output_graph", path) for path in (graph.lite, graph.facts)]
+    outputs += [("output_report", report.with_suffix(ending)) for ending in (".json", ".tsv")]
+
     roots = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS, "saved_model_dir")}
     taken: dict[Path, str] = {}
     for name, path in outputs:
         check_writable(name, path, name in folders)
         place = path.resolve()
-        other = taken.setdefault(place, name)
-        for root_name, root in roots.items():
-            beside = name not in folders and root_name in IMAGE_FOLDERS and place.parent == Path(root).resolve()
-            if root and root_name != name and place.is_relative_to(Path(root).resolve()) and not beside:
-                other = root_name
-        if other != name:
-            raise UserError(f"--{name} {path}: it is, or lies in, what --{other} names; name another place.")
+        others = [other for other, root in roots.items() if root and place.is_relative_to(Path(root).resolve())]
+        for other in (*others, taken.setdefault(place, name)):
+            if other != name:
+                raise UserError(f"--{name} {path}: it is, or lies in, what --{other} names; name another place.")
     if flags.saved_model_dir:
         check_saved_model_dir(Path(flags.saved_model_dir))
 
