@@ -197,6 +197,19 @@ def train(image_dir, model_dir, monkeypatch, request):
     return run
 
 
+@pytest.fixture
+def error_of(train, capsys):
+    """A function that runs `train` and returns the one sentence with which it ends, before anything is trained."""
+
+    def run(*flags) -> str:
+        assert train(*flags, "--logging_verbosity", "ERROR") == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert not Path("output_graph.pb").exists()
+        return said.removeprefix("retrain.py: error: ")
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of the big test data, which lies beside a checkout where the project is developed."""
