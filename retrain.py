@@ -398,8 +398,8 @@ def add_output_flags(flag: Callable) -> None:
 
 def build_parser() -> Parser:
     """Return the parser of the command line, with a group of flags for each room."""
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = Parser("retrain.py", "python retrain.py [flags]", EXAMPLES, formatter_class=plain, add_help=False)
+    parser = Parser(prog="retrain.py", usage="python retrain.py [flags]", description=EXAMPLES, add_help=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev, parser.meant = False, MEANT
     rooms = {
         "images": add_image_flags,
