@@ -486,7 +486,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "dropout": 0.4 if two_stages else 0.0,
     }
     for name, value in defaults.items():
-        if getattr(flags, name) is None:
+        if getattr(flags, name) in (None, ""):
             setattr(flags, name, value)
     check_flags(parser, flags)
     return flags
