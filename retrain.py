@@ -4220,8 +4220,9 @@ def log_to_file(folder: str) -> None:
 
 def find_class_folders(flags: argparse.Namespace) -> None:
     """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
-    purposes = {"train": "image_dir", "training": "image_dir", "val": "validation_dir", "valid": "validation_dir"}
-    purposes |= {"validation": "validation_dir", "test": "test_dir", "testing": "test_dir"}
+    purposes = dict.fromkeys(("train", "training"), "image_dir")
+    purposes |= dict.fromkeys(("val", "valid", "validation"), "validation_dir")
+    purposes |= dict.fromkeys(("test", "testing"), "test_dir")
     found = {}
     for folder in sorted(Path(flags.image_dir).glob("*")):
         purpose = purposes.get(folder.name.lower())
@@ -4239,11 +4240,12 @@ def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
     folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
     folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
-    names = ["output_graph", "output_labels", "output_report", "write_split_file", "checkpoint_path", *folders]
+    names = ["output_graph", "output_labels", "write_split_file", "checkpoint_path", *folders]
     outputs = [(name, Path(getattr(flags, name))) for name in names if getattr(flags, name)]
     graph, report = OutputFiles(flags.output_graph), Path(flags.output_report)
     outputs += [("output_graph", path) for path in (graph.lite, graph.facts)]
-    outputs += [("output_report", report.with_suffix(ending)) for ending in (".json", ".tsv")]
+    reports = [] if flags.no_report else [report, report.with_suffix(".json"), report.with_suffix(".tsv")]
+    outputs += [("output_report", path) for path in reports]
 
     roots = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS, "saved_model_dir")}
     taken: dict[Path, str] = {}
@@ -4324,7 +4326,8 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
 
 def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
     """Return the usable images in their order, each with its split, and say how many there are of what."""
-    inside, others = [image for image in images if not image.place], [image for image in images if image.place]
+    inside = [image for image in images if not image.place]
+    others = [image for image in images if image.place]
     if flags.split_file:
         trained = [image for image in images if image.split == "training"]
         check_classes(f"--split_file {flags.split_file}, training", trained, labels, least=1)
@@ -4337,8 +4340,9 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
     if flags.write_split_file:
         write_split_file(Path(flags.write_split_file), flags.image_dir, listed)
         log.info("Wrote %s.", flags.write_split_file)
-    counts, splits = Counter(image.label for image in listed), Counter(image.split for image in listed)
+    counts = Counter(image.label for image in listed)
     log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
+    splits = Counter(image.split for image in listed)
     used = splits["training"], splits["validation"], splits["testing"]
     log.info("Images: %d to train, %d to validate, %d to test.", *used)
     return inside + others

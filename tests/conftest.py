@@ -1,4 +1,4 @@
-"""What the tests share: a small base model with the nodes and ops of the real one, pictures, and ways to run us."""
+"""What the tests share: a small base model with the nodes and ops of the real one, images, and ways to run us."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def small_graph(model_dir) -> Path:
 
 @pytest.fixture
 def image_dir(tmp_path) -> Path:
-    """An --image_dir of three classes, 20 pictures each, which the test may change."""
+    """An --image_dir of three classes, 20 images each, which the test may change."""
     return make_image_dir(tmp_path / "pictures")
 
 

@@ -252,7 +252,10 @@ def test_defaults_lie_beside_the_script_and_what_is_typed_where_the_user_is(tmp_
         ("--bottleneck_dir pictures/cache", "it is, or lies in, what --image_dir names"),
         ("--output_labels pictures", "a folder of that name lies there"),
         ("--saved_model_dir new --output_graph new/x.pb", "it is, or lies in, what --saved_model_dir names"),
-        ("--output_graph x.pb --output_report x.html", "--output_report x.json: it is, or lies in, what --output_g"),
+        (
+            "--output_graph x.pb --no_report=false --output_report x.html",
+            "--output_report x.json: it is, or lies in, what --output_g",
+        ),
         ("--exclude list.txt --output_labels list.txt", "it is, or lies in, what --exclude names"),
         ("--write_split_file link.pb", "--write_split_file link.pb: it is, or lies in, what --output_graph names"),
     ],

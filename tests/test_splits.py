@@ -15,7 +15,7 @@ import retrain
 
 @pytest.fixture
 def others(tmp_path) -> Path:
-    """A folder with the class folders and file names of `image_dir`, and other pictures: the colours swapped."""
+    """A folder with the class folders and file names of `image_dir`, and other images: the colours swapped."""
     folder = make_image_dir(tmp_path / "others", 4)
     (folder / "green").rename(folder / "was green")
     (folder / "blue").rename(folder / "green")
@@ -46,7 +46,7 @@ def test_the_accuracy_is_that_of_the_folder(train, others, capsys):
     assert "Final test accuracy = 33.3% (N=12)" in capsys.readouterr().out
 
 
-def test_pictures_of_the_same_name_keep_their_own_features(train, others, image_dir, capsys):
+def test_images_of_the_same_name_keep_their_own_features(train, others, image_dir, capsys):
     for _ in range(2):
         assert train("--validation_dir", others, "--bottleneck_dir", "kept") == 0
         said = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_a_split_with_folders_of_ones_own_is_read_again(train, others, capsys):
     assert Path("output_graph.pb").read_bytes() == graph
 
 
-def test_pictures_from_elsewhere_come_in_the_order_of_the_file(image_dir, others, tmp_path):
+def test_images_from_elsewhere_come_in_the_order_of_the_file(image_dir, others, tmp_path):
     """Not in one that changes with the seed of Python's hashes, and with it what is learnt."""
     folder = next(path for path in others.rglob("*") if path.is_dir() and any(path.glob("*.jpg")))
     own, outside = retrain.list_images(str(image_dir)), sorted(folder.glob("*.jpg"))[::-1]
@@ -140,7 +140,7 @@ def test_odd_names_survive(train, image_dir, capsys):
     assert "are left out" not in capsys.readouterr().err
 
 
-def test_pictures_that_it_does_not_name_are_left_out(train, capsys):
+def test_images_that_it_does_not_name_are_left_out(train, capsys):
     train("--write_split_file", "split.tsv")
     lines = Path("split.tsv").read_text().splitlines(keepends=True)
     Path("split.tsv").write_text("".join(line for line in lines if "green_03" not in line and "blue_07" not in line))
