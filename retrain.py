@@ -502,6 +502,9 @@ def from_flags(kind: type, flags: argparse.Namespace, prefix: str = "") -> Any:
 # Images: which there are, what they show, who trains and who tests
 # ======================================================================================================================
 
+# What object stores call the time when a file was last read, which is no change of it.
+ACCESS_TIMES = ("time", "atime", "accessTime", "last_accessed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Image:
@@ -527,7 +530,7 @@ def shown(url: str) -> str:
 def stamp_of(image: Image) -> tuple[int, int]:
     """Return the size in bytes, and the time of change in nanoseconds since 1970, as a record of features holds them.
 
-    In an object store the latter is a number that changes with whatever the store tells: a time, an ETag, a version.
+    In an object store the latter is a number that changes with what the store tells: a time, an ETag, a version.
     """
     if image.listed:
         return image.listed
@@ -553,7 +556,8 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | 
             store = UPath(folder)
             for told in store.fs.ls(store.path, detail=True):
                 name = told["name"].strip("/")
-                stamp = told["size"] or 0, zlib.crc32(repr(told).encode())
+                lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
+                stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
                 if name != store.path.strip("/"):  # some stores keep an empty object for the folder
                     entries.append((store / name.rpartition("/")[2], told["type"] == "directory", stamp))
         else:
