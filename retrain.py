@@ -52,11 +52,10 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
-import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
@@ -132,43 +131,37 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+@dataclasses.dataclass(frozen=True)
 class Journal:
-    """A file with a JSON value in each line, which many threads may add to; a killed run leaves half a line at most."""
+    """A file with a JSON value in each line; a killed run leaves half a line at most."""
 
-    def __init__(self, path: Path):
-        self.path, self.lock, self.torn = path, threading.RLock(), False
+    path: Path
 
     def read(self) -> list:
-        """Return the values, [] if there is no such file; what is no JSON is left out. Raises UserError."""
-        try:
-            data = self.path.read_bytes() if self.path.exists() else b""
-        except OSError as error:
-            raise UserError(f"{self.path} could not be read ({error.strerror or error}).") from error
-        self.torn = bool(data) and not data.endswith(b"\n")
-        values = []
+        """Return the values, [] if there is no such file; what is no JSON is left out, and half a line ended."""
+        data, values = self.path.read_bytes() if self.path.exists() else b"", []
         for line in data.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
+            with contextlib.suppress(ValueError):
                 values.append(json.loads(line))
+        if data and not data.endswith(b"\n"):
+            with open(self.path, "ab") as file:
+                file.write(b"\n")
         return values
 
     def append(self, value: object) -> None:
-        """Add a line, at once and whole. Raises UserError."""
-        line = json.dumps(value, ensure_ascii=False) + "\n"
-        with self.lock:
-            try:
-                with open(self.path, "ab") as file:
-                    file.write(b"\n" * self.torn + line.encode("utf-8", "backslashreplace"))
-            except OSError as error:
-                raise UserError(f"{self.path} could not be written ({error.strerror or error}).") from error
-            self.torn = False
+        """Add a line, at once and whole."""
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tqdm:
     """Return a tqdm bar; off a terminal it changes every ten seconds only, and with --logging_verbosity WARN never."""
     from tqdm import tqdm
 
-    options = {"disable": log.getEffectiveLevel() > logging.INFO, "delay": 1e-9} | options
-    return tqdm(total=total, desc=doing, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
+    quiet = log.getEffectiveLevel() > logging.INFO
+    seconds = 0.1 if sys.stderr.isatty() else 10
+    options = {"total": total, "desc": doing, "unit": unit, "mininterval": seconds, "disable": quiet} | options
+    return tqdm(**options)
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
@@ -179,16 +172,11 @@ def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
     size = 4 * math.prod(shape)
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
-            if hasattr(os, "posix_fallocate"):  # else a full disk would kill us later, in the middle of a line
-                os.posix_fallocate(file.fileno(), 0, size)
-            return np.memmap(file, np.float32, "w+", shape=tuple(shape))
-    except OSError as error:
-        raise UserError(
-            f"--bottleneck_dir {folder}: it has no room for {size / 1e9:.1f} GB of features "
-            f"({error.strerror or error}); name a folder on a larger disk."
-        ) from error
+    if shutil.disk_usage(folder).free < size:
+        told = f"it has no room for {size / 1e9:.1f} GB of features; name a folder on a larger disk"
+        raise UserError(f"--bottleneck_dir {folder}: {told}.")
+    with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
+        return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
 
 @contextlib.contextmanager
@@ -206,9 +194,8 @@ def label_of(folder: str) -> str:
 
     Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
     """
-    return re.sub(
-        " +", " ", "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
-    )
+    letters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
+    return re.sub(" +", " ", "".join(letters))
 
 
 # ======================================================================================================================
@@ -226,12 +213,11 @@ Teach a computer a few classes of images from few samples. Three examples:
       first download 100 images for each name in the file
 """
 # The flags that --help shows; the others are under `--help all`.
-EVERYDAY = "image_dir how_many_training_steps output_graph architecture testing_percentage validation_percentage "
+EVERYDAY = "help image_dir how_many_training_steps output_graph architecture testing_percentage validation_percentage "
 EVERYDAY += "exclude relabel crawl crawl_count"
 # What users of other programs type, and what it is called here.
 MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "--learning_rate"}
 MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
-OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 # The base models by their names, and the layers that each can keep as its bottleneck, the usual one first.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("auto", "inception_v3", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"), ()),
@@ -249,27 +235,12 @@ class Help(argparse.Action):
     """
 
     def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
-        if value not in (None, "all"):
-            parser.error(f"--help {value}: write --help, or --help all")
         for action in parser._actions:
             action.default = getattr(namespace, action.dest, None)
-            if value is None and action.dest not in (*EVERYDAY.split(), "help"):
+            if value != "all" and action.dest not in EVERYDAY.split():
                 action.help = argparse.SUPPRESS
-        parser.print_help()
+        print(parser.format_help().replace(" []", "   "), end="")  # the value that a switch may be given
         parser.exit()
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows a flag that may stand alone as one that does."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        alone = action.nargs == "?"
-        return ", ".join(action.option_strings) if alone else super()._format_action_invocation(action)
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """Read the numbers of a flag such as --hidden_units 512,256; '' for none."""
-    return tuple(map(COUNT, text.split(","))) if text.strip() else ()
 
 
 def is_store_url(text: str) -> bool:
@@ -299,14 +270,13 @@ def add_flag(
     --help tells its default after its purpose, unless that is 'nothing'.
     """
     if not metavar and "choices" not in options:
-        default, kind, options = False, switch, {"nargs": "?", "const": True}
+        metavar, default, kind, options = "", False, switch, {"nargs": "?", "const": True}
     if default not in (None, "", (), False):
         purpose += " (%(default)s)"
     group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose, **options)
 
 
 def add_image_flags(flag: Callable) -> None:
-    """Add the flags of the room images; `flag` adds one to the room's group."""
     flag("--image_dir", "DIR", "folder that holds a folder of images for each class (also s3://...)", at_home("data"))
     flag("--testing_percentage", "N", "percent of the images that are kept for the final test", 10, PERCENTAGE)
     flag("--validation_percentage", "N", "percent that are kept to validate during training", 10, PERCENTAGE)
@@ -349,14 +319,9 @@ def add_crawl_flags(flag: Callable) -> None:
 
 
 def add_base_model_flags(flag: Callable) -> None:
-    """Add the flags of the room base model."""
-    flag(
-        "--architecture",
-        "NAME",
-        "network that looks at the images: inception_v3; efficientnet_lite2, smaller, faster and better for few "
-        "images (also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; or auto: the first that can be had",
-        "auto",
-    )
+    names = "network that looks at the images: inception_v3; efficientnet_lite2, smaller, faster and better for few "
+    names += "images (also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; or auto: the first to be had"
+    flag("--architecture", "NAME", names, "auto")
     flag("--bottleneck_layer", "NAME", "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2")
     flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
@@ -369,7 +334,6 @@ def add_base_model_flags(flag: Callable) -> None:
 
 
 def add_bottleneck_flags(flag: Callable) -> None:
-    """Add the flags of the rooms bottlenecks and cluster."""
     flag("--bottleneck_dir", "DIR", "folder for what the network computes, kept for later runs", at_home("bottleneck"))
     flag("--flip_left_right", None, "also train on images mirrored at random")
     flag("--random_crop", "N", "also train on images with a margin of N percent cut off", 0, number(int, 0, 99))
@@ -383,11 +347,16 @@ def add_bottleneck_flags(flag: Callable) -> None:
 
 
 def add_head_flags(flag: Callable) -> None:
-    """Add the flags of the room head, with the defaults that TrainingSettings has."""
     usual, share = TrainingSettings(), number(float, 0, 0.99)
+    sizes = "train hidden layers of these sizes, too, as in 512,256"
     way = "how the classes are learnt: softmax, step by step, or logistic, at once, which is often a little better"
     weights = "balanced: a class of few images counts as much as one of many, even with --train_batch_size -1"
     kept = "share of the later steps in which the images of --coarse_image_dir are trained on, so as not to forget them"
+    optimizers = ("sgd", "momentum", "adam", "rmsprop")
+
+    def whole_numbers(text: str) -> tuple[int, ...]:
+        return tuple(map(COUNT, text.split(","))) if text.strip() else ()
+
     flag("--head", None, way, usual.head, choices=("softmax", "logistic"))
     flag("--how_many_training_steps", "N", "how many steps to train", usual.how_many_training_steps, COUNT)
     flag("--learning_rate", "X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
@@ -395,10 +364,10 @@ def add_head_flags(flag: Callable) -> None:
     flag("--validation_batch_size", "N", "images to validate on; -1 for all", usual.validation_batch_size, COUNT_OR_ALL)
     flag("--eval_step_interval", "N", "how many steps from one validation to the next", usual.eval_step_interval, COUNT)
     flag("--random_seed", "N", "any number; two runs with the same one give the same", None, number(int, 0))
-    flag("--hidden_units", "N,N", "train hidden layers of these sizes, too, as in 512,256", None, whole_numbers)
+    flag("--hidden_units", "N,N", sizes, None, whole_numbers)
     flag("--dropout", "X", "share of each hidden layer that a step leaves out at random", None, share)
     flag("--batch_norm", None, "normalise the hidden layers over each batch of images")
-    flag("--optimizer", None, "how a step is made from the gradient", usual.optimizer, choices=OPTIMIZERS)
+    flag("--optimizer", None, "how a step is made from the gradient", usual.optimizer, choices=optimizers)
     flag("--class_weights", None, weights, usual.class_weights, choices=("none", "balanced"))
     flag("--coarse_training_steps", "N", "steps on --coarse_image_dir", usual.coarse_training_steps, COUNT)
     flag("--coarse_learning_rate", "X", "how far each of those steps goes (as --learning_rate)", None, RATE)
@@ -407,102 +376,94 @@ def add_head_flags(flag: Callable) -> None:
     flag("--rehearsal", "X", kept, usual.rehearsal, share)
 
 
-def add_report_flags(flag: Callable) -> None:
-    """Add the flags of the rooms diagnostics and report, and of what is told while the program runs."""
+def add_output_flags(flag: Callable) -> None:
     sure = "share of its right answers that predict.py shall be sure of; with more, it is sure of more wrong ones, too"
-    flag("--no_report", None, "train, test and write the classifier, and no more: no cross-validation, no report")
+    levels = ("DEBUG", "INFO", "WARN", "ERROR", "FATAL")
+    intermediate = at_home("intermediate_graph")
+    flag("--output_graph", "FILE", "the trained classifier", at_home("output_graph.pb"))
+    flag("--output_labels", "FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
     flag("--output_report", "FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
+    flag("--no_report", None, "train, test and write the classifier, and no more: no cross-validation, no report")
     flag("--coverage", "X", sure, 0.93, number(float, 0.5, 1))
     flag("--test_batch_size", "N", "how many images the final test looks at; -1 for all", -1, COUNT_OR_ALL)
     flag("--print_misclassified_test_images", None, "list the test images that were taken for another class")
     flag("--summaries_dir", "DIR", "folder for the log of all steps, also for TensorBoard", at_home("retrain_logs"))
-    levels = ("DEBUG", "INFO", "WARN", "ERROR", "FATAL")
     flag("--logging_verbosity", None, "how much to print; DEBUG: each step, too", "INFO", str.upper, choices=levels)
-
-
-def add_export_flags(flag: Callable) -> None:
-    """Add the flags of the room export."""
-    flag("--output_graph", "FILE", "the trained classifier", at_home("output_graph.pb"))
-    flag("--output_labels", "FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
     flag("--final_tensor_name", "NAME", "name of the graph's output, for programs that read the graph", "final_result")
     flag("--saved_model_dir", "DIR", "also write the classifier as a SavedModel, for other TensorFlow programs")
     flag("--checkpoint_path", "FILE", "also write what was learnt as a TensorFlow checkpoint")
-    intermediate = at_home("intermediate_graph")
     flag("--intermediate_output_graphs_dir", "DIR", "folder for classifiers of the steps before the last", intermediate)
     flag("--intermediate_store_frequency", "N", "steps from one of those to the next; 0 for none", 0, number(int, 0))
 
 
 def build_parser() -> Parser:
     """Return the parser of the command line, with a group of flags for each room."""
-    shape: dict[str, Any] = {"usage": "python retrain.py [flags]", "formatter_class": HelpFormatter}
-    parser = Parser(prog="retrain.py", description=EXAMPLES, allow_abbrev=False, add_help=False, **shape)
-    parser.meant = MEANT
+    parser = Parser(prog="retrain.py", usage="python retrain.py [flags]", description=EXAMPLES, add_help=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev, parser.meant = False, MEANT
     rooms = {
         "images": add_image_flags,
         "crawl": add_crawl_flags,
         "base model": add_base_model_flags,
         "bottlenecks": add_bottleneck_flags,
         "head": add_head_flags,
-        "report": add_report_flags,
-        "export": add_export_flags,
+        "report and export": add_output_flags,
     }
     for name, add_flags in rooms.items():
         add_flags(functools.partial(add_flag, parser.add_argument_group(name)))
-    told = "show this; `--help all` shows every flag"
-    parser.add_argument("-h", "--help", action=Help, nargs="?", default=argparse.SUPPRESS, help=told)
+    usual: dict[str, Any] = {
+        "help": "show this; `--help all` shows every flag",
+        "metavar": "all",
+        "default": argparse.SUPPRESS,
+    }
+    parser.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], **usual)
     return parser
 
 
-def check_base_model_flags(parser: Parser, flags: argparse.Namespace) -> None:
-    """End with a sentence for a base model that is not known, or one that is asked for what it doesn't have."""
-    if flags.architecture.removesuffix("_quantized") not in ARCHITECTURES:
-        parser.error(f"--architecture: {flags.architecture!r} is not known; choose {', '.join(ARCHITECTURES)}")
-    if flags.architecture.endswith("_quantized"):
-        full = flags.architecture.removesuffix("_quantized")
-        parser.error(f"--architecture: what {flags.architecture} did is done by --architecture {full} --quantize")
-    if flags.quantize and flags.engine == "tensorflow":
-        parser.error("--quantize is for the engine litert; leave --engine tensorflow out")
-    if flags.quantize and is_store_url(flags.image_dir):
-        parser.error("--quantize looks at some images on this machine, so the --image_dir can't be an object store")
-    if flags.tfhub_module and flags.architecture != "auto":
+def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
+    """End with a sentence for flags that contradict each other, where going on would do harm or mislead."""
+    if flags.testing_percentage + flags.validation_percentage > 99:
+        parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
+    if flags.split_file and (flags.validation_dir or flags.test_dir):
+        parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
+        parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
+
+    if flags.crawl_only and not flags.crawl:
+        parser.error("--crawl_only: there is nothing to crawl without --crawl")
+    trained_on = [os.path.abspath(path) for path in (flags.image_dir, flags.coarse_image_dir) if path]
+    apart = flags.crawl_dir and os.path.abspath(flags.crawl_dir) not in trained_on
+    if flags.crawl and not flags.crawl_only and apart:
+        parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
+
+    local = ("crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize")
+    if is_store_url(flags.image_dir) and (not flags.ray_address or any(getattr(flags, name) for name in local)):
+        told = f"an object store is read by a Ray cluster; add --ray_address, and leave out --{', --'.join(local)}"
+        parser.error(f"--image_dir: {told}")
+    if any(map(is_store_url, (flags.validation_dir, flags.test_dir, flags.coarse_image_dir, flags.crawl_dir))):
+        parser.error("only an --image_dir may lie in an object store")
+    if flags.ray_address.startswith("ray://"):
+        parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
+
+    name, layers = flags.architecture, ARCHITECTURES.get(flags.architecture, ())
+    if name.endswith("_quantized"):
+        parser.error(f"--architecture: what {name} did is done by --architecture {name[:-10]} --quantize")
+    if name not in ARCHITECTURES:
+        parser.error(f"--architecture: {name!r} is not known; choose {', '.join(ARCHITECTURES)}")
+    if flags.tfhub_module and name != "auto":
         parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
     if flags.image_size and not flags.tfhub_module:
         parser.error("--image_size is for --tfhub_module only; the other base models have a size of their own")
-    layers = () if flags.tfhub_module else ARCHITECTURES[flags.architecture]
     if flags.bottleneck_layer and flags.bottleneck_layer not in layers:
-        choice = f"choose {', '.join(layers)}" if layers else "leave the flag out, or use --architecture vgg16"
-        parser.error(f"--bottleneck_layer: {flags.bottleneck_layer!r} is no layer of the base model; {choice}")
+        choice = ", ".join(ARCHITECTURES["vgg16"])
+        parser.error(f"--bottleneck_layer: only --architecture vgg16 has layers to choose from, {choice}")
 
-
-def complete_head_flags(parser: Parser, flags: argparse.Namespace) -> None:
-    """Set the flags of the head whose defaults depend on others; end with a sentence for those that contradict them."""
-    two_stages = bool(flags.coarse_image_dir)  # their defaults are as published for VGG16's fc2
-    if flags.hidden_units is None:
-        flags.hidden_units = (256,) if two_stages else ()
-    if flags.dropout is None:
-        flags.dropout = 0.4 if two_stages else 0.0
-    if two_stages and not flags.hidden_units:
+    if flags.coarse_image_dir and not flags.hidden_units:
         parser.error("--coarse_image_dir: training in two stages needs a hidden layer; leave --hidden_units out")
     if not flags.hidden_units and (flags.dropout or flags.batch_norm):
         parser.error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
     if flags.head == "logistic" and (flags.hidden_units or flags.optimizer != "sgd"):
         parser.error("--head logistic has neither hidden layers, two stages nor an optimizer; leave it out, or them")
-    usual_rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
-    flags.learning_rate = usual_rate if flags.learning_rate is None else flags.learning_rate
-    flags.coarse_learning_rate = usual_rate if flags.coarse_learning_rate is None else flags.coarse_learning_rate
-
-
-def check_store_flags(parser: Parser, flags: argparse.Namespace) -> None:
-    """End with a sentence for flags that don't fit a Ray cluster, or images in an object store."""
-    stored = is_store_url(flags.image_dir)
-    if stored and (not flags.ray_address or (flags.crawl and not flags.crawl_dir)):
-        parser.error("--image_dir: an object store is read by a Ray cluster, and not crawled into; add --ray_address")
-    for name in ("validation_dir", "test_dir", "coarse_image_dir", "crawl_dir", "split_file", "write_split_file"):
-        value = getattr(flags, name)
-        if is_store_url(value) or (value and stored and name != "crawl_dir"):
-            parser.error(f"--{name}: only an --image_dir may lie in an object store, and then without this flag")
-    if flags.ray_address.startswith("ray://"):
-        parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -514,26 +475,20 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: it needs a name")
     if flags.crawl and not flags.crawl_dir and flags.image_dir == parser.get_default("image_dir"):
         flags.image_dir = at_home("crawled")  # data/ holds the drawings that come along
-    if flags.testing_percentage + flags.validation_percentage > 99:
-        parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
-    if flags.crawl_only and not flags.crawl:
-        parser.error("--crawl_only: there is nothing to crawl without --crawl")
-    trained_on = [os.path.abspath(path) for path in (flags.image_dir, flags.coarse_image_dir) if path]
-    apart = flags.crawl_dir and os.path.abspath(flags.crawl_dir) not in trained_on
-    if flags.crawl and not flags.crawl_only and apart:
-        parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
-    if flags.split_file and (flags.validation_dir or flags.test_dir):
-        parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
-        parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
-    check_store_flags(parser, flags)
-    check_base_model_flags(parser, flags)
-    complete_head_flags(parser, flags)
-    files = OutputFiles(Path(flags.output_graph))
-    flags.output_labels = flags.output_labels or str(files.labels)
-    flags.output_report = flags.output_report or str(files.report)
-    if not flags.output_report.endswith(".html"):
-        parser.error(f"--output_report: {flags.output_report!r} does not end in .html")
+    files, two_stages = OutputFiles(flags.output_graph), bool(flags.coarse_image_dir)
+    rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
+    defaults = {
+        "output_labels": str(files.labels),
+        "output_report": str(files.report),
+        "learning_rate": rate,
+        "coarse_learning_rate": rate,
+        "hidden_units": (256,) if two_stages else (),  # as published for VGG16's fc2
+        "dropout": 0.4 if two_stages else 0.0,
+    }
+    for name, value in defaults.items():
+        if getattr(flags, name) in (None, ""):
+            setattr(flags, name, value)
+    check_flags(parser, flags)
     return flags
 
 
@@ -547,6 +502,9 @@ def from_flags(kind: type, flags: argparse.Namespace, prefix: str = "") -> Any:
 # Images: which there are, what they show, who trains and who tests
 # ======================================================================================================================
 
+# What object stores call the time when a file was last read, which is no change of it.
+ACCESS_TIMES = ("time", "atime", "accessTime", "last_accessed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Image:
@@ -556,7 +514,7 @@ class Image:
     label: str
     split: str = "training"  # or "validation", "testing", or "coarse": stage one of two
     place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
-    listed: tuple[int, int] | None = None  # in an object store: size and time, see stamp_of
+    listed: tuple[int, int] | None = None  # in an object store: see stamp_of
 
     @property
     def key(self) -> str:
@@ -569,23 +527,12 @@ def shown(url: str) -> str:
     return re.sub(r"(?<=://).*@", "", url.partition("?")[0]) if is_store_url(url) else url
 
 
-def time_in(details: dict) -> int:
-    """Return when a file changed, in nanoseconds since 1970, by what fsspec tells: each store has its own keys.
-
-    If it tells no time, this is some small number that changes with the ETag or version, or 0 for want of these, too.
-    """
-    keys = ("mtime", "last_modified", "LastModified", "modified", "updated", "created", "ETag", "etag", "version_id")
-    told = next((details[key] for key in keys if details.get(key)), 0)
-    if isinstance(told, datetime.datetime):
-        told = told.timestamp()
-    if isinstance(told, int | float):
-        return int(told * 10**9)
-    return int.from_bytes(hashlib.sha1(str(told).encode(), usedforsecurity=False).digest()[:6], "big")
-
-
 def stamp_of(image: Image) -> tuple[int, int]:
-    """Return the size in bytes and the time of change in nanoseconds since 1970, as a record of features holds them."""
-    if image.listed is not None:
+    """Return the size in bytes, and the time of change in nanoseconds since 1970, as a record of features holds them.
+
+    In an object store the latter is a number that changes with what the store tells: a time, an ETag, a version.
+    """
+    if image.listed:
         return image.listed
     try:
         now = image.path.stat()
@@ -594,47 +541,33 @@ def stamp_of(image: Image) -> tuple[int, int]:
     return now.st_size, now.st_mtime_ns
 
 
-def open_folder(image_dir: str, flag: str) -> Path | UPath:
-    """Return a folder of class folders, here or in an object store. Raises UserError if there is none."""
-    if is_store_url(image_dir):
-        try:
+def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | None]]:
+    """Return (path, whether it is a folder, its stamp if it lies in an object store) of what a folder holds, by name.
+
+    Hidden files and folders are left out. Raises UserError for a folder that can't be listed.
+    """
+    url = str(folder)
+    entries: list = []
+    is_store = is_store_url(url)
+    try:
+        if is_store:
             from upath import UPath
 
-            folder = UPath(image_dir)
-            folder.fs  # noqa: B018  (which opens the store)
-            return folder
-        except Exception as error:  # stores have errors of their own
-            why = first_line(error).replace(image_dir, shown(image_dir))
-            raise UserError(
-                f"{flag} {shown(image_dir)}: this object store can't be opened ({why}); it may need a package: "
-                f"{INSTALL} -r requirements-ray.txt"
-            ) from error
-    path = Path(image_dir)
-    if path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
-        raise UserError(f"{flag} {image_dir}: it is an archive; unpack it, and name the folder that comes out.")
-    if not path.is_dir():
-        fault = "it is a file, not a folder" if path.exists() else "there is no such folder"
-        raise UserError(f"{flag} {image_dir}: {fault} (looked for {path.resolve()}).")
-    return path
-
-
-def entries_of(folder: Path | UPath) -> list[tuple[Path | UPath, str, tuple[int, int] | None]]:
-    """Return the path, the kind (file, directory or other) and in stores the stamp of what a folder holds, by name.
-
-    Raises UserError for a folder that can't be listed.
-    """
-    try:
-        if isinstance(folder, Path):
-            paths = sorted(folder.iterdir())
-            return [(path, "file" if path.is_file() else "directory" * path.is_dir(), None) for path in paths]
-        listed = sorted(folder.fs.ls(folder.path, detail=True), key=lambda details: details["name"])
-        return [
-            (folder / PurePosixPath(details["name"]).name, details["type"], (details["size"] or 0, time_in(details)))
-            for details in listed
-            if details["name"].strip("/") != folder.path.strip("/")  # some stores keep an empty object for the folder
-        ]
+            store = UPath(folder)
+            for told in store.fs.ls(store.path, detail=True):
+                name = told["name"].strip("/")
+                lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
+                stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
+                if name != store.path.strip("/"):  # some stores keep an empty object for the folder
+                    entries.append((store / name.rpartition("/")[2], told["type"] == "directory", stamp))
+        else:
+            entries = [(path, path.is_dir(), None) for path in Path(folder).iterdir()]
     except Exception as error:  # stores have errors of their own
-        raise UserError(f"{shown(str(folder))} could not be listed ({first_line(error)}).") from error
+        why = first_line(error).replace(url, shown(url))
+        remedy = f"; the package for it may be missing: {INSTALL} -r requirements-ray.txt" if is_store else ""
+        raise UserError(f"{shown(url)} could not be listed ({why}){remedy}.") from error
+    entries = [entry for entry in entries if not is_hidden(entry[0])]
+    return sorted(entries, key=lambda entry: entry[0].name)
 
 
 def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
@@ -644,34 +577,47 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     content, when it is decoded. Raises UserError for a folder from which no classifier could be trained, with less than
     two classes or `least` files of one, by the name of its flag.
     """
-    given, entries = f"{flag} {shown(image_dir)}", entries_of(open_folder(image_dir, flag))
-    folders = [entry for entry, kind, _ in entries if kind == "directory" and not entry.name.startswith(".")]
-    unread = [entry for entry, kind, _ in entries if kind == "file" and not is_hidden(entry)]
-    if not folders and unread:
-        raise UserError(
-            f"{given}: it holds no folders, but files; put the images of each class into a folder of its own, or, if "
-            "it is the folder of one class, name the folder above it."
-        )
+    given = f"{flag} {shown(image_dir)}"
+    if os.path.isfile(image_dir):
+        raise UserError(f"{given}: it is a file; if it is an archive, unpack it, and name the folder that comes out.")
+    if not is_store_url(image_dir) and not os.path.isdir(image_dir):
+        raise UserError(f"{given}: there is no such folder (looked for {os.path.abspath(image_dir)}).")
+    entries = entries_of(image_dir)
+    folders = [path for path, is_folder, _ in entries if is_folder]
+    unread = [path for path, is_folder, _ in entries if not is_folder]
     if not folders:
-        raise UserError(f"{given}: it holds no folders; put the images of each class into one of its own.")
+        raise UserError(
+            f"{given}: it holds no folders; put the images of each class into a folder of its own. "
+            "If it is the folder of one class, name the folder above it."
+        )
     images: list[Image] = []
-    folder_of: dict[str, Path | UPath] = {}
+    folder_of: dict[str, str] = {}
     for folder in folders:
         label = label_of(folder.name)
-        if label in folder_of:
-            raise UserError(
-                f"{given}: the folders {folder_of[label].name!r} and {folder.name!r} both give the "
-                f"label {label!r}; rename or merge one of them."
-            )
-        folder_of[label] = folder
-        entries = [entry for entry in entries_of(folder) if not is_hidden(entry[0])]
-        images += [Image(entry, label, listed=stamp) for entry, kind, stamp in entries if kind == "file"]
-        unread += [entry for entry, kind, _ in entries if kind != "file"]
+        other = folder_of.setdefault(label, folder.name)
+        if other != folder.name:
+            both = f"the folders {other!r} and {folder.name!r} both give the label {label!r}"
+            raise UserError(f"{given}: {both}; rename or merge one of them.")
+        for path, is_folder, stamp in entries_of(folder):
+            if is_folder:
+                unread.append(path)
+            else:
+                images.append(Image(path, label, listed=stamp))
     if unread:
-        told = f"{printable(unread[0])}{f' and {len(unread) - 1} more' if unread[1:] else ''}"
-        log.warning("Only the files directly in a class's folder are read, so these are not: %s.", told)
-    check_classes(given, images, list(folder_of), "file", least)
+        told = "Only the files directly in a class's folder are read; %d others are not, such as %s."
+        log.warning(told, len(unread), printable(unread[0]))
+    if len(folder_of) == 1:
+        raise UserError(f"{given}: it holds one class only, {label!r}; a classifier needs two or more.")
+    check_classes(given, images, list(folder_of), least)
     return images
+
+
+def check_classes(given: str, images: Sequence[Image], labels: Sequence[str], least: int = 2) -> None:
+    """Raise UserError unless there are `least` images or more of each class; given: the flag and its value."""
+    counts = Counter(image.label for image in images)
+    if few := [f"{label!r} ({counts[label]})" for label in labels if counts[label] < least]:
+        remedy = f"each class needs {least} or more; add images, or remove the class"
+        raise UserError(f"{given}: too few usable images of {', '.join(few)}; {remedy}.")
 
 
 def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
@@ -684,66 +630,45 @@ def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
     return [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
 
 
-def named_in(path: str, flag: str, images: Sequence[Image]) -> list[tuple[int, Image, list[str]]]:
-    """Return (line, image, cells) for the lines of a list that name an image by class folder and file name first.
+def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[str]]:
+    """Return the images that a list names by class folder and file name, at the end of its first column, and its cells.
 
-    More folders before those two are not looked at. Raises UserError if none of the lines names one.
+    Raises UserError for a list that names none.
     """
-    rows, found = read_table(path, flag), []
-    by_key = {key: image for image in images for key in (printable(image.key), image.key)}
-    for line, cells in rows:
+    rows = read_table(path, flag)
+    cells_of = {}
+    for _, cells in rows:
+        name = cells[0].strip()
         # A backslash parts folders on Windows, but in the report's lists also begins an escaped character.
-        spelled = (cells[0].strip(), cells[0].strip().replace("\\", "/"))
-        keys = ["/".join(cell.split("/")[-2:]) for cell in spelled]
-        if image := next((by_key[key] for key in keys if key in by_key), None):
-            found.append((line, image, cells))
+        for spelled in (name.replace("\\", "/"), name):
+            cells_of["/".join(spelled.split("/")[-2:])] = cells
+    found = {}
+    for image in images:
+        for key in (image.key, printable(image.key)):
+            if key in cells_of:
+                found[image] = cells_of[key]
     if rows and not found:
         raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
-    if len(found) < len(rows):
-        log.warning("%d lines of %s name no image.", len(rows) - len(found), path)
+    log.info("The %d lines of %s name %d images.", len(rows), path, len(found))
     return found
 
 
 def leave_out(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images that the list of --exclude doesn't name. Raises UserError for one that can't be used."""
-    gone = {image for _, image, _ in named_in(path, "--exclude", images)}
-    log.info("Left out by %s: %d. If there were right ones among them, the accuracy will flatter.", path, len(gone))
+    gone = named_in(path, "--exclude", images)
+    log.info("They are left out. If there were right ones among them, the accuracy will flatter.")
     return [image for image in images if image not in gone]
 
 
 def relabel(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
-    labels, wanted = {image.label for image in images}, {}
-    for line, image, cells in named_in(path, "--relabel", images):
-        label = label_of(cells[1].strip()) if len(cells) > 1 else ""
-        if label not in labels:
-            raise UserError(
-                f"--relabel {path}: line {line} gives {image.key} no label of a class; write that behind a tab."
-            )
-        wanted[image] = dataclasses.replace(image, label=label)
-    log.info("Trained under another label by %s: %d.", path, len(wanted))
-    return [wanted.get(image, image) for image in images]
-
-
-def check_classes(
-    given: str, images: Sequence[Image], labels: Sequence[str], unit: str = "usable image", least: int = 2
-) -> None:
-    """Raise UserError unless there are two classes or more, of `least` images or more each.
-
-    given: the flag and its folder.
-    """
-    if len(labels) == 1:
-        raise UserError(f"{given}: it holds one class only, {labels[0]!r}; a classifier needs two or more.")
-    counts = Counter(image.label for image in images)
-    small = [
-        f"{label!r} ({counts[label]} {unit}{'s' * (counts[label] != 1)})" for label in labels if counts[label] < least
-    ]
-    if small:
-        needed = "two usable images or more" if least == 2 else "an image"
-        raise UserError(
-            f"{given}: each class needs {needed}, which these don't have: {', '.join(small)}; add images or remove "
-            "the folder."
-        )
+    labels = {image.label for image in images}
+    wanted = {image: image.label for image in images}
+    for image, cells in named_in(path, "--relabel", images).items():
+        wanted[image] = label_of(cells[1].strip()) if len(cells) > 1 else ""
+        if wanted[image] not in labels:
+            raise UserError(f"--relabel {path}: it gives {image.key} no label of a class; write that behind a tab.")
+    return [dataclasses.replace(image, label=label) for image, label in wanted.items()]
 
 
 def place_of(folder: Path) -> str:
@@ -754,28 +679,6 @@ def place_of(folder: Path) -> str:
     where = os.path.realpath(folder)
     digest = hashlib.sha1(os.fsencode(where), usedforsecurity=False).hexdigest()[:8]
     return f"{os.path.basename(where)}-{digest}/"
-
-
-def list_others(folder: str, flag: str, split: str, listed: dict[str, str], least: int = 1) -> list[Image]:
-    """Return the images of another folder than those in `listed`, by flag, all of one split; add it to them.
-
-    Raises UserError if it is one of them.
-    """
-    images = list_images(folder, flag, least)
-    for name, other in listed.items():
-        if os.path.samefile(folder, other):
-            raise UserError(f"{flag} {folder}: it is the same folder as {name}; name another.")
-    listed[flag] = folder
-    return [dataclasses.replace(image, split=split, place=place_of(Path(folder))) for image in images]
-
-
-def check_same_classes(given: str, images: Sequence[Image], labels: Sequence[str]) -> None:
-    """Raise UserError, naming each that is missing or too many, unless the images are of just these classes."""
-    theirs = {image.label for image in images}
-    groups = {"missing": set(labels) - theirs, "extra": theirs - set(labels)}
-    if any(groups.values()):
-        told = [f"{name}: {', '.join(map(repr, sorted(group)))}" for name, group in groups.items() if group]
-        raise UserError(f"{given}: its class folders must be those of --image_dir ({'; '.join(told)}).")
 
 
 def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
@@ -790,7 +693,8 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
         return os.path.join(true_folder(os.path.dirname(where)), os.path.basename(where))
 
     known = {place(str(image.path)): image for image in images}
-    labels, found = dict.fromkeys(image.label for image in images), {}
+    labels = {image.label for image in images}
+    found: dict[str, Image | None] = dict.fromkeys(known)
     for line, row in read_table(path, "--split_file"):
         given = f"--split_file {path}: line {line}"
         if row == ["path", "label", "split"]:
@@ -798,29 +702,19 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
         if len(row) != 3 or row[2] not in ("training", "validation", "testing"):
             raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
         where = place(os.path.join(image_dir, row[0]))
-        if where in found:
+        if found.get(where):
             raise UserError(f"{given}: {printable(row[0])} is named twice; remove one of the lines.")
-        image = known.get(where) or Image(Path(where), label_of(row[1]), place=place_of(Path(where).parent.parent))
-        if not image.path.is_file():
-            raise UserError(f"{given}: there is no image {printable(row[0])} in {image_dir}; remove or mend the line.")
-        if label_of(row[1]) != image.label or image.label not in labels:
-            raise UserError(f"{given}: {printable(row[0])} is not of the class {row[1]!r}; mend the line.")
+        label = label_of(row[1])
+        image = known.get(where) or Image(Path(where), label, place=place_of(Path(where).parent.parent))
+        if label != image.label or label not in labels or not image.path.is_file():
+            raise UserError(f"{given}: {printable(row[0])} is no image of the class {row[1]!r}; mend the line.")
         found[where] = dataclasses.replace(image, split=row[2])
-    if left_out := len(known.keys() - found.keys()):
-        log.warning("%d images of %s are not in %s, and are left out.", left_out, image_dir, path)
-    order = [where for where in known if where in found] + [where for where in found if where not in known]
-    listed = [found[where] for where in order]
-    check_trained(path, listed, list(labels))
-    return listed
-
-
-def check_trained(split_file: str, images: Sequence[Image], labels: Sequence[str]) -> None:
-    """Raise UserError unless there are training images of each class."""
-    trained = {image.label for image in images if image.split == "training"}
-    if missing := [label for label in labels if label not in trained]:
-        raise UserError(
-            f"--split_file {split_file}: it leaves nothing to train on to {', '.join(map(repr, missing))}; add some."
-        )
+    named = [image for image in found.values() if image]
+    if len(named) < len(found):
+        log.warning("%d images of %s are not in %s, and are left out.", len(found) - len(named), image_dir, path)
+    trained = [image for image in named if image.split == "training"]
+    check_classes(f"--split_file {path}, training", trained, sorted(labels), least=1)
+    return named
 
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
@@ -832,19 +726,20 @@ def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> Non
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(["path", "label", "split"])
         for image in images:
-            table.writerow([Path(os.path.relpath(str(image.path), image_dir)).as_posix(), image.label, image.split])
+            where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
+            table.writerow([where, image.label, image.split])
 
 
 def stem_of(key: str) -> str:
-    """Return `<class folder>/<file name up to _nohash_>`, which names near-identical pictures alike."""
+    """Return `<class folder>/<file name up to _nohash_>`, which names near-identical images alike."""
     folder, _, name = key.partition("/")
     return f"{folder}/{name.split('_nohash_')[0]}"
 
 
 def percentage_hash(key: str) -> float:
-    """Return where in [0, 100] a picture falls when the set is split: always the same, whatever else is there.
+    """Return where in [0, 100] an image falls when the set is split: always the same, whatever else is there.
 
-    Pictures of one stem fall together, so that near-identical ones stay on one side.
+    Images of one stem fall together, so that near-identical ones stay on one side.
     """
     digest = hashlib.sha1(os.fsencode(stem_of(key)), usedforsecurity=False).hexdigest()
     return int(digest, 16) % 2**27 * (100.0 / (2**27 - 1))
@@ -857,43 +752,29 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
     those of the same hash) as long as it keeps some to train on; one that would be left with nothing to train on takes
     back the furthest.
     """
-    places = {image.key: percentage_hash(image.key) for image in images}
-    splits = {
-        key: "validation" if place < validation else "testing" if place < validation + testing else "training"
-        for key, place in places.items()
-    }
-    by_label = itertools.groupby(sorted(images, key=lambda image: image.label), key=lambda image: image.label)
-    for _, group in by_label:
-        keys = sorted((image.key for image in group), key=lambda key: (places[key], key))
-
-        def of(split: str, keys: list[str] = keys) -> list[str]:
-            return [key for key in keys if splits[key] == split]
-
-        if not of("training"):
-            splits.update({key: "training" for key in keys if places[key] == places[keys[-1]]})
+    splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and hash
+    for image in images:
+        place = percentage_hash(image.key)
+        rest = "testing" if place < validation + testing else "training"
+        splits[image.label][place] = "validation" if place < validation else rest
+    for split_at in splits.values():
+        if "training" not in split_at.values():
+            split_at[max(split_at)] = "training"
         for split, wanted in (("testing", testing), ("validation", validation)):
-            spare = of("training")
-            nearest = [key for key in spare if places[key] == places[spare[0]]]
-            if wanted and not of(split) and len(nearest) < len(spare):
-                splits.update(dict.fromkeys(nearest, split))
-    return [dataclasses.replace(image, split=splits[image.key]) for image in images]
+            spare = [place for place, its_split in split_at.items() if its_split == "training"]
+            if wanted and split not in split_at.values() and len(spare) > 1:
+                split_at[min(spare)] = split
+    return [dataclasses.replace(image, split=splits[image.label][percentage_hash(image.key)]) for image in images]
 
 
 def read_anywhere(path: Path | UPath) -> bytes:
     """Return the content of a file here or in an object store. Raises ImageError for one that can't be read."""
     if isinstance(path, Path):
         return read_bytes(path)
-    for pause in (0.5, 2, None):
-        try:
-            data = path.fs.cat_file(path.path, end=MOST_BYTES + 1)  # whole at once, since requests are paid
-            break
-        except Exception as error:  # stores have errors of their own, many of which pass
-            if pause is None or isinstance(error, FileNotFoundError):
-                raise ImageError(f"it can't be read ({first_line(error)})") from None
-            time.sleep(pause)
-    if len(data) > MOST_BYTES:
-        raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
-    return data
+    try:
+        return path.fs.cat_file(path.path, end=MOST_BYTES)  # whole at once, since requests are paid
+    except Exception as error:  # stores have errors of their own
+        raise ImageError(f"it can't be read ({first_line(error)})") from None
 
 
 # ======================================================================================================================
@@ -4340,68 +4221,45 @@ def log_to_file(folder: str) -> None:
 
 
 def find_class_folders(flags: argparse.Namespace) -> None:
-    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than a folder for each class.
-
-    Raises UserError for an archive, and for the folder of one class.
-    """
-    root = Path(flags.image_dir)
-    if root.is_file() and root.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"):
-        raise UserError(f"--image_dir {root}: it is an archive; unpack it, and name the folder of the class folders.")
-    if is_store_url(flags.image_dir) or not root.is_dir():
-        return
-    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
-    siblings = [path for path in root.absolute().parent.iterdir() if path.is_dir() and path.name != root.name]
-    if not folders and siblings and any(entry.suffix.lower() in (".jpg", ".jpeg", ".png") for entry in root.iterdir()):
-        raise UserError(
-            f"--image_dir {root}: it holds images, but no folders of images. If it is the folder of one class, name "
-            f"the folder above it ({root.absolute().parent}); else put each class into a folder of its own."
-        )
-    names = {"train": "training", "val": "validation", "valid": "validation", "test": "testing"}
-    roles = {names.get(folder.name.lower(), folder.name.lower()): folder for folder in folders}
-    # Those that hold folders themselves, for a class may well be called `train`.
-    roles = {role: folder for role, folder in roles.items() if any(child.is_dir() for child in folder.iterdir())}
-    if "training" in roles and len(roles.keys() & {"validation", "testing"}) and not flags.split_file:
-        flags.image_dir = str(roles["training"])
-        flags.validation_dir = flags.validation_dir or str(roles.get("validation", ""))
-        flags.test_dir = flags.test_dir or str(roles.get("testing", ""))
+    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
+    purposes = dict.fromkeys(("train", "training"), "image_dir")
+    purposes |= dict.fromkeys(("val", "valid", "validation"), "validation_dir")
+    purposes |= dict.fromkeys(("test", "testing"), "test_dir")
+    found = {}
+    for folder in sorted(Path(flags.image_dir).glob("*")):
+        purpose = purposes.get(folder.name.lower())
+        if purpose and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
+            found[purpose] = str(folder)
+    if "image_dir" in found and len(found) > 1 and not flags.split_file:
+        flags.image_dir = found["image_dir"]
+        flags.validation_dir = flags.validation_dir or found.get("validation_dir", "")
+        flags.test_dir = flags.test_dir or found.get("test_dir", "")
         used = {"trains": flags.image_dir, "validates": flags.validation_dir, "tests": flags.test_dir}
         log.info("This run %s.", ", ".join(f"{does} on {folder}" for does, folder in used.items() if folder))
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
-    graph = OutputFiles(Path(flags.output_graph))
-    files: dict[str, Sequence] = {"output_graph": [graph.graph, graph.lite, graph.facts]}
-    report = Path(flags.output_report)
-    files["output_report"] = (
-        [] if flags.no_report else [report, report.with_suffix(".json"), report.with_suffix(".tsv")]
-    )
-    files |= {name: [getattr(flags, name)] for name in ("output_labels", "write_split_file", "checkpoint_path")}
     folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
     folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
-    written = [(name, Path(path), False) for name, paths in files.items() for path in paths if path]
-    written += [(name, Path(getattr(flags, name)), True) for name in folders if getattr(flags, name)]
-    places: dict[Path, str] = {}
-    for name, path, is_folder in written:
-        check_writable(name, path, is_folder)
+    names = ["output_graph", "output_labels", "write_split_file", "checkpoint_path", *folders]
+    outputs = [(name, Path(getattr(flags, name))) for name in names if getattr(flags, name)]
+    graph, report = OutputFiles(flags.output_graph), Path(flags.output_report)
+    outputs += [("output_graph", path) for path in (graph.lite, graph.facts)]
+    reports = [] if flags.no_report else [report, report.with_suffix(".json"), report.with_suffix(".tsv")]
+    outputs += [("output_report", path) for path in reports]
+
+    roots = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS, "saved_model_dir")}
+    taken: dict[Path, str] = {}
+    for name, path in outputs:
+        check_writable(name, path, name in folders)
         place = path.resolve()
-        if place in places and path.parts[:2] != ("/", "dev"):
-            raise UserError(f"--{places[place]} and --{name} would both write {path}; name another for one.")
-        places[place] = name
-        for other in LISTS:
-            if getattr(flags, other) and Path(getattr(flags, other)).resolve() == place:
-                raise UserError(f"--{name} would replace {path}, which --{other} reads; save that under another name.")
-        for other in IMAGE_FOLDERS:  # where the next run would take it for an image, or for a class
-            root = Path(getattr(flags, other) or "/nowhere").resolve()
-            if place.is_relative_to(root) and (is_folder or place.parent != root):
-                raise UserError(f"--{name} {path}: it lies among the images of --{other}; name another place.")
+        others = [other for other, root in roots.items() if root and place.is_relative_to(Path(root).resolve())]
+        for other in (*others, taken.setdefault(place, name)):
+            if other != name:
+                raise UserError(f"--{name} {path}: it is, or lies in, what --{other} names; name another place.")
     if flags.saved_model_dir:
-        folder = Path(flags.saved_model_dir)
-        check_saved_model_dir(folder)
-        if inside := [name for place, name in places.items() if folder.resolve() in place.parents]:
-            raise UserError(
-                f"--{inside[0]}: it lies in --saved_model_dir, which is replaced whole; name another place."
-            )
+        check_saved_model_dir(Path(flags.saved_model_dir))
 
 
 def collect(flags: argparse.Namespace) -> None:
@@ -4421,19 +4279,27 @@ def collect(flags: argparse.Namespace) -> None:
 
 def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     """Return the images of all folders that the flags name, those of image_dir first, and the labels of image_dir."""
-    images, listed = list_images(flags.image_dir), {"--image_dir": flags.image_dir}
+    images = list_images(flags.image_dir)
     labels = list(dict.fromkeys(image.label for image in images))
     if flags.relabel:
         images = relabel(images, flags.relabel)
     if flags.split_file:
         images = read_split_file(flags.split_file, flags.image_dir, images)
-    for name, split in (("validation_dir", "validation"), ("test_dir", "testing")):
-        if folder := getattr(flags, name):
-            others = list_others(folder, f"--{name}", split, listed)
-            check_same_classes(f"--{name} {folder}", others, labels)
-            images += others
-    if flags.coarse_image_dir:
-        images += list_others(flags.coarse_image_dir, "--coarse_image_dir", "coarse", listed, least=2)
+    folders = {os.path.realpath(flags.image_dir): "image_dir"}
+    for name, split in (("validation_dir", "validation"), ("test_dir", "testing"), ("coarse_image_dir", "coarse")):
+        folder = getattr(flags, name)
+        if not folder:
+            continue
+        others = list_images(folder, f"--{name}", 2 if split == "coarse" else 1)
+        same = folders.setdefault(os.path.realpath(folder), name)
+        if same != name:
+            raise UserError(f"--{name} {folder}: it is the same folder as --{same}; name another.")
+        odd = sorted({image.label for image in others} ^ set(labels))  # which one has and the other doesn't
+        if odd and split != "coarse":
+            told = f"its class folders must be those of --image_dir, and differ in {', '.join(map(repr, odd))}"
+            raise UserError(f"--{name} {folder}: {told}.")
+        place = place_of(Path(folder))
+        images += [dataclasses.replace(image, split=split, place=place) for image in others]
     return leave_out(images, flags.exclude) if flags.exclude else images, labels
 
 
@@ -4462,23 +4328,26 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
 
 def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
     """Return the usable images in their order, each with its split, and say how many there are of what."""
-    listed = [image for image in images if image.split != "coarse"]
+    inside = [image for image in images if not image.place]
+    others = [image for image in images if image.place]
     if flags.split_file:
-        check_trained(flags.split_file, listed, labels)
+        trained = [image for image in images if image.split == "training"]
+        check_classes(f"--split_file {flags.split_file}, training", trained, labels, least=1)
     else:
-        inside = [image for image in listed if not image.place]
         check_classes(f"--image_dir {shown(flags.image_dir)}", inside, labels)
         testing = 0 if flags.test_dir else flags.testing_percentage
         validation = 0 if flags.validation_dir else flags.validation_percentage
-        listed = assign_splits(inside, testing, validation) + listed[len(inside) :]
+        inside = assign_splits(inside, testing, validation)
+    listed = [image for image in inside + others if image.split != "coarse"]
     if flags.write_split_file:
         write_split_file(Path(flags.write_split_file), flags.image_dir, listed)
         log.info("Wrote %s.", flags.write_split_file)
-    counts, splits = Counter(image.label for image in listed), Counter(image.split for image in listed)
+    counts = Counter(image.label for image in listed)
     log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
+    splits = Counter(image.split for image in listed)
     used = splits["training"], splits["validation"], splits["testing"]
     log.info("Images: %d to train, %d to validate, %d to test.", *used)
-    return listed + list(images[len(listed) :])
+    return inside + others
 
 
 @dataclasses.dataclass(frozen=True)

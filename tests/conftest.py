@@ -1,4 +1,4 @@
-"""What the tests share: a small base model with the nodes and ops of the real one, pictures, and ways to run us."""
+"""What the tests share: a small base model with the nodes and ops of the real one, images, and ways to run us."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def small_graph(model_dir) -> Path:
 
 @pytest.fixture
 def image_dir(tmp_path) -> Path:
-    """An --image_dir of three classes, 20 pictures each, which the test may change."""
+    """An --image_dir of three classes, 20 images each, which the test may change."""
     return make_image_dir(tmp_path / "pictures")
 
 
@@ -193,6 +193,19 @@ def train(image_dir, model_dir, monkeypatch, request):
     def run(*flags) -> int:
         usual = ["--image_dir", "pictures", "--model_dir", model_dir, "--how_many_training_steps", 20]
         return retrain.main([str(argument) for argument in (*usual, f"--no_report={no_report}", *flags)])
+
+    return run
+
+
+@pytest.fixture
+def error_of(train, capsys):
+    """A function that runs `train` and returns the one sentence with which it ends, before anything is trained."""
+
+    def run(*flags) -> str:
+        assert train(*flags, "--logging_verbosity", "ERROR") == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert not Path("output_graph.pb").exists()
+        return said.removeprefix("retrain.py: error: ")
 
     return run
 

@@ -326,7 +326,7 @@ def test_class_with_too_few_usable_pictures(train, image_dir, capsys, usable):
     assert train("--logging_verbosity", "ERROR") == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("retrain.py: error: ")
-    assert f"'red things' ({usable} usable image" in said
+    assert f"too few usable images of 'red things' ({usable});" in said
     assert not (image_dir.parent / "output_graph.pb").exists()
 
 

@@ -294,10 +294,10 @@ def test_images_in_an_object_store(s3, train, on_cluster, image_dir, tmp_path, d
 
 
 def test_an_object_store_that_is_not_there(on_cluster, capsys):
-    for url, said in (("s3://none/x", "could not be listed"), ("nosuch://me:secret@none/x", "can't be opened")):
+    for url in ("s3://none/x", "nosuch://me:secret@none/x"):
         assert on_cluster("--image_dir", url) == 1
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("retrain.py: error: "))
-        assert said in line and "secret" not in line
+        assert "could not be listed" in line and "secret" not in line
 
 
 @pytest.fixture

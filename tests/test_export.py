@@ -342,29 +342,3 @@ def test_full_disk_leaves_the_old_outputs(train, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert said == "retrain.py: error: output_graph.tflite could not be written (No space left on device).\n"
     assert outputs(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (("--write_split_file", "link.pb"), "--output_graph and --write_split_file would both write link.pb"),
-        (
-            ("--output_labels", "list.tsv", "--exclude", "list.tsv"),
-            "--output_labels would replace list.tsv, which",
-        ),
-        (("--output_labels", "pictures/green/new.txt"), "--output_labels pictures/green/new.txt: it lies among the im"),
-        (("--bottleneck_dir", "pictures"), "--bottleneck_dir pictures: it lies among the images of --image_dir"),
-    ],
-    ids=lambda given: " ".join(map(str, given)) if isinstance(given, tuple) else "",
-)
-def test_no_output_takes_the_place_of_another_or_of_what_is_read(train, tmp_path, capsys, flags, said):
-    (tmp_path / "link.pb").symlink_to("output_graph.pb")
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "old").mkdir()
-    for name in ("list.tsv", "list.index", "hub/saved_model.pb", "old/skipped_inception_v3.tsv"):
-        (tmp_path / name).write_text("green/green_00.jpg\n")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert train("--model_dir", "model", *flags) == 1
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence.startswith(f"retrain.py: error: {said}")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
