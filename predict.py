@@ -64,9 +64,8 @@ except ImportError as missing:
     if Path(sys.prefix) == environment:
         sys.exit(f"{missing}: the installation in {environment} is broken; remove that folder and run retrain.sh again")
     if not own_python.exists():
-        sys.exit(
-            f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
-        )
+        remedy = f"run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
+        sys.exit(f"{missing}: {remedy}")
     if os.name == "nt":
         sys.exit(subprocess.call([own_python, *sys.argv]))
     os.execv(own_python, [str(own_python), *sys.argv])
@@ -139,14 +138,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
     """
-    target = Path(os.path.realpath(path))  # a link stays one, to the new file
+    target = Path(path).resolve()  # a link stays one, to the new file
     temporary = target.with_name(f".retrain-{os.urandom(16).hex()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(target)
-    except BrokenPipeError:  # of stdout, in the block
-        raise
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
@@ -234,7 +231,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         kind, _, rest = message.partition(": ")
         if kind == "unrecognized arguments":
-            wrong = re.split("[ =]", rest)[0] or "''"
+            wrong = re.split("[ =]", rest)[0]
             name = wrong.lstrip("-").replace("-", "_")
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
             if not wrong.startswith("-"):  # no flag, but what one may have been forgotten before
@@ -302,7 +299,6 @@ warnings.filterwarnings("ignore", module="PIL")
 NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
 # Raw photographs are what the sensor saw, often with a small preview that a reader of TIFF takes for the image.
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
-RAW = "a raw photograph, which is not read; save it as JPEG"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +317,7 @@ def is_hidden(path: Any) -> bool:
 def read_bytes(path: Any) -> bytes:
     """Return the content of a file. Raises ImageError for one that can't be read."""
     if path.name.lower().endswith(RAW_NAMES):
-        raise ImageError(RAW)
+        raise ImageError("a raw photograph, which is not read; save it as JPEG")
     try:
         if not path.is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
@@ -454,56 +450,47 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
 
-
-# A graph is a program: it could read and write files, or call Python. What one of somebody else's may hold are these
-# operations, which turn tensors into tensors and touch nothing else: what networks for images are made of. They
-# were picked by hand; that TensorFlow calls an operation stateless says little, since ReadFile is. They touch nothing,
-# but may crash on nonsense: what somebody made to do so ends the process, and does no other harm.
+# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations,
+# which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
+# calls an operation stateless says little, since ReadFile is. A graph made to crash one ends the process, no more.
 PURE_OPS = """
-Abs Add AddN AddV2 All Any ArgMax ArgMin Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
-BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat
-ConcatV2 Const Conv2D Conv2DBackpropInput Cos CropAndResize Cumsum DecodeBmp DecodeGif DecodeImage DecodeJpeg
-DecodePng DecodeWebP DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Exp ExpandDims
-Expm1 ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor
-FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual
-Identity IdentityN If IsFinite IsNan L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax LogicalAnd LogicalNot
-LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mod Mul Neg NoOp NotEqual OneHot
-OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
-QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 RandomStandardNormal RandomUniform
-RandomUniformInt Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic ResizeBilinear
-ResizeNearestNeighbor ReverseV2 Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Sign Sin Size Slice Softmax
-Softplus Softsign SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
-StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform StatelessRandomUniformV2
-StatelessWhile StopGradient StridedSlice Sub Sum Switch Tan Tanh Tile TopKV2 Transpose TruncateDiv TruncatedNormal
-Unpack Where While ZerosLike
+Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchNormWithGlobalNormalization
+BatchToSpaceND BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat ConcatV2 Const Conv2D Conv2DBackpropInput
+DecodeImage DecodeJpeg DecodePng DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Erfc
+Exp ExpandDims ExtractImagePatches FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv
+FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual Identity
+IdentityN If L2Loss LeakyRelu Less LessEqual Log LogicalAnd LogicalNot LogicalOr LogSoftmax LRN MatMul Max Maximum
+MaxPool Mean Merge Min Minimum MirrorPad Mul Neg NoOp NotEqual OneHot OnesLike Pack Pad PadV2 PartitionedCall
+Placeholder PlaceholderWithDefault Pow PreventGradient Prod RandomStandardNormal RandomUniform Range Rank RealDiv
+Reciprocal Relu Relu6 Reshape ResizeBicubic ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select SelectV2 Shape
+ShapeN Sigmoid Size Slice Softmax Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference
+Squeeze StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform StatelessRandomUniformV2
+StopGradient StridedSlice Sub Sum Switch Tanh Tile TopKV2 Transpose TruncatedNormal Unpack Where ZerosLike
 """
 
 
 class LiteModel:
-    """A .tflite network on one interpreter, for one thread at a time: float32 [height, width, 3] to float32 [n]."""
+    """A .tflite network on one interpreter, for one thread at a time: pixels float32 [height, width, 3] to float32 [n].
+
+    Of several outputs, which those of a trained graph are (the scores, the bottleneck), `run` returns all.
+    """
 
     def __init__(self, path: Path, threads: int = 1):
-        """Load `path`. Raises UserError for a file that LiteRT can't run."""
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise UserError(f"LiteRT can't be loaded ({error}); install it with: {INSTALL} ai-edge-litert") from error
-        try:
-            with quiet_stderr():
-                self.interpreter = Interpreter(str(path), num_threads=threads)
-                self.interpreter.allocate_tensors()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is no model that LiteRT can run ({first_line(error)}).") from error
+        with quiet_stderr():
+            self.interpreter = Interpreter(str(path), num_threads=threads)
+            self.interpreter.allocate_tensors()
         (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
         self.output_size = int(self.outputs[0]["shape"][1])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the first output, float32 [n], for pixels float32 [height, width, 3]."""
         return self.run(pixels)[0]
 
     def run(self, pixels: np.ndarray) -> list[np.ndarray]:
-        """Return all outputs, float32 [n] each; those of a trained graph are the scores and the bottleneck."""
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
         return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
@@ -512,14 +499,12 @@ class LiteModel:
 def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     allowed = {*PURE_OPS.split(), *also.split()}
-    for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
-        for node in nodes:
-            if node.op not in allowed:
-                raise UserError(
-                    f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph "
-                    "is a program, which could read and write your files; if you trust whoever made it, add "
-                    "--trust_model."
-                )
+    for node in itertools.chain(graph.node, *(function.node_def for function in graph.library.function)):
+        if node.op not in allowed:
+            raise UserError(
+                f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
+                "program, which could read and write your files; if you trust whoever made it, add --trust_model."
+            )
 
 
 def read_graph(path: Path, trusted: bool = False) -> GraphDef:
@@ -680,6 +665,9 @@ def load_classifier(
     """
     files = OutputFiles(graph)
     facts = read_facts(files)
+    if not facts and not files.graph.is_file():
+        fault = "there is no such file, or the .json that belongs to it is not beside it"
+        raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
     names = facts["labels"] if facts and not labels else read_labels(Path(labels) if labels else files.labels)
     trained = facts.get("labels", names)
     if len(trained) != len(names):
@@ -706,24 +694,14 @@ def read_labels(path: Path) -> list[str]:
 
 
 def read_facts(files: OutputFiles) -> dict:
-    """Return what retrain.py noted about the graph, or {} if that is another graph's.
-
-    `lite_is_whole` tells whether the .tflite beside it is there, and the graph's. Raises UserError without a graph.
-    """
-    has_graph = files.graph.is_file()
-    if not has_graph and not files.lite.is_file():
-        raise UserError(f"--graph {files.graph}: there is no such file; train first with retrain.sh, or name the file.")
+    """Return what retrain.py noted about the graph, or {} if that is another's; `lite_is_whole`: so is the .tflite."""
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
-        tied = not has_graph or facts["graph_sha256"] == sha256_of(files.graph)
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
+        tied = facts["graph_sha256"] == sha256_of(files.graph) if files.graph.is_file() else facts["lite_is_whole"]
+        return facts if tied else {}
     except (OSError, ValueError, KeyError):
-        tied = False
-    if tied and (has_graph or facts["lite_is_whole"]):
-        return facts
-    if not has_graph:
-        raise UserError(f"--graph {files.lite}: the .json that belongs to it is not beside it, or is another graph's.")
-    return {}
+        return {}
 
 
 def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], list[np.ndarray]], tuple[int, int]]:
@@ -739,9 +717,8 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], 
     if not outputs or not {JPEG_NODE, RESIZED_NODE} <= names:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
     wanted = [f"{name}:0" for name in (outputs[-1], BOTTLENECK_NODE) if name in names]
-    with telling_of_damage(path):
-        graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
-        input_size = graph_input_size(graph)
+    graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
+    input_size = graph_input_size(graph)
     network = tf.compat.v1.wrap_function(
         lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
         [tf.TensorSpec([1, *input_size, 3], tf.float32)],
@@ -817,7 +794,8 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         if familiar is None or not features:
             return Prediction(path, scores)
         (reason,) = familiar.reason(features[0][None], probabilities[None], labels)
-        return Prediction(path, scores, "", reason, min(1.0, float(familiar.likeness(features[0][None])[0])))
+        likeness = min(1.0, round(float(familiar.likeness(features[0][None])[0]), 6))
+        return Prediction(path, scores, "", reason, likeness)
 
     workers = [functools.partial(name, model) for model in classifier.models]
     for _, prediction in on_all_cores(workers, paths):
@@ -882,18 +860,16 @@ def csv_rows(path: str, labels: Sequence[str]) -> Iterator[Callable[[Prediction]
     Excel takes a file for UTF-8 by the mark at its beginning only, and what begins like a formula for one.
     """
 
-    def write(*cells: str) -> None:
-        formula = ("=", "+", "-", "@", "\t", "\r", "\n")
-        writer.writerow(f"'{cell}" if cell.startswith(formula) else cell for cell in cells)
+    def write(*cells: str | float | None) -> None:
+        harmless = (re.sub(r"^(?=[-=+@\t\r\n])", "'", cell) if isinstance(cell, str) else cell for cell in cells)
+        writer.writerow(harmless)
         file.flush()
 
     def write_row(prediction: Prediction) -> None:
-        scores = {label: f"{score:.6f}" for label, score in prediction.scores}
-        best = next(iter(scores.items()), ("", ""))
-        doubt = "unsure" if prediction.reason else "", prediction.reason
-        likeness = "" if prediction.likeness is None else f"{max(0.0, prediction.likeness):.4f}"
-        all_scores = (scores.get(label, "") for label in labels)
-        write(str(prediction.path), *best, prediction.error, *all_scores, *doubt, likeness)
+        scores = {label: round(score, 6) for label, score in prediction.scores}
+        best = next(iter(scores.items()), ("", None))
+        doubt = "unsure" if prediction.reason else "", prediction.reason, prediction.likeness
+        write(str(prediction.path), *best, prediction.error, *map(scores.get, labels), *doubt)
 
     with (
         whole_file(path) as temporary,
@@ -975,13 +951,9 @@ EXAMPLES = """examples:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = Parser(
-        prog="predict.py",
-        allow_abbrev=False,
-        description="Name images with what retrain.py has trained.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    shape: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    purpose = "Name images with what retrain.py has trained."
+    parser = Parser(prog="predict.py", description=purpose, epilog=EXAMPLES, **shape)
     flag = parser.add_argument
     flag("images", nargs="*", metavar="FILE", help="the same as --image")
     images = "images: files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
