@@ -37,7 +37,6 @@ import signal
 import subprocess
 import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -200,7 +199,7 @@ def quiet_stderr() -> Iterator[None]:
         os.close(stderr)
 
 
-def import_tensorflow() -> types.ModuleType:
+def import_tensorflow() -> Any:
     """Import TensorFlow, which takes seconds, without its start-up messages. Raises UserError where that can't be."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
@@ -337,7 +336,8 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     """Return the uint8 pixels [height, width, 3] of an image, of the first frame if it has several.
 
     A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
-    shorter side, unless reading.exact_decode. Raises ImageError for bytes that are no whole image.
+    shorter side, unless reading.exact_decode. As TensorFlow's decoders do, 16-bit values keep their upper byte, and
+    transparency is dropped, not blended. Raises ImageError for bytes that are no whole image.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -351,8 +351,11 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
             if shorter > 4 * target and not reading.exact_decode:
                 scale = next(s for s in (8, 4, 2) if shorter / s >= 2 * target)
             pixels = decode_jpeg(data, image, scale)
+        elif image.mode.startswith("I"):
+            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            pixels = np.repeat(grey[:, :, None], 3, axis=2)
         else:
-            pixels = pixels_of(image)
+            pixels = np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError:
         raise ImageError("not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format") from None
     except PIL.Image.DecompressionBombError:
@@ -383,12 +386,10 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
     were the same to the bit on 2,296 photographs.
     """
-    cmyk = image.mode == "CMYK"
-    wanted: dict[str, Any] = {"colorspace": "CMYK" if cmyk else "RGB", "fastdct": True}
-    if scale > 1:
-        wanted |= {"min_width": math.ceil(image.width / scale), "min_height": math.ceil(image.height / scale)}
+    cmyk, space = image.mode == "CMYK", "CMYK" if image.mode == "CMYK" else "RGB"
+    height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
     try:
-        pixels = simplejpeg.decode_jpeg(data, **wanted)
+        pixels = simplejpeg.decode_jpeg(data, space, fastdct=True, min_height=height, min_width=width)
     except ValueError:
         # It also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow tells those,
         # whose pixels it gives within a few levels, from truncated ones, for which it raises.
@@ -399,17 +400,6 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
         inks = 255 - inks
     return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
-
-
-def pixels_of(image: PIL.Image.Image) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of an opened image that is no JPEG.
-
-    16-bit values keep their upper byte, and transparency is dropped, not blended: both as TensorFlow's decoders do.
-    """
-    if image.mode.startswith("I"):
-        upper = np.asarray(image).astype(np.int64) >> 8
-        image = PIL.Image.fromarray(upper.clip(0, 255).astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -430,17 +420,15 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         end += start
         return end
 
-    top, bottom, down = neighbours(pixels.shape[0], size[0])
-    left, right, across = neighbours(pixels.shape[1], size[1])
-    # Picked by value rather than by pixel of three: four times as fast, to the same bit.
-    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
-
     def across_lines(at: np.ndarray) -> np.ndarray:
         picked = lines.take(at, axis=0)
         start, end = (picked.take(side, axis=1).astype(np.float32) for side in (left, right))
         return between(start, end, np.repeat(across, 3))
 
+    (top, bottom, down), (left, right, across) = map(neighbours, pixels.shape, size)
+    # Picked by value rather than by pixel of three: four times as fast, to the same bit.
+    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
+    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
     return between(across_lines(top), across_lines(bottom), down[:, None]).reshape(*size, 3)
 
 
@@ -711,12 +699,11 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], 
     """
     tf = import_tensorflow()
     graph = read_graph(path, trusted)
-    used = {name.split(":")[0] for node in graph.node for name in node.input}
-    outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
-    names = {node.name for node in graph.node}
-    if not outputs or not {JPEG_NODE, RESIZED_NODE} <= names:
+    names = [node.name for node in graph.node]
+    softmax = [node.name for node in graph.node if node.op == "Softmax"]
+    if not softmax or not {JPEG_NODE, RESIZED_NODE} <= {*names}:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
-    wanted = [f"{name}:0" for name in (outputs[-1], BOTTLENECK_NODE) if name in names]
+    wanted = [f"{name}:0" for name in (softmax[-1], BOTTLENECK_NODE) if name in names]
     graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
     input_size = graph_input_size(graph)
     network = tf.compat.v1.wrap_function(
@@ -807,14 +794,11 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
     if prediction.error:
         print(f"predict.py: error: {printable(prediction.path)}: {prediction.error}", file=sys.stderr)
         return
+    lines = [f"unsure: {prediction.reason}; the best guesses are"] if prediction.reason else []
+    lines += [f"{label} (score = {score:.5f})" for label, score in prediction.scores[:top_k]]
     if headed:
-        print(printable(prediction.path))
-    if prediction.reason:
-        print(f"unsure: {printable(prediction.reason)}; the best guesses are")
-    for label, score in prediction.scores[:top_k]:
-        print(f"{printable(label)} (score = {score:.5f})")
-    if headed:
-        print(flush=True)
+        lines = [str(prediction.path), *lines, ""]
+    print(*map(printable, lines), sep="\n", flush=True)
 
 
 def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
@@ -955,20 +939,19 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     purpose = "Name images with what retrain.py has trained."
     parser = Parser(prog="predict.py", description=purpose, epilog=EXAMPLES, **shape)
     flag = parser.add_argument
+    file: dict[str, Any] = {"metavar": "FILE", "default": ""}
     flag("images", nargs="*", metavar="FILE", help="the same as --image")
     images = "images: files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
-    flag("--image", nargs="+", action="extend", default=[], metavar="FILE", help=images)
-    flag("--csv", metavar="FILE", default="", help="also write a table for a spreadsheet, a row per image")
-    flag("--json", metavar="FILE", default="", help="also write a list for programs, an object per image")
+    flag("--image", nargs="+", action="extend", metavar="FILE", default=[], help=images)
+    flag("--csv", **file, help="also write a table for a spreadsheet, a row per image")
+    flag("--json", **file, help="also write a list for programs, an object per image")
     flag("--sort_into", metavar="DIR", default="", help="copy each image into DIR/<its class>, or DIR/unsure")
     flag("--page", action="store_true", help="open a page in the browser to drop images on")
-    top_k = "how many classes to print for each image (%(default)s)"
-    flag("--top_k", default=5, type=number(int, 1), metavar="N", help=top_k)
+    flag("--top_k", type=number(int, 1), metavar="N", default=5, help="classes to print for each image (%(default)s)")
     graph = "the trained classifier, .pb or .tflite (output_graph.pb, beside this script)"
     flag("--graph", metavar="FILE", default=at_home("output_graph.pb"), help=graph)
-    labels = "other names for its classes, a line each (default: as they were trained)"
-    flag("--labels", metavar="FILE", default="", help=labels)
-    flag("--cpu_threads", default=0, type=number(int, 0), metavar="N", help="cores to use (default: all)")
+    flag("--labels", **file, help="other names for its classes, a line each (default: as they were trained)")
+    flag("--cpu_threads", type=number(int, 0), metavar="N", default=0, help="cores to use (default: all)")
     flag("--trust_model", action="store_true", help="run a .pb of somebody else's even if it could change files")
     return parser.parse_args(arguments)
 
@@ -978,11 +961,12 @@ def run(flags: argparse.Namespace) -> int:
     for name in ("csv", "json", "sort_into"):
         if getattr(flags, name):
             check_writable(name, Path(getattr(flags, name)), is_folder=name == "sort_into")
-    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
-    images = 1 if flags.page else len(paths)
-    classifier = load_classifier(flags.graph, flags.labels, images, flags.cpu_threads, flags.trust_model)
+    options = {"cpu_threads": flags.cpu_threads, "trusted": flags.trust_model}
+    load = functools.partial(load_classifier, flags.graph, flags.labels, **options)
     if flags.page:
-        serve_page(classifier, flags.top_k)
+        serve_page(load(images=1), flags.top_k)
+    paths = find_images(flags.images + flags.image or [at_home("test_images")])
+    classifier = load(images=len(paths))
     predictions: list[Prediction] = []
     stopped = None
     with csv_rows(flags.csv, classifier.labels) if flags.csv else contextlib.nullcontext() as write_row:
