@@ -50,24 +50,16 @@ def save(path: str | Path, colour: tuple[int, int, int] = RED, seed: int = 50, *
     return path
 
 
-def scores_of(*flags) -> dict[str, dict[str, float]]:
-    """Run predict.py, and return what it gives each label for each image, out of its JSON."""
-    assert predict.main([*map(str, flags), "--json", "scores.json", "--top_k", "1000"]) == 0
-    entries = json.loads(Path("scores.json").read_text("utf-8"))
-    return {entry["image"]: {named["label"]: named["score"] for named in entry["predictions"]} for entry in entries}
-
-
-def assert_same_scores(one: dict, other: dict, within: float = 1e-3) -> None:
-    """Assert that two answers of `scores_of` are of the same images and labels, and agree."""
-    assert one.keys() == other.keys()
-    for image, scores in one.items():
-        assert scores == pytest.approx(other[image], abs=within)
-
-
 def rows_of(path: str) -> list[dict]:
     """Return the rows of a table that predict.py wrote."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def scores_of(*flags: str) -> np.ndarray:
+    """Run predict.py, and return its scores [images, labels] out of its CSV, with labels in the order of training."""
+    assert predict.main([*flags, "--csv", "scores.csv"]) == 0
+    return np.array([list(row.values())[4:-3] for row in rows_of("scores.csv")], float)
 
 
 def one_sentence(capsys) -> str:
@@ -190,33 +182,31 @@ def varied(folder) -> list[str]:
 
 
 def test_bare_graph_gives_the_same_scores(varied, monkeypatch):
-    expected = scores_of("--image", *varied)
+    expected = scores_of(*varied)
     monkeypatch.setattr(predict, "LiteModel", None)
     Path("output_graph.json").unlink()
-    assert_same_scores(scores_of("--image", *varied), expected)
+    np.testing.assert_allclose(scores_of(*varied), expected, atol=1e-3)
     # The orientation counts: the same pixels, differently turned, are different images.
-    turned = [np.array(list(expected[f"turned{value}.jpg"].values())) for value in (1, 3, 6)]
-    assert np.abs(turned[0] - turned[1]).max() > 1e-4 and np.abs(turned[0] - turned[2]).max() > 1e-4
+    assert (np.abs(expected[0] - expected[1:3]).max(axis=1) > 1e-4).all()
 
 
 def test_reading_flags_of_the_training_are_followed(train, tmp_path, varied):
     assert train("--ignore_exif_orientation") == 0
-    first, *others = scores_of("--image", *varied[:3]).values()
-    assert_same_scores({1: first, 2: first}, {1: others[0], 2: others[1]}, 1e-6)
+    scores = scores_of(*varied[:3])
+    assert (scores == scores[0]).all()
 
 
 def test_lone_tflite_needs_neither_the_graph_nor_tensorflow(folder, no_tensorflow):
     save("red.jpg")
-    expected = scores_of("--image", "red.jpg")
+    expected = scores_of("red.jpg")
     Path("output_graph.pb").unlink()
-    assert scores_of("--image", "red.jpg") == expected
-    assert scores_of("--image", "red.jpg", "--graph", "output_graph.tflite") == expected
+    assert (scores_of("red.jpg") == expected).all()
+    assert (scores_of("red.jpg", "--graph", "output_graph.tflite") == expected).all()
 
 
 def test_one_image_and_many_get_the_same_scores(folder, no_tensorflow):
     names = [str(save(f"{i}.jpg", seed=i)) for i in range(7)]
-    together = scores_of("--image", *names)
-    assert_same_scores(scores_of("--image", names[6]), {names[6]: together[names[6]]}, 1e-5)
+    np.testing.assert_allclose(scores_of(names[6])[0], scores_of(*names)[6], atol=1e-5)
     classifier = predict.load_classifier("output_graph.pb")
     twice = [Path(names[0])] * 2
     assert [prediction.path for prediction in predict.predict(classifier, twice)] == twice
@@ -226,9 +216,9 @@ def test_other_graph_than_the_tflites_is_run_itself(folder, trained, no_lite):
     """A stale .tflite is not used once the graph was replaced, as by the classic script."""
     save("red.jpg")
     shutil.copy(trained / "intermediate_graph/intermediate_100.pb", "output_graph.pb")
-    found = scores_of("--image", "red.jpg")
+    found = scores_of("red.jpg")
     Path("output_graph.tflite").unlink()
-    assert scores_of("--image", "red.jpg") == found
+    assert (scores_of("red.jpg") == found).all()
 
 
 @pytest.mark.parametrize("spoilt", ["output_graph.tflite", "output_graph.json"])
@@ -236,7 +226,7 @@ def test_other_graph_than_the_tflites_is_run_itself(folder, trained, no_lite):
 def test_damaged_tflite_or_facts_are_not_used(folder, no_lite, spoilt, data):
     save("red.jpg")
     Path(spoilt).write_bytes(data)
-    assert max(scores_of("--image", "red.jpg")["red.jpg"].items(), key=lambda pair: pair[1])[0] == "red things"
+    assert scores_of("red.jpg").argmax() == 0
 
 
 def test_classic_graph_runs(folder, small_graph, no_lite):
@@ -263,12 +253,12 @@ def test_classic_graph_runs(folder, small_graph, no_lite):
     Path("classic.txt").write_text("one\ntwo\n")
 
     names = [str(save(f"{i}.jpg", colour)) for i, colour in enumerate((RED, GREEN, BLUE))]
-    found = scores_of("--image", *names, "--graph", "classic.pb", "--labels", "classic.txt")
+    found = scores_of(*names, "--graph", "classic.pb", "--labels", "classic.txt")
     with tf.Graph().as_default() as imported, tf.compat.v1.Session(graph=imported) as session:
         tf.import_graph_def(graph, name="")
-        for name in names:
-            scores = session.run("final_result:0", {"DecodeJpeg/contents:0": Path(name).read_bytes()})[0]
-            assert [found[name]["one"], found[name]["two"]] == pytest.approx(scores.tolist(), abs=1e-3)
+        for name, scores in zip(names, found, strict=True):
+            expected = session.run("final_result:0", {"DecodeJpeg/contents:0": Path(name).read_bytes()})[0]
+            np.testing.assert_allclose(scores, expected, atol=1e-3)
 
 
 def test_what_is_not_found_is_told_with_the_likely_cause(folder, capsys):
@@ -411,13 +401,13 @@ def test_what_was_named_before_a_stop_is_kept(folder, capsys, monkeypatch):
 
 def test_labels_are_those_of_the_training_or_given(folder, capsys):
     save("red.jpg")
-    expected = scores_of("--image", "red.jpg")["red.jpg"]
+    expected = scores_of("red.jpg")
     Path("output_labels.txt").write_text("of\nanother\ntraining\n")
-    assert scores_of("--image", "red.jpg")["red.jpg"] == expected
+    assert (scores_of("red.jpg") == expected).all()
     assert capsys.readouterr().err == ""
     Path("translated.txt").write_text("rouge\nbleu\nvert\n")
-    found = scores_of("--image", "red.jpg", "--labels", "translated.txt")["red.jpg"]
-    assert found == {"rouge": expected["red things"], "bleu": expected["blue"], "vert": expected["green"]}
+    assert (scores_of("red.jpg", "--labels", "translated.txt") == expected).all()
+    assert list(rows_of("scores.csv")[0])[4:7] == ["rouge", "bleu", "vert"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("predict.py: translated.txt ")
 
@@ -488,7 +478,7 @@ def test_works_alone_with_four_packages(folder, trained):
         (
             ["red.jpg", "phone.heic"],
             "red.jpg\nred things (score = ",
-            "phone.heic: .* needs pi-heif: .* install pi-heif",
+            "phone.heic: .* pi-heif: .* install pi-heif",
         ),
         (["--page"], "", "--page needs gradio .*install gradio"),
     ):
