@@ -905,14 +905,10 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
             return None, f"This image can't be used: {prediction.error}."
         return dict(prediction.scores), f"Unsure: {prediction.reason}." if prediction.reason else ""
 
-    with gradio.Blocks(title="predict.py", analytics_enabled=False) as page, gradio.Row():
-        image = gradio.Image(
-            type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image"
-        )
-        with gradio.Column():
-            scores = gradio.Label(num_top_classes=top_k, label="What it is")
-            remark = gradio.Textbox(label="How sure", placeholder="Sure", interactive=False)
-        image.change(name, image, [scores, remark])
+    image = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image")
+    scores = gradio.Label(num_top_classes=top_k, label="What it is")
+    remark = gradio.Textbox(label="How sure", placeholder="Sure")
+    page = gradio.Interface(name, image, [scores, remark], title="predict.py", live=True, flagging_mode="never")
     fonts = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
     _, address, _ = page.launch(
         server_name="127.0.0.1", share=False, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts,
