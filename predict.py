@@ -7,8 +7,7 @@
 Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which needs no TensorFlow and starts in a
 second. A graph that stands alone, ours or one of the classic script's, is run by TensorFlow. All flags: --help.
 This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only; retrain.py takes
-from it what both must have alike. Its rooms: common ground, images, graphs, the classifier, its predictions, the page,
-the command line.
+from it what both must have alike. Its rooms: common ground, images, graphs, classifier, predictions, command line.
 """
 
 from __future__ import annotations
@@ -113,7 +112,9 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
     except OSError as error:
         message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
     except ImportError as error:
-        message = f"error: {error}; the installation is broken: {INSTALL} --force-reinstall -r requirements.txt"
+        is_alone = not Path(__file__).with_name("requirements.txt").exists()
+        missing = str(error.name).replace("_", "-") if is_alone else "--force-reinstall -r requirements.txt"
+        message = f"error: {error}; install what is missing with: {INSTALL} {missing}"
     except MemoryError:
         message = "error: there is not enough memory for so many images, or for such large ones."
     except KeyboardInterrupt as error:
@@ -200,13 +201,10 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def import_tensorflow() -> Any:
-    """Import TensorFlow, which takes seconds, without its start-up messages. Raises UserError where that can't be."""
+    """Import TensorFlow, which takes seconds, without its start-up messages."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        with quiet_stderr():
-            import tensorflow
-    except ImportError as error:
-        raise UserError(f"TensorFlow can't be loaded ({error}); install it with: {INSTALL} tensorflow") from error
+    with quiet_stderr():
+        import tensorflow
     tensorflow.get_logger().setLevel("ERROR")
     return tensorflow
 
@@ -464,10 +462,8 @@ class LiteModel:
     """
 
     def __init__(self, path: Path, threads: int = 1):
-        try:
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError as error:
-            raise UserError(f"LiteRT can't be loaded ({error}); install it with: {INSTALL} ai-edge-litert") from error
+        from ai_edge_litert.interpreter import Interpreter
+
         with quiet_stderr():
             self.interpreter = Interpreter(str(path), num_threads=threads)
             self.interpreter.allocate_tensors()
@@ -656,7 +652,7 @@ def load_classifier(
     if not facts and not files.graph.is_file():
         fault = "there is no such file, or the .json that belongs to it is not beside it"
         raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
-    names = facts["labels"] if facts and not labels else read_labels(Path(labels) if labels else files.labels)
+    names = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
     trained = facts.get("labels", names)
     if len(trained) != len(names):
         raise UserError(f"--labels {labels}: {len(names)} lines for the {len(trained)} classes of the graph.")
@@ -883,7 +879,7 @@ def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None
 
 
 # ======================================================================================================================
-# The page: drop an image, see what it is
+# The page and the command line
 # ======================================================================================================================
 
 
@@ -917,10 +913,6 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
     print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
     threading.Event().wait()
 
-
-# ======================================================================================================================
-# The command line
-# ======================================================================================================================
 
 EXAMPLES = """examples:
   python3 predict.py photo.jpg                           what is it?
