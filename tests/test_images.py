@@ -56,11 +56,6 @@ def tf():
     return retrain.import_tensorflow()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that Pillow can't write
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -84,14 +79,6 @@ def claiming_png(width: int, height: int) -> bytes:
     return png_header(width, height, 8, 2) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
 
 
-def claiming_jpeg(width: int, height: int) -> bytes:
-    """Return a small JPEG whose header claims a size."""
-    data = bytearray(encoded(picture(), "JPEG"))
-    place = data.index(b"\xff\xc0") + 5
-    data[place : place + 4] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
 def without_adobe(data: bytes) -> bytes:
     """Return a JPEG without its Adobe marker segment."""
     start = data.index(b"\xff\xee")
@@ -108,18 +95,6 @@ def before_marker(data: bytes, marker: bytes, stray: bytes) -> bytes:
     place = data.index(marker)
     return data[:place] + stray + data[place:]
 
-
-def with_alpha(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return a picture with random transparency."""
-    image = image.copy()
-    values = np.random.default_rng(1).integers(0, 256, (image.height, image.width))
-    image.putalpha(PIL.Image.fromarray(values.astype(np.uint8)))
-    return image
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Formats
-# ----------------------------------------------------------------------------------------------------------------------
 
 SECOND_FRAME = picture(seed=1)
 CMYK = encoded(picture().convert("CMYK"), "JPEG")
@@ -138,7 +113,7 @@ PALETTE = picture().quantize(17)
 OTHERS = {
     "PNG": encoded(picture(), "PNG"),
     "PNG black and white": encoded(picture().convert("1"), "PNG"),
-    "PNG grey alpha": encoded(with_alpha(picture()).convert("LA"), "PNG"),
+    "PNG grey alpha": encoded(PIL.Image.merge("LA", picture().split()[:2]), "PNG"),
     "PNG palette": encoded(PALETTE, "PNG", transparency=bytes(range(0, 170, 10))),
     "PNG 16-bit grey": png_of_16_bits(1),
     "PNG 16-bit colour alpha": png_of_16_bits(4),
@@ -152,30 +127,12 @@ def test_an_image_decodes_as_tensorflow_decodes_it(tf, name):
     np.testing.assert_array_equal(decoded(data), tf.io.decode_jpeg(data, channels=3))  # which takes PNG and GIF, too
 
 
-def test_inks_are_the_other_way_round_without_the_marker_of_adobe():
-    """Adobe's files hold 255 for no ink, and so does what Pillow writes; other files hold 0 for none."""
-    no_ink = encoded(PIL.Image.new("CMYK", (32, 32), (0, 0, 0, 0)), "JPEG")
-    assert decoded(no_ink).min() >= 250
-    assert decoded(without_adobe(no_ink)).max() <= 5
-
-
 @pytest.mark.parametrize("name", ["B.JPG", "d.gif", "none", "ü 1.Png.txt"])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_the_content_tells_the_format_and_not_the_ending(tmp_path, form, name):
     data = encoded(picture(), form)
     (tmp_path / name).write_bytes(data)
     np.testing.assert_array_equal(retrain.read_image(tmp_path / name, UNREDUCED, INPUT), decoded(data))
-
-
-@pytest.mark.parametrize("form", ["PPM", "ICO", "TGA"])
-def test_other_formats_are_refused_by_name(form):
-    with pytest.raises(ImageError, match="not an image in JPEG"):
-        decoded(encoded(picture(32, 32), form))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Resize
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(33, 33), (299, 299), (31, 50), (1, 1)], ids=str)
@@ -190,10 +147,6 @@ def test_the_resize_is_that_of_tensorflow_1(tf, height, width, size):
     assert (found.shape, found.dtype) == ((*size, 3), np.float32)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# EXIF orientation
-# ----------------------------------------------------------------------------------------------------------------------
 
 UPRIGHT = pixels(noise=0)
 # How a camera stores an upright picture, for each value of the tag.
@@ -239,11 +192,6 @@ def test_a_broken_exif_block_does_no_harm(block):
     np.testing.assert_array_equal(decoded(with_exif(JPEGS["colour"], block)), decoded(JPEGS["colour"]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Large photographs at reduced scale
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "width, height, scale",
     [
@@ -261,16 +209,8 @@ def test_a_large_jpeg_is_decoded_at_reduced_scale(tf, kind, width, height, scale
     assert found.shape == (-(-height // scale), -(-width // scale), 3)
     assert scale == 1 or min(found.shape[:2]) >= 2 * max(INPUT)
     np.testing.assert_array_equal(found, tf.io.decode_jpeg(data, channels=3, ratio=scale))
-
-
-def test_exact_decode_reads_a_large_jpeg_at_full_size(tf):
-    data = encoded(picture(500, 320), "JPEG")
     np.testing.assert_array_equal(decoded(data, UNREDUCED), tf.io.decode_jpeg(data, channels=3))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Damage
-# ----------------------------------------------------------------------------------------------------------------------
 
 NO_IMAGE = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
 
@@ -292,11 +232,11 @@ def cut(data: bytes, share: float) -> bytes:
         pytest.param(cut(encoded(picture(500, 320), "JPEG"), 0.5), "truncated", id="half a large JPEG"),
         pytest.param(cut(encoded(picture(), "WEBP"), 0.5), "damaged", id="half a WebP"),
         pytest.param(b"<!DOCTYPE html><html><body>404</body></html>", NO_IMAGE, id="HTML"),
+        pytest.param(encoded(picture(), "PPM"), NO_IMAGE, id="another format"),
         pytest.param(bytes(5000), NO_IMAGE, id="zeros, as a full disk leaves them"),
         pytest.param(b"\xff\xd8\xff", NO_IMAGE, id="the first bytes of a JPEG alone"),
         pytest.param(OTHERS["PNG"][:60] + b"\0\xff" * 20 + OTHERS["PNG"][100:], "damaged", id="a PNG overwritten"),
         pytest.param(claiming_png(60_000, 60_000), "more pixels", id="PNG bomb"),
-        pytest.param(claiming_jpeg(65_000, 65_000), "more pixels", id="JPEG bomb"),
     ],
 )
 def test_damage_gives_its_reason(tmp_path, data, reason):
