@@ -6,11 +6,8 @@
 
 Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which needs no TensorFlow and starts in a
 second. A graph that stands alone, ours or one of the classic script's, is run by TensorFlow. All flags: --help.
-
-This file needs none of the project's others: copied with output_graph.tflite, output_graph.json and output_labels.txt,
-it works with numpy, Pillow, simplejpeg and ai-edge-litert alone. retrain.py takes from it what both must have alike.
-
-It is read in this order: common ground, images, graphs, the classifier, its predictions, the page, the command line.
+This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only; retrain.py takes
+from it what both must have alike. Its rooms: common ground, images, graphs, classifier, predictions, command line.
 """
 
 from __future__ import annotations
@@ -23,6 +20,8 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import filecmp
+import functools
 import glob
 import hashlib
 import io
@@ -31,14 +30,12 @@ import json
 import logging
 import math
 import os
-import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-import types
-import unicodedata
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,20 +54,19 @@ try:
     import PIL.ImageOps
     import simplejpeg
 except ImportError as missing:
+    if Path(sys.argv[0]).name not in ("retrain.py", "predict.py"):
+        raise
     # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
-    started_here = Path(sys.argv[0]).name in ("retrain.py", "predict.py")
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if started_here and os.access(own_python, os.X_OK) and Path(sys.prefix) != environment:
-        if os.name != "nt":
-            os.execv(own_python, [str(own_python), *sys.argv])
-        sys.exit(subprocess.call([own_python, *sys.argv]))
-    remedy = f"{missing}: run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
     if Path(sys.prefix) == environment:
-        remedy = f"{missing}: the installation in {environment} is broken; remove that folder and run retrain.sh again"
-    if started_here:
-        sys.exit(remedy)
-    raise ImportError(remedy) from missing
+        sys.exit(f"{missing}: the installation in {environment} is broken; remove that folder and run retrain.sh again")
+    if not own_python.exists():
+        remedy = f"run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
+        sys.exit(f"{missing}: {remedy}")
+    if os.name == "nt":
+        sys.exit(subprocess.call([own_python, *sys.argv]))
+    os.execv(own_python, [str(own_python), *sys.argv])
 
 if TYPE_CHECKING:  # only to name it: TensorFlow is loaded where it is first needed
     from tensorflow.core.framework.graph_pb2 import GraphDef
@@ -93,51 +89,46 @@ class ImageError(Exception):
     """An image that can't be used, and why, in a few words."""
 
 
-class Stopped(KeyboardInterrupt):
-    """The process was asked to end, by SIGTERM; handled like Ctrl-C."""
-
-
-def stop(signal_number: int, frame: object) -> None:
-    raise Stopped
-
-
 def exit_code(program: str, work: Callable[[], int | None]) -> int:
     """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
+
+    def stop(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal_number)
+
+    signal.signal(signal.SIGTERM, stop)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
             stream.reconfigure(errors="backslashreplace")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    code = 1
     try:
         code = work() or 0
         sys.stdout.flush()  # while there are still words for what goes wrong
         return code
     except UserError as error:
-        message, code = f"error: {error}", 1
+        message = f"error: {error}"
     except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        message, code = f"error: {error.filename or 'the system'}: {error.strerror or error}.", 1
+        message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
     except ImportError as error:
-        message, code = (
-            f"error: {error}; the installation is broken: {INSTALL} --force-reinstall -r requirements.txt",
-            1,
-        )
+        is_alone = not Path(__file__).with_name("requirements.txt").exists()
+        missing = str(error.name).replace("_", "-") if is_alone else "--force-reinstall -r requirements.txt"
+        message = f"error: {error}; install what is missing with: {INSTALL} {missing}"
     except MemoryError:
-        message, code = "error: there is not enough memory for so many images, or for such large ones.", 1
+        message = "error: there is not enough memory for so many images, or for such large ones."
     except KeyboardInterrupt as error:
         resumes = "; what is done is kept, and the same command goes on from there" if program == "retrain.py" else ""
-        message, code = f"stopped{resumes}.", 143 if isinstance(error, Stopped) else 130
+        message = f"stopped{resumes}."
+        code = 128 + (error.args[0] if error.args else signal.SIGINT)
     print(f"{program}: {printable(message)}", file=sys.stderr)
     return code
 
 
 def end_process(code: int) -> None:
     """End the process with an exit code, now, before a late signal or a thread that is stuck can spoil the end."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -147,22 +138,17 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
     """
-    target = os.path.realpath(path)  # a link stays one, to the new file
-    temporary = os.path.join(os.path.dirname(target), f".retrain-{os.urandom(16).hex()}.tmp")
+    target = Path(path).resolve()  # a link stays one, to the new file
+    temporary = target.with_name(f".retrain-{os.urandom(16).hex()}.tmp")
     try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
-            yield Path(target)  # /dev/stdout, /dev/null: nothing may replace a device
-        else:
-            yield Path(temporary)
-            os.replace(temporary, target)
-    except BrokenPipeError:  # of stdout, in the block
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(target)
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
 
 
 def core_count() -> int:
@@ -173,19 +159,16 @@ def core_count() -> int:
 def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tuple, None, None]:
     """Yield (item, result) in the order of the items; a worker is a function of one item, for one thread at a time.
 
-    The workers spend their time in code that releases the interpreter lock (decoding, the network), so threads do.
-    An exception in a worker is raised here.
+    Threads do, since decoders and networks release the interpreter lock. What a worker raises is raised here.
     """
-    items, idle = list(items), queue.SimpleQueue[Callable]()
-    for worker in workers:
-        idle.put(worker)
+    items, idle = list(items), list(workers)
 
     def work(item: Any) -> Any:
-        worker = idle.get()
+        worker = idle.pop()
         try:
             return worker(item)
         finally:
-            idle.put(worker)
+            idle.append(worker)
 
     pool = concurrent.futures.ThreadPoolExecutor(len(workers))
     try:
@@ -217,17 +200,11 @@ def quiet_stderr() -> Iterator[None]:
         os.close(stderr)
 
 
-def import_tensorflow() -> types.ModuleType:
-    """Import TensorFlow, which takes seconds, where it is first needed; keep its start-up messages off the terminal.
-
-    Raises UserError if it is missing or can't be loaded.
-    """
+def import_tensorflow() -> Any:
+    """Import TensorFlow, which takes seconds, without its start-up messages."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        with quiet_stderr():
-            import tensorflow
-    except ImportError as error:
-        raise UserError(f"TensorFlow can't be loaded ({error}); install it with: {INSTALL} tensorflow") from error
+    with quiet_stderr():
+        import tensorflow
     tensorflow.get_logger().setLevel("ERROR")
     return tensorflow
 
@@ -239,40 +216,31 @@ def first_line(error: Exception) -> str:
 
 def printable(text: object) -> str:
     """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
-    odd = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, and separators of lines and paragraphs
-    escaped = (
-        c.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(c) in odd else c for c in str(text)
-    )
-    return "".join(escaped)
+    odd = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistyped flag with the one that was probably meant.
+    """An argument parser that answers a mistyped flag with the one that was probably meant."""
 
-    meant: our flag for what users of other programs type (without its dashes).
-    """
-
-    meant: dict[str, str] = {}
+    meant: dict[str, str] = {}  # our flag for what users of other programs type (without its dashes)
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            wrong = (message.split(": ")[1].split() or ["''"])[0].split("=")[0]
+        kind, _, rest = message.partition(": ")
+        if kind == "unrecognized arguments":
+            wrong = re.split("[ =]", rest)[0]
             name = wrong.lstrip("-").replace("-", "_")
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
-            if name in self.meant:
-                near = [self.meant[name]]
-            elif not wrong.startswith("-"):  # no flag, but what one may have been forgotten before
+            if not wrong.startswith("-"):  # no flag, but what one may have been forgotten before
                 near = [f"--image_dir {wrong}"] if Path(wrong).is_dir() else []
+            near = [self.meant[name]] if name in self.meant else near
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
 def number(kind: type, low: float, high: float = math.inf, also: Sequence[float] = ()) -> Callable:
-    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all').
-
-    Like all types of flags here it raises argparse.ArgumentTypeError, of which argparse makes a sentence with the flag.
-    """
+    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all')."""
 
     def parse(text: str) -> float:
         try:
@@ -281,8 +249,7 @@ def number(kind: type, low: float, high: float = math.inf, also: Sequence[float]
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
         if not (low <= value <= high and math.isfinite(value)) and value not in also:
             allowed = f"{low} to {high}" if high < math.inf else f"{low} or more"
-            allowed += "".join(f", or {other}" for other in also)
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({', or '.join([allowed, *map(str, also)])})")
         return value
 
     return parse
@@ -305,14 +272,14 @@ def at_home(name: str) -> str:
 def check_writable(name: str, path: Path, is_folder: bool) -> None:
     """Raise UserError if a file or folder, by the name of its flag, can't be written."""
     path = path.absolute()
-    if not is_folder and path.is_dir():
-        raise UserError(f"--{name} {path}: a folder of that name lies there; name another file.")
+    if path.exists() and not path.is_file() and not is_folder:  # a device, too, would be replaced
+        kind = "folder" if path.is_dir() else "device"
+        raise UserError(f"--{name} {path}: a {kind} of that name lies there; name another file.")
     places = [path, *path.parents] if is_folder else path.parents
     place = next(place for place in places if place.exists())
     if not place.is_dir():
         raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
-    is_device = path.exists() and not path.is_file() and not path.is_dir()
-    if not os.access(path if is_device else place, os.W_OK):
+    if not os.access(place, os.W_OK):
         raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
 
 
@@ -322,17 +289,13 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 
 # What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
+MOST_BYTES = 150_000_000
 # Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 # Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
 NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
-# How the files begin that can be images, and the most bytes of one: nothing else is read into memory.
-BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II[*+]\0|MM\0[*+]|....ftyp", re.DOTALL)
-MOST_BYTES = 150_000_000
-HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 # Raw photographs are what the sensor saw, often with a small preview that a reader of TIFF takes for the image.
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
-RAW = "a raw photograph, which is not read; save it as JPEG"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,22 +312,17 @@ def is_hidden(path: Any) -> bool:
 
 
 def read_bytes(path: Any) -> bytes:
-    """Return the content of a file, a path with `open`. Raises ImageError for one that can't be read."""
+    """Return the content of a file. Raises ImageError for one that can't be read."""
     if path.name.lower().endswith(RAW_NAMES):
-        raise ImageError(RAW)
+        raise ImageError("a raw photograph, which is not read; save it as JPEG")
     try:
         if not path.is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
-        with path.open("rb") as file:
-            data = file.read(64)
-            if BEGINNINGS.match(data):
-                file.seek(0)  # rather than joining two pieces, which would be there twice
-                data = file.read(MOST_BYTES + 1)
+        if path.stat().st_size > MOST_BYTES:
+            raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
+        return path.read_bytes()
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
-    if len(data) > MOST_BYTES:
-        raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
-    return data
 
 
 def read_image(path: Any, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
@@ -376,34 +334,39 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     """Return the uint8 pixels [height, width, 3] of an image, of the first frame if it has several.
 
     A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
-    shorter side, unless reading.exact_decode. Raises ImageError for bytes that are no whole image.
+    shorter side, unless reading.exact_decode. As TensorFlow's decoders do, 16-bit values keep their upper byte, and
+    transparency is dropped, not blended. Raises ImageError for bytes that are no whole image.
     """
     if not data:
         raise ImageError("the file is empty")
-    is_heic = HEIC.match(data)
+    is_heic = re.match(rb"....ftyp(he|mif1|msf1)", data, re.DOTALL)
     if is_heic:
         register_heic()
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=["HEIF", "AVIF"] if is_heic else FORMATS)
         if image.format in ("JPEG", "MPO"):
-            shorter, target = min(image.size), max(input_size)
-            reduced = not reading.exact_decode and shorter > 4 * target
-            scale = next(s for s in (8, 4, 2, 1) if shorter / s >= 2 * target or s == 1) if reduced else 1
+            shorter, target, scale = min(image.size), max(input_size), 1
+            if shorter > 4 * target and not reading.exact_decode:
+                scale = next(s for s in (8, 4, 2) if shorter / s >= 2 * target)
             pixels = decode_jpeg(data, image, scale)
+        elif image.mode.startswith("I"):
+            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            pixels = np.repeat(grey[:, :, None], 3, axis=2)
         else:
-            pixels = pixels_of(image)
-    except ImageError:
-        raise
+            pixels = np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError:
         raise ImageError("not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format") from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
-    except MemoryError:
-        raise ImageError("too large for the memory") from None
     except Exception as error:  # decoders raise many kinds of errors on damaged data
-        truncated = "truncated" in str(error).lower() or "premature end" in str(error).lower()
-        raise ImageError("the file is truncated" if truncated else f"damaged ({error})") from None
-    return pixels if reading.ignore_exif_orientation else upright(pixels, image)
+        truncated = "truncated" in str(error).lower()
+        raise ImageError("the file is truncated" if truncated else f"damaged ({first_line(error)})") from None
+    if not reading.ignore_exif_orientation:
+        with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
+            turned = PIL.Image.fromarray(pixels)
+            turned.getexif()[0x0112] = image.getexif().get(0x0112, 1)  # Pillow has turned TIFF and HEIC already
+            pixels = np.asarray(PIL.ImageOps.exif_transpose(turned))
+    return pixels
 
 
 def register_heic() -> None:
@@ -421,54 +384,20 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
     were the same to the bit on 2,296 photographs.
     """
-    cmyk = image.mode == "CMYK"
-    wanted: dict[str, Any] = {"colorspace": "CMYK" if cmyk else "RGB", "fastdct": True}
-    if scale > 1:
-        wanted |= {"min_width": math.ceil(image.width / scale), "min_height": math.ceil(image.height / scale)}
+    cmyk, space = image.mode == "CMYK", "CMYK" if image.mode == "CMYK" else "RGB"
+    height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
     try:
-        pixels = simplejpeg.decode_jpeg(data, **wanted)
+        pixels = simplejpeg.decode_jpeg(data, space, fastdct=True, min_height=height, min_width=width)
     except ValueError:
-        # Strict decoding also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow
-        # tells those (and decodes them) from truncated ones (and raises).
-        image.load()
-        try:
-            pixels = simplejpeg.decode_jpeg(data, strict=False, **wanted)
-        except ValueError:  # a blemish before the scan is never forgiven; Pillow's pixels are a few levels off
-            pixels = 255 - np.asarray(image) if cmyk else np.asarray(image.convert("RGB"))
+        # It also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow tells those,
+        # whose pixels it gives within a few levels, from truncated ones, for which it raises.
+        return np.asarray(image.convert("RGB"))
     if not cmyk:
         return pixels
     inks = pixels.astype(np.uint16)
     if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
         inks = 255 - inks
     return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
-
-
-def pixels_of(image: PIL.Image.Image) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of an opened image that is no JPEG. Raises ImageError for a raw one.
-
-    16-bit values keep their upper byte, and transparency is dropped, not blended: both as TensorFlow's decoders do.
-    """
-    if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        if "DNGVersion" in tags.named() or tags.get(254, 0) & 1:  # 254: what the TIFF begins with is a preview
-            raise ImageError(RAW)
-    if image.mode.startswith("I"):
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
-
-
-def upright(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
-    """Return the pixels [height, width, 3] turned as the EXIF orientation of the opened image says.
-
-    Pillow has turned TIFF and HEIC already when they were loaded, and taken the orientation away.
-    """
-    try:
-        turned = PIL.Image.fromarray(pixels)
-        turned.getexif()[0x0112] = image.getexif().get(0x0112, 1)
-        return np.asarray(PIL.ImageOps.exif_transpose(turned))
-    except Exception:  # a broken EXIF block is no reason to lose the image
-        return pixels
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -483,15 +412,8 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         low = place.astype(np.intp)
         return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
 
-    top, bottom, down = neighbours(pixels.shape[0], size[0])
-    left, right, across = neighbours(pixels.shape[1], size[1])
-    # Picked by value rather than by pixel of three, in place rather than anew: four times as fast, to the same bit.
-    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    across = np.repeat(across, 3)
-    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
-
     def between(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
-        end -= start
+        end -= start  # in place, which is faster
         end *= share
         end += start
         return end
@@ -499,8 +421,12 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     def across_lines(at: np.ndarray) -> np.ndarray:
         picked = lines.take(at, axis=0)
         start, end = (picked.take(side, axis=1).astype(np.float32) for side in (left, right))
-        return between(start, end, across)
+        return between(start, end, np.repeat(across, 3))
 
+    (top, bottom, down), (left, right, across) = map(neighbours, pixels.shape, size)
+    # Picked by value rather than by pixel of three: four times as fast, to the same bit.
+    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
+    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
     return between(across_lines(top), across_lines(bottom), down[:, None]).reshape(*size, 3)
 
 
@@ -510,83 +436,55 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
 
-# A graph is a program: it could read and write files, or call Python. What one of somebody else's may hold are these
-# operations, which turn tensors into tensors and touch nothing else: what networks for images are made of. They
-# were picked by hand; that TensorFlow calls an operation stateless says little, since ReadFile is. They touch nothing,
-# but may crash on nonsense: what somebody made to do so ends the process, and does no other harm.
+# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations,
+# which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
+# calls an operation stateless says little, since ReadFile is. A graph made to crash one ends the process, no more.
 PURE_OPS = """
-Abs Add AddN AddV2 All Any ArgMax ArgMin Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
-BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat
-ConcatV2 Const Conv2D Conv2DBackpropInput Cos CropAndResize Cumsum DecodeBmp DecodeGif DecodeImage DecodeJpeg
-DecodePng DecodeWebP DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Exp ExpandDims
-Expm1 ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor
-FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual
-Identity IdentityN If IsFinite IsNan L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax LogicalAnd LogicalNot
-LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mod Mul Neg NoOp NotEqual OneHot
-OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
-QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 RandomStandardNormal RandomUniform
-RandomUniformInt Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic ResizeBilinear
-ResizeNearestNeighbor ReverseV2 Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Sign Sin Size Slice Softmax
-Softplus Softsign SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
-StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform StatelessRandomUniformV2
-StatelessWhile StopGradient StridedSlice Sub Sum Switch Tan Tanh Tile TopKV2 Transpose TruncateDiv TruncatedNormal
-Unpack Where While ZerosLike
+Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchNormWithGlobalNormalization
+BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat ConcatV2 Const Conv2D
+Conv2DBackpropInput DecodeImage DecodeJpeg DecodePng DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu
+EnsureShape Equal Erf Erfc Exp ExpandDims ExtractImagePatches FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel
+Fill Floor FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater
+GreaterEqual Identity IdentityN If L2Loss LeakyRelu Less LessEqual Log LogicalAnd LogicalNot LogicalOr LogSoftmax LRN
+MatMul Max Maximum MaxPool Mean Merge Min Minimum MirrorPad Mul Neg NoOp NotEqual OneHot OnesLike Pack Pad PadV2
+PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod RandomStandardNormal RandomUniform Range
+Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeBicubic ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select
+SelectV2 Shape ShapeN Sigmoid Size Slice Softmax Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square
+SquaredDifference Squeeze StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform
+StatelessRandomUniformV2 StopGradient StridedSlice Sub Sum Switch Tanh Tile TopKV2 Transpose TruncatedNormal Unpack
+Where ZerosLike
 """
 
 
 class LiteModel:
-    """A .tflite network on one interpreter, for one thread at a time: float32 [height, width, 3] to float32 [n]."""
+    """A .tflite network on one interpreter, for one thread at a time: pixels float32 [height, width, 3] to float32 [n].
+
+    Of several outputs, which those of a trained graph are (the scores, the bottleneck), `run` returns all.
+    """
 
     def __init__(self, path: Path, threads: int = 1):
-        """Load `path`. Raises UserError for a file that LiteRT can't run."""
-        try:
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError as error:
-            raise UserError(f"LiteRT can't be loaded ({error}); install it with: {INSTALL} ai-edge-litert") from error
-        try:
-            with quiet_stderr():
-                self.interpreter = Interpreter(str(path), num_threads=threads)
-                self.interpreter.allocate_tensors()
-        except (ValueError, RuntimeError, TypeError) as error:  # UnicodeDecodeError, for names, is a ValueError
-            raise UserError(f"{path} is no model that LiteRT can run ({first_line(error)}).") from error
-        (self.input, *others), self.outputs = (
-            self.interpreter.get_input_details(),
-            self.interpreter.get_output_details(),
-        )
-        shapes = [details["shape"].tolist() for details in (self.input, *self.outputs)]
-        if others or len(shapes[0]) != 4 or shapes[0][::3] != [1, 3] or any(len(shape) != 2 for shape in shapes[1:]):
-            raise UserError(
-                f"{path} is no model from an image to a row of numbers, but from {shapes[0]} to {shapes[1:]}."
-            )
-        self.path, self.input_size, self.output_size = path, tuple(shapes[0][1:3]), shapes[1][1]
+        from ai_edge_litert.interpreter import Interpreter
+
+        with quiet_stderr():
+            self.interpreter = Interpreter(str(path), num_threads=threads)
+            self.interpreter.allocate_tensors()
+        (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        self.input_size = tuple(self.input["shape"][1:3].tolist())
+        self.output_size = int(self.outputs[0]["shape"][1])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the first output, float32 [n], for pixels float32 [height, width, 3]."""
         return self.run(pixels)[0]
 
     def run(self, pixels: np.ndarray) -> list[np.ndarray]:
-        """Return all outputs, float32 [n] each, for pixels float32 [height, width, 3].
-
-        Those of a trained graph are the scores and the bottleneck.
-        """
-        try:
-            self.interpreter.set_tensor(self.input["index"], pixels[None])
-            self.interpreter.invoke()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path} is no model that LiteRT can run ({first_line(error)}).") from error
+        self.interpreter.set_tensor(self.input["index"], pixels[None])
+        self.interpreter.invoke()
         return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
 
 
 def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
-    import_tensorflow()
-    from tensorflow.python.framework import op_def_registry
-
-    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
-    # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
-    names = (function.signature.name for function in graph.library.function)
-    allowed = {*PURE_OPS.split(), *also.split(), *(name for name in names if op_def_registry.get(name) is None)}
-    for node in itertools.chain.from_iterable(bodies):
+    allowed = {*PURE_OPS.split(), *also.split()}
+    for node in itertools.chain(graph.node, *(function.node_def for function in graph.library.function)):
         if node.op not in allowed:
             raise UserError(
                 f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
@@ -595,18 +493,12 @@ def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
 
 
 def read_graph(path: Path, trusted: bool = False) -> GraphDef:
-    """Return the GraphDef of a file, as it is. Raises UserError for a file that is none.
-
-    trusted: whether it may hold any operation; else UserError is raised for one that is not in PURE_OPS.
-    """
+    """Return the GraphDef of a file. Raises UserError for none, and, unless trusted, for one that may do harm."""
     graph = import_tensorflow().compat.v1.GraphDef()
     try:
         graph.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError, by its several names
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
-        raise UserError(
-            f"{path} ({size}) is no TensorFlow graph, or not a whole one; put the right file there."
-        ) from error
+        raise UserError(f"{path} is no TensorFlow graph, or not a whole one; put the right file there.") from error
     if not trusted:
         check_ops(graph, path)
     return graph
@@ -617,60 +509,49 @@ def telling_of_damage(path: Path) -> Iterator[None]:
     """Turn whatever comes of nodes that are not as their neighbours take them to be into a UserError."""
     try:
         yield
-    except (LookupError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+    except (LookupError, ValueError, TypeError) as error:
         raise UserError(f"{path} is a damaged graph ({printable(first_line(error))}).") from error
 
 
 def fold_batch_norm(graph: GraphDef) -> GraphDef:
-    """Return a GraphDef with batch normalisation folded into the convolutions before it, and without CheckNumerics.
+    """Fold the batch normalisation of a GraphDef into the convolutions before it, and remove CheckNumerics; return it.
 
     BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs:
     (conv(x, w) - mean) / sqrt(variance + epsilon) * gamma + beta = conv(x, w * scale) + (beta - mean * scale).
     """
     tf = import_tensorflow()
-    nodes = {node.name: node for node in graph.node}
-    folded = type(graph)()
-    folded.library.CopyFrom(graph.library)
     # Old enough for any reader of TensorFlow 1, new enough for the ops that are left.
-    folded.versions.producer = max(graph.versions.producer, 21)
-    constants = {}
+    graph.versions.producer = max(graph.versions.producer, 21)
+    kept = [node for node in graph.node if node.op != "CheckNumerics"]
+    del graph.node[:]
+    graph.node.extend(kept)
+    nodes = {node.name: node for node in graph.node}
 
     def value(name: str) -> np.ndarray:
         return tf.make_ndarray(nodes[name].attr["value"].tensor)
 
+    def replace(name: str, values: np.ndarray) -> None:
+        nodes[name].attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values, tf.float32))
+
     for node in graph.node:
-        if node.op != "BatchNormWithGlobalNormalization":
-            continue
-        conv, mean, variance, beta, gamma = node.input
-        scale = 1 / np.sqrt(value(variance) + node.attr["variance_epsilon"].f)
-        if node.attr["scale_after_normalization"].b:
-            scale = scale * value(gamma)
-        weights = nodes[conv].input[1]
-        constants[weights] = value(weights) * scale  # [height, width, inputs, outputs] * [outputs]
-        constants[beta] = value(beta) - value(mean) * scale
-    for node in graph.node:
-        if node.op == "CheckNumerics":
-            continue
-        copy = folded.node.add()
+        node.input[:] = [name for name in node.input if not name.startswith("^")]
         if node.op == "BatchNormWithGlobalNormalization":
-            copy.name, copy.op = node.name, "BiasAdd"
-            copy.input.extend([node.input[0], node.input[3]])
-            copy.attr["T"].CopyFrom(node.attr["T"])
-            continue
-        copy.CopyFrom(node)
-        if node.name in constants:
-            copy.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(constants[node.name].astype(np.float32)))
-        del copy.input[:]
-        copy.input.extend(name for name in node.input if not name.startswith("^"))
-    return folded
+            conv, mean, variance, beta, gamma = node.input
+            weights = nodes[conv].input[1]
+            scale = 1 / np.sqrt(value(variance) + node.attr["variance_epsilon"].f)
+            if node.attr["scale_after_normalization"].b:
+                scale = scale * value(gamma)
+            replace(weights, value(weights) * scale)  # [height, width, inputs, outputs] * [outputs]
+            replace(beta, value(beta) - value(mean) * scale)
+            node.CopyFrom(type(node)(name=node.name, op="BiasAdd", input=[conv, beta], attr={"T": node.attr["T"]}))
+    return graph
 
 
 def graph_input_size(graph: GraphDef) -> tuple[int, int]:
     """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its images."""
-    tf = import_tensorflow()
     nodes = {node.name: node for node in graph.node}
-    size = nodes[nodes[RESIZED_NODE].input[1]]
-    height, width = (int(side) for side in tf.make_ndarray(size.attr["value"].tensor))
+    size = nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor
+    height, width = import_tensorflow().make_ndarray(size).tolist()
     return height, width
 
 
@@ -691,9 +572,8 @@ class OutputFiles:
         self.graph = path.with_name(f"{stem}.pb") if path.suffix == ".tflite" else path
         self.lite, self.facts = path.with_name(f"{stem}.tflite"), path.with_name(f"{stem}.json")
         # output_labels.txt and output_report.html for output_graph.pb, ants_labels.txt for ants.pb.
-        self.labels, self.report = (
-            path.with_name(stem.removesuffix("_graph") + ending) for ending in ("_labels.txt", "_report.html")
-        )
+        stem = stem.removesuffix("_graph")
+        self.labels, self.report = path.with_name(f"{stem}_labels.txt"), path.with_name(f"{stem}_report.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -734,16 +614,10 @@ class Familiar:
 
     @classmethod
     def from_facts(cls, facts: dict) -> Familiar:
-        """Return what `as_facts` has kept. Raises ValueError for facts that nobody can have kept."""
-        try:
-            values = np.frombuffer(base64.b64decode(facts["exemplars_float16"], validate=True), np.float16)
-            exemplars = values.reshape([int(side) for side in facts["exemplars_shape"]])
-            limits = [float(facts[name]) for name in ("least_similarity", "least_score", "coverage")]
-        except (KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"no measure of what is familiar ({error})") from None
-        if exemplars.ndim != 2 or not np.isfinite(exemplars).all() or not np.isfinite(limits).all():
-            raise ValueError("no measure of what is familiar")
-        return cls(exemplars, *limits)
+        """Return what `as_facts` has kept."""
+        values = np.frombuffer(base64.b64decode(facts["exemplars_float16"]), np.float16)
+        limits = (facts[name] for name in ("least_similarity", "least_score", "coverage"))
+        return cls(values.reshape(facts["exemplars_shape"]), *limits)
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -755,9 +629,8 @@ def unit(features: np.ndarray) -> np.ndarray:
 class Classifier:
     """A trained classifier.
 
-    models: one for each image that can be done at a time; functions from pixels, float32 [height, width, 3], to
-        [probabilities, float32 [classes]] or to [probabilities, features, float32 [n]].
-    familiar: None for a graph without a measure of what is familiar.
+    models: for each image at a time, one function from pixels, float32 [height, width, 3], to [probabilities, float32
+    [classes]] or to [probabilities, features, float32 [n]]. familiar: None where that was not measured.
     """
 
     labels: list[str]
@@ -772,22 +645,21 @@ def load_classifier(
 ) -> Classifier:
     """Return the classifier of a graph (or .tflite) file, for so many images; 0 threads: all cores.
 
-    labels: a file with a label per line, in place of those of the training. trusted: whether the graph may hold
-    operations that do other things than compute. Raises UserError for files that are missing or don't fit together.
+    labels: a file with a label per line, in place of those of the training. trusted: see read_graph. Raises UserError
+    for files that are missing or don't fit together.
     """
     files = OutputFiles(graph)
     facts = read_facts(files)
     if not facts and not files.graph.is_file():
-        raise UserError(f"--graph {files.lite}: the .json that belongs to it is not beside it, or is another graph's.")
-    names = facts["labels"] if facts and not labels else read_labels(Path(labels) if labels else files.labels)
-    if facts and len(facts["labels"]) != len(names):
-        raise UserError(f"--labels {labels}: {len(names)} lines for the {len(facts['labels'])} classes of the graph.")
-    if facts and facts["labels"] != names:
+        fault = "there is no such file, or the .json that belongs to it is not beside it"
+        raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
+    names = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
+    trained = facts.get("labels", names)
+    if len(trained) != len(names):
+        raise UserError(f"--labels {labels}: {len(names)} lines for the {len(trained)} classes of the graph.")
+    if trained != names:
         print(f"predict.py: {labels} holds other names than the training wrote; they are used.", file=sys.stderr)
-    try:
-        familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
-    except ValueError as error:
-        raise UserError(f"{files.facts} is damaged ({error}); train again, or remove it.") from error
+    familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     if not facts.get("lite_is_whole"):
         model, input_size = tensorflow_model(files.graph, trusted)
@@ -799,52 +671,40 @@ def load_classifier(
 
 
 def read_labels(path: Path) -> list[str]:
-    """Return the labels of a file, a line each. Raises UserError if there is no such file."""
+    """Return the labels of a file, a line each."""
     try:
         return [line for line in path.read_text("utf-8").splitlines() if line]
-    except OSError as error:
-        raise UserError(f"--labels {path}: {error.strerror}; train first with retrain.sh, or name the file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--labels {path}: it is no text in UTF-8; name the right file.") from error
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--labels {path}: it can't be read ({first_line(error)}); name a file in UTF-8.") from error
 
 
 def read_facts(files: OutputFiles) -> dict:
-    """Return what retrain.py noted about the graph, or {} if that is another graph's.
-
-    `lite_is_whole` tells whether the .tflite beside it is there, and the graph's. Raises UserError without a graph.
-    """
-    if not files.graph.is_file() and not files.lite.is_file():
-        raise UserError(f"--graph {files.graph}: there is no such file; train first with retrain.sh, or name the file.")
+    """Return what retrain.py noted about the graph, or {} if that is another's; `lite_is_whole`: so is the .tflite."""
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
-        tied = not files.graph.is_file() or facts["graph_sha256"] == sha256_of(files.graph)
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
-        usable = files.graph.is_file() or facts["lite_is_whole"]
-        named = isinstance(facts["labels"], list) and all(isinstance(label, str) for label in facts["labels"])
-        return facts if tied and usable and named else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        tied = facts["graph_sha256"] == sha256_of(files.graph) if files.graph.is_file() else facts["lite_is_whole"]
+        return facts if tied else {}
+    except (OSError, ValueError, KeyError):
         return {}
 
 
 def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], list[np.ndarray]], tuple[int, int]]:
     """Return a model as a Classifier has them, and its input size, for a graph of ours or of the classic script's.
 
-    It is fed behind its decoder, so that it sees images as training saw them: all formats, upright. Raises UserError
-    for another kind of graph.
+    It is fed behind its decoder, so that it sees images as training saw them. Raises UserError for another graph.
     """
     tf = import_tensorflow()
     graph = read_graph(path, trusted)
-    used = {name.split(":")[0] for node in graph.node for name in node.input}
-    outputs = [node.name for node in graph.node if node.op == "Softmax" and node.name not in used]
-    names = {node.name for node in graph.node}
-    if not outputs or not {JPEG_NODE, RESIZED_NODE} <= names:
+    names = [node.name for node in graph.node]
+    softmax = [node.name for node in graph.node if node.op == "Softmax"]
+    if not softmax or not {JPEG_NODE, RESIZED_NODE} <= {*names}:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
-    wanted = [f"{name}:0" for name in (outputs[-1], BOTTLENECK_NODE) if name in names]
-    with telling_of_damage(path):
-        folded = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
-        input_size = graph_input_size(graph)
+    wanted = [f"{name}:0" for name in (softmax[-1], BOTTLENECK_NODE) if name in names]
+    graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
+    input_size = graph_input_size(graph)
     network = tf.compat.v1.wrap_function(
-        lambda pixels: tf.import_graph_def(folded, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
+        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
         [tf.TensorSpec([1, *input_size, 3], tf.float32)],
     )
     return lambda pixels: [output.numpy().reshape(-1) for output in network(tf.constant(pixels[None]))], input_size
@@ -868,12 +728,17 @@ class Prediction:
     reason: str = ""
     likeness: float | None = None
 
+    @property
+    def outcome(self) -> str:
+        """The best label, unless the image is unsure or could not be read."""
+        return "not read" if self.error else "unsure" if self.reason else self.scores[0][0]
+
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """Return the files that the arguments of --image name: files, folders (with those in them) and globs.
 
-    What names nothing is returned as it is, to be told like an image that can't be read, if others are found. Raises
-    UserError if nothing is found at all.
+    What names nothing is returned as it is, to be told like an image that can't be read, if others are found; else
+    UserError is raised.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -883,7 +748,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         found += files or [path]
     if not any(path.is_file() for path in found):
         fault = "there is no such image"
-        if any(Path(pattern).is_dir() for pattern in patterns):
+        if any(path.is_dir() for path in found):
             fault = "there is no file in that folder, nor in those in it (links are not followed)"
         elif len(patterns) > 1:
             fault += "; put a name that has spaces into quotes"
@@ -893,39 +758,30 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 def files_below(folder: Path) -> list[Path]:
     """Return the files in a folder and the folders in it, by name; hidden ones are not read."""
-    found = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [path for path in (Path(where, name) for name in sorted(names)) if not is_hidden(path)]
-    return found
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [folder / name for name in names if not any(is_hidden(Path(part)) for part in name.parts)]
 
 
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Yield what each image is taken for, in the order of `paths`.
-
-    Raises UserError if the graph gives another number of scores than there are labels.
-    """
-    labels, familiar = classifier.labels, classifier.familiar
+    """Yield what each image is taken for, in the order of `paths`. Raises UserError if there are too few labels."""
+    labels, familiar, size = classifier.labels, classifier.familiar, classifier.input_size
 
     def name(model: Callable, path: Path) -> Prediction:
-        if not path.is_file():
-            return Prediction(path, [], "there is no such image, or none in that folder")
         try:
-            pixels = read_image(path, classifier.reading, classifier.input_size)
+            pixels = read_image(path, classifier.reading, size)
         except ImageError as error:
             return Prediction(path, [], str(error))
-        probabilities, *features = model(resize_bilinear(pixels, classifier.input_size))
+        probabilities, *features = model(resize_bilinear(pixels, size))
         if len(probabilities) != len(labels):
             raise UserError(f"The graph has {len(probabilities)} classes but its file of labels {len(labels)}.")
         scores = sorted(zip(labels, map(float, probabilities), strict=True), key=lambda pair: -pair[1])
         if familiar is None or not features:
             return Prediction(path, scores)
-        if len(features[0]) != familiar.exemplars.shape[1]:
-            raise UserError("The .json beside the graph is damaged (its measure of what is familiar is another's).")
         (reason,) = familiar.reason(features[0][None], probabilities[None], labels)
-        return Prediction(path, scores, "", reason, min(1.0, float(familiar.likeness(features[0][None])[0])))
+        likeness = min(1.0, round(float(familiar.likeness(features[0][None])[0]), 6))
+        return Prediction(path, scores, "", reason, likeness)
 
-    workers = [lambda path, model=model: name(model, path) for model in classifier.models]
+    workers = [functools.partial(name, model) for model in classifier.models]
     for _, prediction in on_all_cores(workers, paths):
         yield prediction
 
@@ -935,14 +791,11 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
     if prediction.error:
         print(f"predict.py: error: {printable(prediction.path)}: {prediction.error}", file=sys.stderr)
         return
+    lines = [f"unsure: {prediction.reason}; the best guesses are"] if prediction.reason else []
+    lines += [f"{label} (score = {score:.5f})" for label, score in prediction.scores[:top_k]]
     if headed:
-        print(printable(prediction.path))
-    if prediction.reason:
-        print(f"unsure: {printable(prediction.reason)}; the best guesses are")
-    for label, score in prediction.scores[:top_k]:
-        print(f"{printable(label)} (score = {score:.5f})")
-    if headed:
-        print(flush=True)
+        lines = [str(prediction.path), *lines, ""]
+    print(*map(printable, lines), sep="\n", flush=True)
 
 
 def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
@@ -951,88 +804,68 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
     def plain(name: str) -> str:  # a folder and the label that was made of its name are the same
         return re.sub(r"[\W_]+", " ", name.lower()).strip()
 
-    named = [prediction for prediction in predictions if prediction.scores]
-    taken = collections.Counter("unsure" if one.reason else printable(one.scores[0][0]) for one in named)
-    counts = [f"{label} {count:,}" for label, count in taken.most_common()]
-    if unread := len(predictions) - len(named):
-        counts.append(f"not read {unread:,}")
-    print(f"{len(predictions):,} images: {', '.join(counts)}.")
+    counts = collections.Counter(each.outcome for each in predictions).most_common()
+    told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
+    print(f"{len(predictions):,} images: {told}.")
     classes = {plain(label) for label in labels}
-    known = [one for one in named if plain(one.path.absolute().parent.name) in classes]
-    right = [one for one in known if plain(one.path.absolute().parent.name) == plain(one.scores[0][0])]
-    if known:
-        sure, sure_right = (sum(not one.reason for one in some) for some in (known, right))
-        unsure = f"; of the {sure:,} not unsure {sure_right / sure:.1%}" if 0 < sure < len(known) else ""
-        print(f"Accuracy on the {len(known):,} in folders named like classes: {len(right) / len(known):.1%}{unsure}.")
+    sure: list[bool] = []  # whether images in such folders are named rightly
+    unsure: list[bool] = []
+    for each in predictions:
+        folder = plain(each.path.absolute().parent.name)
+        if folder in classes and each.scores:
+            (unsure if each.reason else sure).append(folder == plain(each.scores[0][0]))
+    if known := sure + unsure:
+        of_sure = f"; of the {len(sure):,} not unsure {np.mean(sure):.1%}" if sure and unsure else ""
+        print(f"Accuracy on the {len(known):,} in folders named like classes: {np.mean(known):.1%}{of_sure}.")
 
 
 def sort_into(folder: Path, prediction: Prediction) -> None:
-    """Copy an image into the folder of its class, or into unsure/, under a name that is free there.
-
-    One that lies there already, from an earlier run, is not copied again. Raises UserError if it can't be copied.
-    """
-    import filecmp
-    import shutil
-
+    """Copy an image into the folder of its class, or into unsure/, under a free name, unless it lies there already."""
     if prediction.error:
         return
-    label = "unsure" if prediction.reason else prediction.scores[0][0]
-    place = folder / (re.sub(r'[\\/:*?"<>|\0]|^\.+', "_", label) or "_")  # a label may be anything
-    path = prediction.path
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        for name in itertools.chain([path.name], (f"{path.stem}_{i}{path.suffix}" for i in itertools.count(2))):
-            if not (place / name).exists():
-                with whole_file(place / name) as temporary:
-                    shutil.copy2(path, temporary)
-                return
-            if filecmp.cmp(path, place / name, shallow=False):
-                return
-    except OSError as error:
-        raise UserError(f"--sort_into {folder}: {path} can't be copied ({error.strerror or error}).") from error
-
-
-def as_text(path: Path) -> str:
-    """Return a path as it is, but for bytes that are no text, which a file in UTF-8 can't hold."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def harmless(cell: str) -> str:
-    """Return a cell of a table with an apostrophe before what a spreadsheet would take for a formula."""
-    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+    path, place = prediction.path, folder / re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome)
+    for i in itertools.count(1):
+        copy = place / (path.name if i == 1 else f"{path.stem}_{i}{path.suffix}")
+        if not copy.exists():
+            with whole_file(copy) as temporary:
+                shutil.copy2(path, temporary)
+            return
+        if filecmp.cmp(path, copy, shallow=False):
+            return
 
 
 @contextlib.contextmanager
 def csv_rows(path: str, labels: Sequence[str]) -> Iterator[Callable[[Prediction], None]]:
     """Yield a function that writes a row of a table at once: image, label, score, error, all scores, and any doubt.
 
-    Excel takes a file for UTF-8 by the mark at its beginning only. A path "" writes nothing.
+    Excel takes a file for UTF-8 by the mark at its beginning only, and what begins like a formula for one.
     """
-    if not path:
-        yield lambda prediction: None
-        return
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as file:
+
+    def write(*cells: str | float | None) -> None:
+        harmless = (re.sub(r"^(?=[-=+@\t\r\n])", "'", cell) if isinstance(cell, str) else cell for cell in cells)
+        writer.writerow(harmless)
+        file.flush()
+
+    def write_row(prediction: Prediction) -> None:
+        scores = {label: round(score, 6) for label, score in prediction.scores}
+        best = next(iter(scores.items()), ("", None))
+        doubt = "unsure" if prediction.reason else "", prediction.reason, prediction.likeness
+        write(str(prediction.path), *best, prediction.error, *map(scores.get, labels), *doubt)
+
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8-sig", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.writer(file)
-        header = ["image", "label", "score", "error", *labels, "unsure", "reason", "likeness"]
-        writer.writerow(map(harmless, header))
-
-        def write(prediction: Prediction) -> None:
-            scores = {label: f"{score:.6f}" for label, score in prediction.scores}
-            best = next(iter(scores.items()), ("", ""))
-            likeness = "" if prediction.likeness is None else f"{prediction.likeness:.4f}"
-            doubt = ["unsure" if prediction.reason else "", prediction.reason]
-            cells = [as_text(prediction.path), *best, prediction.error, *(scores.get(name, "") for name in labels)]
-            writer.writerow([*map(harmless, cells + doubt), likeness])
-            file.flush()
-
-        yield write
+        write("image", "label", "score", "error", *labels, "unsure", "reason", "likeness")
+        yield write_row
 
 
-def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
+def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None:
     """Write a list with an object per image: image, predictions (label, score), unsure, reason, likeness, error."""
     entries = [
         {
-            "image": as_text(prediction.path),
+            "image": str(prediction.path),
             "predictions": [{"label": label, "score": score} for label, score in prediction.scores[:top_k]],
             "unsure": bool(prediction.reason),
             "reason": prediction.reason,
@@ -1042,19 +875,17 @@ def write_json(path: Path, predictions: Sequence[Prediction], top_k: int) -> Non
         for prediction in predictions
     ]
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(entries, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", "utf-8", "backslashreplace")
 
 
 # ======================================================================================================================
-# The page: drop an image, see what it is
+# The page and the command line
 # ======================================================================================================================
 
 
 def serve_page(classifier: Classifier, top_k: int) -> None:
-    """Open a page in the browser that names what is dropped or pasted there, or photographed; until Ctrl-C.
-
-    Only this machine can reach it, and it sends nothing anywhere. Raises UserError if gradio is not installed.
-    """
+    """Open a page that names what is dropped, pasted or photographed there; only this machine can reach it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
     try:
         import gradio
@@ -1071,14 +902,10 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
             return None, f"This image can't be used: {prediction.error}."
         return dict(prediction.scores), f"Unsure: {prediction.reason}." if prediction.reason else ""
 
-    with gradio.Blocks(title="predict.py", analytics_enabled=False) as page, gradio.Row():
-        image = gradio.Image(
-            type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image"
-        )
-        with gradio.Column():
-            scores = gradio.Label(num_top_classes=top_k, label="What it is")
-            remark = gradio.Textbox(label="How sure", placeholder="Sure", interactive=False)
-        image.change(name, image, [scores, remark])
+    image = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image")
+    scores = gradio.Label(num_top_classes=top_k, label="What it is")
+    remark = gradio.Textbox(label="How sure", placeholder="Sure")
+    page = gradio.Interface(name, image, [scores, remark], title="predict.py", live=True, flagging_mode="never")
     fonts = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
     _, address, _ = page.launch(
         server_name="127.0.0.1", share=False, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts,
@@ -1087,10 +914,6 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
     print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
     threading.Event().wait()
 
-
-# ======================================================================================================================
-# The command line
-# ======================================================================================================================
 
 EXAMPLES = """examples:
   python3 predict.py photo.jpg                           what is it?
@@ -1101,28 +924,23 @@ EXAMPLES = """examples:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = Parser(
-        prog="predict.py",
-        allow_abbrev=False,
-        description="Name images with what retrain.py has trained.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    shape: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    purpose = "Name images with what retrain.py has trained."
+    parser = Parser(prog="predict.py", description=purpose, epilog=EXAMPLES, **shape)
     flag = parser.add_argument
+    file: dict[str, Any] = {"metavar": "FILE", "default": ""}
     flag("images", nargs="*", metavar="FILE", help="the same as --image")
     images = "images: files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
-    flag("--image", nargs="+", action="extend", default=[], metavar="FILE", help=images)
-    flag("--csv", metavar="FILE", default="", help="also write a table for a spreadsheet, a row per image")
-    flag("--json", metavar="FILE", default="", help="also write a list for programs, an object per image")
+    flag("--image", nargs="+", action="extend", metavar="FILE", default=[], help=images)
+    flag("--csv", **file, help="also write a table for a spreadsheet, a row per image")
+    flag("--json", **file, help="also write a list for programs, an object per image")
     flag("--sort_into", metavar="DIR", default="", help="copy each image into DIR/<its class>, or DIR/unsure")
     flag("--page", action="store_true", help="open a page in the browser to drop images on")
-    top_k = "how many classes to print for each image (%(default)s)"
-    flag("--top_k", default=5, type=number(int, 1), metavar="N", help=top_k)
+    flag("--top_k", type=number(int, 1), metavar="N", default=5, help="classes to print for each image (%(default)s)")
     graph = "the trained classifier, .pb or .tflite (output_graph.pb, beside this script)"
     flag("--graph", metavar="FILE", default=at_home("output_graph.pb"), help=graph)
-    labels = "other names for its classes, a line each (default: as they were trained)"
-    flag("--labels", metavar="FILE", default="", help=labels)
-    flag("--cpu_threads", default=0, type=number(int, 1, also=[0]), metavar="N", help="cores to use (default: all)")
+    flag("--labels", **file, help="other names for its classes, a line each (default: as they were trained)")
+    flag("--cpu_threads", type=number(int, 0), metavar="N", default=0, help="cores to use (default: all)")
     flag("--trust_model", action="store_true", help="run a .pb of somebody else's even if it could change files")
     return parser.parse_args(arguments)
 
@@ -1132,25 +950,27 @@ def run(flags: argparse.Namespace) -> int:
     for name in ("csv", "json", "sort_into"):
         if getattr(flags, name):
             check_writable(name, Path(getattr(flags, name)), is_folder=name == "sort_into")
-    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
-    images = 1 if flags.page else len(paths)
-    classifier = load_classifier(flags.graph, flags.labels, images, flags.cpu_threads, flags.trust_model)
+    options = {"cpu_threads": flags.cpu_threads, "trusted": flags.trust_model}
+    load = functools.partial(load_classifier, flags.graph, flags.labels, **options)
     if flags.page:
-        serve_page(classifier, flags.top_k)
+        serve_page(load(images=1), flags.top_k)
+    paths = find_images(flags.images + flags.image or [at_home("test_images")])
+    classifier = load(images=len(paths))
     predictions: list[Prediction] = []
     stopped = None
-    with csv_rows(flags.csv, classifier.labels) as write_row:
+    with csv_rows(flags.csv, classifier.labels) if flags.csv else contextlib.nullcontext() as write_row:
         try:
             for prediction in predict(classifier, paths):
                 print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
-                write_row(prediction)
+                if write_row:
+                    write_row(prediction)
                 if flags.sort_into:
                     sort_into(Path(flags.sort_into), prediction)
                 predictions.append(prediction)
         except KeyboardInterrupt as error:  # what was named until then is written, and summed up, all the same
             stopped = error
     if flags.json:
-        write_json(Path(flags.json), predictions, flags.top_k)
+        write_json(flags.json, predictions, flags.top_k)
     if len(paths) > 1:
         print_summary(predictions, classifier.labels)
     if stopped:

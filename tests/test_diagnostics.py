@@ -370,19 +370,6 @@ def test_predict_says_unsure_of_another_thing(train, tmp_path, capsys):
     assert [entry["unsure"] for entry in json.loads(Path("named.json").read_text())] == [True, False]
 
 
-@pytest.mark.parametrize("change", [{"exemplars_shape": [0, 2]}, {"exemplars_float16": "!"}, {"coverage": None}, None])
-def test_a_damaged_measure_of_the_familiar_gets_one_sentence(train, tmp_path, capsys, change):
-    assert train("--how_many_training_steps", 20) == 0
-    facts = json.loads(Path("output_graph.json").read_text("utf-8"))
-    facts["familiar"] = facts["familiar"] | change if change else "odd"
-    Path("output_graph.json").write_text(json.dumps(facts), "utf-8")
-    make_image((200, 40, 40), 99).save(tmp_path / "red.jpg")
-    capsys.readouterr()
-    assert predict.main(["--image", "red.jpg"]) == 1
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert "output_graph.json is damaged" in sentence
-
-
 def test_temperature_leaves_the_classes_and_no_report_the_classic_graph(train, tmp_path):
     flags = "--random_seed", 3, "--head", "softmax"
     assert train(*flags, "--no_report") == 0

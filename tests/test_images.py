@@ -19,7 +19,7 @@ from retrain import Image, ImageError, Reading, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as retrain.py has it; pytest sets filters of its own
 
-INPUT = (20, 20)  # the input of the network for which the pictures are read
+INPUT = (20, 20)  # the input of the network for which the images are read
 WIDTH, HEIGHT = 61, 43
 UNREDUCED, REDUCED = Reading(exact_decode=True), Reading()
 
@@ -55,11 +55,6 @@ def tf():
     return retrain.import_tensorflow()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that Pillow can't write
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -69,26 +64,18 @@ def png_header(width: int, height: int, depth: int, colour_type: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
 
 
-def png_of_16_bits(channels: int) -> tuple[bytes, np.ndarray]:
-    """Return a PNG of 16 bits per channel, and its values [height, width, channels]."""
+def png_of_16_bits(channels: int) -> bytes:
+    """Return a PNG of 16 bits per channel."""
     values = np.random.default_rng(channels).integers(0, 1 << 16, (HEIGHT, WIDTH, channels))
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)  # 0: the line is not filtered
-    header = png_header(WIDTH, HEIGHT, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels])
-    return header + png_chunk(b"IDAT", zlib.compress(lines)) + png_chunk(b"IEND", b""), values
+    header = png_header(WIDTH, HEIGHT, 16, {1: 0, 4: 6}[channels])
+    return header + png_chunk(b"IDAT", zlib.compress(lines)) + png_chunk(b"IEND", b"")
 
 
 def claiming_png(width: int, height: int) -> bytes:
     """Return a PNG of a few bytes that claims a size."""
     data = zlib.compress(bytes(1000))
     return png_header(width, height, 8, 2) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
-
-
-def claiming_jpeg(width: int, height: int) -> bytes:
-    """Return a small JPEG whose header claims a size."""
-    data = bytearray(encoded(picture(), "JPEG"))
-    place = data.index(b"\xff\xc0") + 5
-    data[place : place + 4] = struct.pack(">HH", height, width)
-    return bytes(data)
 
 
 def without_adobe(data: bytes) -> bytes:
@@ -108,18 +95,6 @@ def before_marker(data: bytes, marker: bytes, stray: bytes) -> bytes:
     return data[:place] + stray + data[place:]
 
 
-def with_alpha(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return a picture with random transparency."""
-    image = image.copy()
-    values = np.random.default_rng(1).integers(0, 256, (image.height, image.width))
-    image.putalpha(PIL.Image.fromarray(values.astype(np.uint8)))
-    return image
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Formats
-# ----------------------------------------------------------------------------------------------------------------------
-
 SECOND_FRAME = picture(seed=1)
 CMYK = encoded(picture().convert("CMYK"), "JPEG")
 
@@ -136,57 +111,27 @@ JPEGS = {
 PALETTE = picture().quantize(17)
 OTHERS = {
     "PNG": encoded(picture(), "PNG"),
-    "PNG grey": encoded(picture().convert("L"), "PNG"),
     "PNG black and white": encoded(picture().convert("1"), "PNG"),
-    "PNG alpha": encoded(with_alpha(picture()), "PNG"),
-    "PNG grey alpha": encoded(with_alpha(picture()).convert("LA"), "PNG"),
-    "PNG palette": encoded(PALETTE, "PNG"),
-    "PNG palette, one colour transparent": encoded(PALETTE, "PNG", transparency=3),
-    "PNG palette, colours half transparent": encoded(PALETTE, "PNG", transparency=bytes(range(0, 170, 10))),
-    "PNG with a transparent colour": encoded(picture(), "PNG", transparency=(5, 6, 7)),
-    "PNG 16-bit grey": png_of_16_bits(1)[0],
-    "PNG 16-bit grey alpha": png_of_16_bits(2)[0],
-    "PNG 16-bit colour": png_of_16_bits(3)[0],
-    "PNG 16-bit colour alpha": png_of_16_bits(4)[0],
+    "PNG grey alpha": encoded(PIL.Image.merge("LA", picture().split()[:2]), "PNG"),
+    "PNG palette": encoded(PALETTE, "PNG", transparency=bytes(range(0, 170, 10))),
+    "PNG 16-bit grey": png_of_16_bits(1),
+    "PNG 16-bit colour alpha": png_of_16_bits(4),
     "GIF": encoded(PALETTE, "GIF"),
-    "GIF animated": encoded(PALETTE, "GIF", save_all=True, append_images=[SECOND_FRAME.quantize(20)]),
-    "BMP": encoded(picture(), "BMP"),
-    "BMP grey": encoded(picture().convert("L"), "BMP"),
-    "BMP alpha": encoded(with_alpha(picture()), "BMP"),
-    "WebP": encoded(picture(), "WEBP"),
-    "WebP lossless": encoded(picture(), "WEBP", lossless=True),
 }
 
 
-@pytest.mark.parametrize("name", JPEGS)
-def test_a_jpeg_decodes_as_tensorflow_decodes_it(tf, name):
-    np.testing.assert_array_equal(decoded(JPEGS[name]), tf.io.decode_jpeg(JPEGS[name], channels=3))
+@pytest.mark.parametrize("name", [*JPEGS, *OTHERS])
+def test_an_image_decodes_as_tensorflow_decodes_it(tf, name):
+    data = (JPEGS | OTHERS)[name]
+    np.testing.assert_array_equal(decoded(data), tf.io.decode_jpeg(data, channels=3))  # which takes PNG and GIF, too
 
 
-def test_inks_are_the_other_way_round_without_the_marker_of_adobe():
-    """Adobe's files hold 255 for no ink, and so does what Pillow writes; other files hold 0 for none."""
-    no_ink = encoded(PIL.Image.new("CMYK", (32, 32), (0, 0, 0, 0)), "JPEG")
-    assert decoded(no_ink).min() >= 250
-    assert decoded(without_adobe(no_ink)).max() <= 5
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "B.JPG", "c.jpeg", "d.gif", "none", "ü 1.Png.txt"])
+@pytest.mark.parametrize("name", ["B.JPG", "d.gif", "none", "ü 1.Png.txt"])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_the_content_tells_the_format_and_not_the_ending(tmp_path, form, name):
     data = encoded(picture(), form)
     (tmp_path / name).write_bytes(data)
     np.testing.assert_array_equal(retrain.read_image(tmp_path / name, UNREDUCED, INPUT), decoded(data))
-
-
-@pytest.mark.parametrize("form", ["PPM", "ICO", "TGA"])
-def test_other_formats_are_refused_by_name(form):
-    with pytest.raises(ImageError, match="not an image in JPEG"):
-        decoded(encoded(picture(32, 32), form))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Resize
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(33, 33), (299, 299), (31, 50), (1, 1)], ids=str)
@@ -202,10 +147,6 @@ def test_the_resize_is_that_of_tensorflow_1(tf, height, width, size):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# EXIF orientation
-# ----------------------------------------------------------------------------------------------------------------------
-
 UPRIGHT = pixels(noise=0)
 # How a camera stores an upright picture, for each value of the tag.
 STORED = {
@@ -218,11 +159,7 @@ STORED = {
     7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
     8: np.rot90(UPRIGHT, -1),
 }
-KEPT = {
-    "JPEG": {"quality": 100, "subsampling": 0},  # within a few levels
-    "PNG": {},
-    "WEBP": {"lossless": True},
-}
+KEPT = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}
 
 
 def photograph(orientation: int, form: str) -> bytes:
@@ -234,25 +171,18 @@ def photograph(orientation: int, form: str) -> bytes:
 
 @pytest.mark.parametrize("form", KEPT)
 @pytest.mark.parametrize("orientation", STORED)
-def test_photographs_are_turned_upright(orientation, form):
-    found = decoded(photograph(orientation, form))
-    np.testing.assert_allclose(found.astype(int), UPRIGHT, atol=8 if form == "JPEG" else 0)
-
-
-@pytest.mark.parametrize("form", KEPT)
-@pytest.mark.parametrize("orientation", STORED)
-def test_ignoring_the_orientation_gives_the_stored_picture(orientation, form):
-    found = decoded(photograph(orientation, form), Reading(ignore_exif_orientation=True, exact_decode=True))
-    np.testing.assert_allclose(found.astype(int), STORED[orientation], atol=8 if form == "JPEG" else 0)
+def test_photographs_are_turned_upright_unless_they_should_not(orientation, form):
+    data, few = photograph(orientation, form), 8 if form == "JPEG" else 0  # levels
+    np.testing.assert_allclose(decoded(data).astype(int), UPRIGHT, atol=few)
+    as_stored = decoded(data, Reading(ignore_exif_orientation=True, exact_decode=True))
+    np.testing.assert_allclose(as_stored.astype(int), STORED[orientation], atol=few)
 
 
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(b"", id="empty"),
         pytest.param(b"garbage" * 5, id="garbage"),
         pytest.param(b"MM\0*\xff\xff\xff\xff", id="a directory beyond the end"),
-        pytest.param(b"MM\0*\0\0\0\x08\0\x01\x01\x12", id="cut off"),
         pytest.param(b"II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\xff\xff\xff\xff\1\0\0\0", id="too many entries"),
         pytest.param(b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0", id="a word for the orientation"),
     ],
@@ -261,20 +191,12 @@ def test_a_broken_exif_block_does_no_harm(block):
     np.testing.assert_array_equal(decoded(with_exif(JPEGS["colour"], block)), decoded(JPEGS["colour"]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Large photographs at reduced scale
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "width, height, scale",
     [
         pytest.param(80, 300, 1, id="four times the input is not more than that"),
-        pytest.param(300, 81, 2, id="just more"),
         pytest.param(400, 159, 2, id="a quarter would be less than twice the input"),
         pytest.param(160, 400, 4, id="a quarter is twice the input"),
-        pytest.param(319, 320, 4, id="an eighth would be less than twice the input"),
-        pytest.param(320, 500, 8, id="an eighth is twice the input"),
         pytest.param(1001, 801, 8, id="an eighth is the least there is"),
     ],
 )
@@ -286,25 +208,10 @@ def test_a_large_jpeg_is_decoded_at_reduced_scale(tf, kind, width, height, scale
     assert found.shape == (-(-height // scale), -(-width // scale), 3)
     assert scale == 1 or min(found.shape[:2]) >= 2 * max(INPUT)
     np.testing.assert_array_equal(found, tf.io.decode_jpeg(data, channels=3, ratio=scale))
-
-
-def test_exact_decode_reads_a_large_jpeg_at_full_size(tf):
-    data = encoded(picture(500, 320), "JPEG")
     np.testing.assert_array_equal(decoded(data, UNREDUCED), tf.io.decode_jpeg(data, channels=3))
 
 
-@pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "WEBP"])
-def test_the_other_formats_are_never_reduced(form):
-    assert decoded(encoded(picture(500, 320), form), REDUCED).shape == (320, 500, 3)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Damage
-# ----------------------------------------------------------------------------------------------------------------------
-
-NO_PICTURE = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
-TRUNCATED = "truncated"
-TOO_MANY_PIXELS = "more pixels"
+NO_IMAGE = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
 
 
 def cut(data: bytes, share: float) -> bytes:
@@ -315,28 +222,20 @@ def cut(data: bytes, share: float) -> bytes:
 @pytest.mark.parametrize(
     "data, reason",
     [
-        pytest.param(b"", "empty", id="empty"),
-        *(pytest.param(cut(data, 0.5), TRUNCATED, id=f"half a JPEG, {name}") for name, data in list(JPEGS.items())[:7]),
-        pytest.param(cut(JPEGS["colour"], 0.95), TRUNCATED, id="nearly all of a JPEG"),
-        pytest.param(cut(JPEGS["progressive"], 0.95), TRUNCATED, id="nearly all of a progressive JPEG"),
-        pytest.param(cut(encoded(picture(500, 320), "JPEG"), 0.5), TRUNCATED, id="half a large JPEG"),
+        pytest.param(b"", "the file is empty", id="empty"),
         *(
-            pytest.param(cut(OTHERS[name], share), TRUNCATED, id=f"{share:.0%} of a {name}")
-            for name in ("PNG", "PNG palette", "PNG 16-bit grey", "GIF", "BMP")
-            for share in (0.8, 0.95)
+            pytest.param(cut(data, share), "the file is truncated", id=f"{share:.0%} of {name}")
+            for name, data in list(JPEGS.items())[:7] + list(OTHERS.items())[::3]
+            for share in (0.5, 0.95)
         ),
-        pytest.param(cut(OTHERS["WebP"], 0.5), "damaged", id="half a WebP"),
-        pytest.param(b"These are my holidays.\n" * 50, NO_PICTURE, id="text"),
-        pytest.param(b"<!DOCTYPE html><html><body>404</body></html>", NO_PICTURE, id="HTML"),
-        pytest.param(bytes(5000), NO_PICTURE, id="zeros, as a full disk leaves them"),
-        pytest.param(b"\xff\xd8\xff", NO_PICTURE, id="the first bytes of a JPEG alone"),
-        pytest.param(OTHERS["PNG"][:8], NO_PICTURE, id="the first bytes of a PNG alone"),
-        pytest.param(b"\x7f" + JPEGS["colour"][1:], NO_PICTURE, id="a bit flipped in a JPEG's first byte"),
-        pytest.param(b"\x09" + OTHERS["PNG"][1:], NO_PICTURE, id="a bit flipped in a PNG's first byte"),
+        pytest.param(cut(encoded(picture(500, 320), "JPEG"), 0.5), "truncated", id="half a large JPEG"),
+        pytest.param(cut(encoded(picture(), "WEBP"), 0.5), "damaged", id="half a WebP"),
+        pytest.param(b"<!DOCTYPE html><html><body>404</body></html>", NO_IMAGE, id="HTML"),
+        pytest.param(encoded(picture(), "PPM"), NO_IMAGE, id="another format"),
+        pytest.param(bytes(5000), NO_IMAGE, id="zeros, as a full disk leaves them"),
+        pytest.param(b"\xff\xd8\xff", NO_IMAGE, id="the first bytes of a JPEG alone"),
         pytest.param(OTHERS["PNG"][:60] + b"\0\xff" * 20 + OTHERS["PNG"][100:], "damaged", id="a PNG overwritten"),
-        pytest.param(claiming_png(60_000, 60_000), TOO_MANY_PIXELS, id="PNG bomb"),
-        pytest.param(claiming_png(2**31 - 1, 2**31 - 1), TOO_MANY_PIXELS, id="the greatest PNG bomb"),
-        pytest.param(claiming_jpeg(65_000, 65_000), TOO_MANY_PIXELS, id="JPEG bomb"),
+        pytest.param(claiming_png(60_000, 60_000), "more pixels", id="PNG bomb"),
     ],
 )
 def test_damage_gives_its_reason(tmp_path, data, reason):
@@ -345,31 +244,22 @@ def test_damage_gives_its_reason(tmp_path, data, reason):
         retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
 
 
-def no_file(path: Path) -> None:
-    """Leave `path` without a file."""
-
-
-def folder(path: Path) -> None:
-    path.mkdir()
-
-
-def circle_of_links(path: Path) -> None:
-    if sys.platform == "win32":
-        pytest.skip("making links needs rights on Windows")
-    path.symlink_to(path)
-
-
-def forbidden_file(path: Path) -> None:
-    if sys.platform == "win32" or os.geteuid() == 0:
-        pytest.skip("the administrator may read every file")
-    path.write_bytes(JPEGS["colour"])
-    path.chmod(0)
-
-
-@pytest.mark.parametrize("make", [no_file, folder, circle_of_links, forbidden_file])
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows, where modes mean little")
+@pytest.mark.parametrize(
+    "make", [Path.absolute, Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.touch(0)]
+)
 def test_a_file_that_cannot_be_read_says_so(tmp_path, make):
     make(tmp_path / "x.jpg")
+    if os.access(tmp_path / "x.jpg", os.R_OK) and (tmp_path / "x.jpg").is_file():
+        pytest.skip("the administrator may read every file")
     with pytest.raises(ImageError, match=r"it can't be read \(.+\)"):
+        retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
+
+
+def test_more_bytes_than_an_image_has_are_not_read(tmp_path):
+    with open(tmp_path / "x.jpg", "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ImageError, match="larger than 150 MB"):
         retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
 
 
@@ -380,7 +270,6 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path, make):
         pytest.param(before_marker(JPEGS["colour"], b"\xff\xd9", bytes(range(200))), id="before the end marker"),
         pytest.param(before_marker(JPEGS["colour"], b"\xff\xda", b"\0\x11\x22"), id="before the scan"),
         pytest.param(before_marker(JPEGS["colour"], b"\xff\xdb", b"\0\x11"), id="between two tables"),
-        pytest.param(before_marker(JPEGS["CMYK"], b"\xff\xda", b"\0\x11"), id="before the scan of a CMYK one"),
         pytest.param(before_marker(CMYK, b"\xff\xda", b"\0\x11"), id="before the scan of Adobe's CMYK"),
         pytest.param(JPEGS["colour"].replace(b"JFIF\0\1", b"JFIF\0\5", 1), id="a revision of JFIF that there is not"),
     ],

@@ -88,15 +88,6 @@ def test_a_module_that_writes_files_is_refused_before_it_does(tf, train, tmp_pat
     assert not Path(path).exists() and not list(tmp_path.glob("own/*"))
 
 
-def test_a_function_can_not_borrow_the_name_of_an_operation(tf, bare, capsys):
-    graph = tf.compat.v1.GraphDef.FromString(bare.read_bytes())
-    graph.library.function.add().signature.name = "ReadFile"
-    graph.node.add(op="ReadFile", name="odd")
-    bare.write_bytes(graph.SerializeToString())
-    assert predict.main(["green.jpg"]) == 1
-    assert "is a ReadFile," in capsys.readouterr().err
-
-
 def test_no_operation_on_the_list_touches_files_or_runs_other_code(tf):
     from tensorflow.python.framework import op_def_registry
 
