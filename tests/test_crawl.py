@@ -25,7 +25,6 @@ from crawl_server import BAD, ENDINGS, GALLERY_PATHS, GOOD, PASSING, TWINS, Craw
 import retrain
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="it is about signals of POSIX systems")
-LOCAL = retrain.ip_networks("127.0.0.1")
 HASTE = {"TIMEOUT": 1.0, "MOST_SECONDS": 3.0, "BACKOFF": 0.05, "MOST_CRAWL_BYTES": 300_000}
 # retrain.py with less patience, in a process of its own.
 HASTY = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import retrain
@@ -50,9 +49,10 @@ def server():
         yield running
 
 
-def web(**settings) -> retrain.Web:
-    """Return what fetches, with settings for the local server."""
-    return retrain.Web(retrain.CrawlSettings(**{"host_delay": 0, "allow_private": LOCAL, **settings}))
+def web(*flags: object) -> retrain.Web:
+    """Return what fetches, with these flags, from the local server without a pause."""
+    usual = ["--crawl", "names.txt", "--crawl_only", "--crawl_host_delay", 0, "--crawl_allow_private", "127.0.0.1"]
+    return retrain.Web(retrain.parse_flags(list(map(str, [*usual, *flags]))))
 
 
 def flags_of(folder: Path, sources: Sequence[str], count: int) -> list[str]:
@@ -122,8 +122,7 @@ def test_names_are_folders_and_search_words(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["..", "../up", "a/b", "a\\b", "nul", "CON", "com1.txt", "aux.", "a.", ".hidden", ": words", "a\tb\x07", "what?",
-     "---", "x" * 201],
+    ["..", "../up", "a/b", "a\\b", ".hidden", ": words", "a\tb\x07", "what?", "---"],
 )  # fmt: skip
 def test_names_that_can_be_no_folder_are_refused(tmp_path, name):
     with pytest.raises(retrain.UserError) as caught:
@@ -131,21 +130,21 @@ def test_names_that_can_be_no_folder_are_refused(tmp_path, name):
     assert re.match(r"--crawl .*names\.txt, line 2: .* can't be the name of a folder", str(caught.value))
 
 
-@pytest.mark.parametrize("two", [("Cat", "cat"), ("guinea pig", "guinea-pig"), ("ﬁsh", "fish"), ("straße", "STRASSE")])
+@pytest.mark.parametrize("two", [("Cat", "cat"), ("guinea pig", "guinea-pig")])
 def test_names_that_are_one_folder_or_one_label_are_refused(tmp_path, two):
-    with pytest.raises(retrain.UserError, match="line 2: .* are one folder on some systems; rename one of them"):
+    with pytest.raises(retrain.UserError, match="line 2: .* is there already, as .*; rename or remove one of them"):
         read_names(tmp_path, "\n".join(two))
     (tmp_path / "images" / two[0]).mkdir(parents=True)
-    with pytest.raises(retrain.UserError, match="line 1: .* are one folder on some systems"):
+    with pytest.raises(retrain.UserError, match="line 1: .* is there already"):
         read_names(tmp_path, two[1])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"caf\xe9\n", "could not be read (it is not in UTF-8)"),
+        (b"caf\xe9\n", "line 1: 'caf\ufffd' can't be the name of a folder; write `folder: search words`, in UTF-8"),
         (b"# nobody\n\n", "it names no class"),
-        (b"cat\ndog\ncat: kitten\n", "line 3: 'cat' is there twice"),
+        (b"cat\ndog\ncat: kitten\n", "line 3: 'cat' is there already, as 'cat'"),
     ],
 )
 def test_files_of_names_that_are_no_use(tmp_path, text, message):
@@ -158,16 +157,14 @@ def test_files_of_names_that_are_no_use(tmp_path, text, message):
 WORDS = "Straße & 日本 + café"
 
 
-def results(argument: str, words: str, **settings) -> tuple[list[retrain.Candidate], list[str]]:
-    """Return what one --crawl_source finds, and its problems."""
-    problems: list[retrain.Refusal] = []
-    found = [*retrain.candidates_of([retrain.source_named(argument)], words, web(**settings), problems)]
-    return found, [str(problem) for problem in problems]
+def results(source: str, words: str, *flags: object) -> list[retrain.Candidate]:
+    """Return what one --crawl_source finds."""
+    return list(retrain.candidates_of([retrain.source_named(source)], words, web(*flags)))
 
 
-def answer_with(server: CrawlServer, path: str, answer: object) -> str:
-    """Let the server answer a path with JSON; return the address."""
-    server.bodies[path] = json.dumps(answer).encode()
+def answer_with(server: CrawlServer, path: str, *answers: object) -> str:
+    """Let the server answer a path with these, one after the other, as JSON; return the address."""
+    server.bodies[path] = [json.dumps(answer).encode() for answer in answers]
     return server.site + path
 
 
@@ -179,27 +176,25 @@ COMMONS = {
             {
                 "pageid": 2, "ns": 6, "title": "File:Second.png", "index": 2, "imagerepository": "local",
                 "imageinfo": [{
-                    "size": 5, "width": 4000, "height": 3000, "mime": "image/png",
                     "thumburl": "https://upload.wikimedia.org/b/960px-Second.png", "thumbwidth": 960,
                     "url": "https://upload.wikimedia.org/b/Second.png",
                     "descriptionurl": "https://commons.wikimedia.org/wiki/File:Second.png",
-                    "descriptionshorturl": "https://commons.wikimedia.org/w/index.php?curid=2",
-                    "extmetadata": {"LicenseShortName": {"value": "Public domain", "source": "commons-desc-page"}},
+                    "extmetadata": {
+                        "License": {"value": "pd", "source": "commons-templates", "hidden": ""},
+                        "LicenseShortName": {"value": "Public domain", "source": "commons-desc-page"},
+                    },
                 }],
             },
             {
                 "pageid": 1, "ns": 6, "title": "File:First.jpg", "index": 1, "imagerepository": "local",
                 "imageinfo": [{
-                    "size": 9, "width": 3000, "height": 4000, "mime": "image/jpeg",
                     "thumburl": "https://upload.wikimedia.org/a/960px-First.jpg", "thumbwidth": 960,
                     "url": "https://upload.wikimedia.org/a/First.jpg",
                     "descriptionurl": "https://commons.wikimedia.org/wiki/File:First.jpg",
-                    "descriptionshorturl": "https://commons.wikimedia.org/w/index.php?curid=1",
                     "extmetadata": {
                         "License": {"value": "cc-by-sa-4.0", "source": "commons-templates", "hidden": ""},
                         "LicenseShortName": {"value": "CC BY-SA 4.0", "source": "commons-desc-page", "hidden": ""},
                         "Artist": {"value": '<a href="//commons.wikimedia.org">Zoë &amp; Co</a>', "source": "x"},
-                        "ObjectName": {"value": "The first", "source": "mediawiki-metadata"},
                     },
                 }],
             },
@@ -207,58 +202,54 @@ COMMONS = {
     },
 }  # fmt: skip
 INATURALIST = {
-    "total_results": 1,
-    "page": 1,
-    "per_page": 200,
-    "results": [
-        {
-            "id": 7, "quality_grade": "research", "uri": "https://www.inaturalist.org/observations/7",
-            "taxon": {"id": 3, "name": "Lasius niger", "rank": "species", "preferred_common_name": "Black Garden Ant"},
-            "user": {"id": 5, "login": "zoe", "name": None},
-            "photos": [
-                {
-                    "id": 11, "license_code": "cc-by", "attribution": "(c) zoe, some rights reserved (CC BY)",
-                    "url": "https://inaturalist-open-data.s3.amazonaws.com/photos/11/square.jpg",
-                    "original_dimensions": {"width": 2048, "height": 1536}, "hidden": False,
-                },
-                {"id": 12, "license_code": None, "url": "https://static.inaturalist.org/photos/12/square.jpg"},
-            ],
-        }
-    ],
+    "total_results": 1, "page": 1, "per_page": 200,
+    "results": [{
+        "id": 7, "quality_grade": "research", "uri": "https://www.inaturalist.org/observations/7",
+        "taxon": {"id": 3, "name": "Lasius niger", "rank": "species", "preferred_common_name": "Black Garden Ant"},
+        "user": {"id": 5, "login": "zoe", "name": None},
+        "photos": [
+            {
+                "id": 11, "license_code": "cc-by", "attribution": "(c) zoe, some rights reserved (CC BY)",
+                "url": "https://inaturalist-open-data.s3.amazonaws.com/photos/11/square.jpg", "hidden": False,
+            },
+            {"id": 12, "license_code": None, "url": "https://static.inaturalist.org/photos/12/square.jpg"},
+        ],
+    }],
 }  # fmt: skip
 
 
 def test_commons_gives_thumbnails_in_order_with_licence_and_creator(server):
-    found, problems = results(f"commons:{answer_with(server, '/w/api.php', COMMONS)}", WORDS)
-    assert not problems
-    first, second = found
+    source = f"commons:{answer_with(server, '/w/api.php', COMMONS)}"
+    first, second = results(source, WORDS)
     assert first == retrain.Candidate(
-        "https://upload.wikimedia.org/a/960px-First.jpg", "commons",
-        "https://commons.wikimedia.org/wiki/File:First.jpg", "CC BY-SA 4.0", "The first", "Zoë & Co",
+        "https://upload.wikimedia.org/a/960px-First.jpg", "https://commons.wikimedia.org/wiki/File:First.jpg",
+        "CC BY-SA 4.0", "File:First.jpg", "Zoë & Co", "commons",
     )  # fmt: skip
     assert (second.title, second.licence, second.creator) == ("File:Second.png", "Public domain", None)
+    assert results(source, WORDS, "--crawl_license", "by-sa,cc0") == [first]
+    assert results(source, WORDS, "--crawl_license", "pdm") == [second]
 
 
 def test_inaturalist_gives_large_photographs_that_are_licensed(server):
-    found, problems = results(f"inaturalist:{answer_with(server, '/v1/observations', INATURALIST)}", "ants")
-    assert not problems
-    assert found == [
+    source = f"inaturalist:{answer_with(server, '/v1/observations', INATURALIST, {**INATURALIST, 'results': []})}"
+    assert results(source, "ants") == [
         retrain.Candidate(
-            "https://inaturalist-open-data.s3.amazonaws.com/photos/11/large.jpg", "inaturalist",
-            "https://www.inaturalist.org/observations/7", "cc-by", "Lasius niger", "zoe",
+            "https://inaturalist-open-data.s3.amazonaws.com/photos/11/large.jpg",
+            "https://www.inaturalist.org/observations/7", "cc-by", "Lasius niger", "zoe", "inaturalist",
         )
     ]  # fmt: skip
 
 
 def test_openverse_gives_licence_creator_page_and_title(server):
     server.results[WORDS], server.throttled = good(range(45)), 1
-    found, problems = results(server.source("openverse"), WORDS)
-    assert not problems
+    found = results(server.source("openverse"), WORDS, "--crawl_license", "by,cc0")
     assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
-    assert found[21].title == server.results[WORDS][21].title
-    assert (found[21].licence, found[21].creator, found[21].source) == ("by-sa 2.0", "Zoë Ünal", "openverse")
-    assert found[21].page == f"{server.site}/photos/21?a=1&b=2"
+    assert found[21] == retrain.Candidate(
+        server.site + server.results[WORDS][21].path, f"{server.site}/photos/21?a=1&b=2", "by-sa 2.0",
+        server.results[WORDS][21].title, "Zoë Ünal", "openverse",
+    )  # fmt: skip
     assert server.traffic.counts["/v1/images/"] == 4  # three pages, and one that was refused
+    assert {query["license"] for query in server.traffic.queries["/v1/images/"]} == {"by,cc0"}
     first, second = server.traffic.starts["/v1/images/"][:2]
     assert second - first > 0.9  # as the Retry-After said
 
@@ -268,51 +259,29 @@ def test_openverse_token_goes_to_openverse_alone(server, monkeypatch, crawl):
     server.results["cat"] = good(range(3)) + good([3], "hops5")
     assert crawl("cat", count=4)[0] == 0
     assert all(headers["Authorization"] == "Bearer secret" for headers in server.traffic.headers["/v1/images/"])
-    for path in server.traffic.pictures():
+    for path in server.traffic.images():
         assert not any("Authorization" in headers for headers in server.traffic.headers[path])
 
 
 def test_bing_pages_until_it_repeats_itself(server):
     server.results[WORDS] = good(range(80))
-    found, problems = results(server.source("bing"), WORDS)
-    assert not problems
+    found = results(server.source("bing"), WORDS, "--crawl_license", "by")  # which it can't tell
     assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
-    assert found[40].title == server.results[WORDS][40].title
-    assert (found[40].page, found[40].licence) == (f"{server.site}/seite/5?x=1&y=ä", None)
+    assert (found[40].title, found[40].page) == (server.results[WORDS][40].title, f"{server.site}/seite/5?x=1&y=ä")
 
 
 def test_baidu_pages_by_sixty(server):
     server.results[WORDS] = good(range(130))
-    found, problems = results(server.source("baidu"), WORDS)
-    assert not problems
+    found = results(server.source("baidu"), WORDS)
     assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
-    assert found[1].title == server.results[WORDS][1].title
 
 
 def test_a_page_gives_each_image_in_its_largest_form(server):
-    found, problems = results(f"page:{server.site}/gallery.html", "x")
-    assert not problems
+    found = results(f"page:{server.site}/{{}}/", "gallery")
     assert [one.url.removeprefix(server.site) for one in found] == GALLERY_PATHS
-    assert {one.page for one in found} == {f"{server.site}/gallery.html"}
+    assert {one.page for one in found} == {f"{server.site}/gallery/"}
     titles = {one.url.rsplit("/")[-1]: one.title for one in found}
     assert (titles["plain.jpg"], titles["x3.jpg"]) == ("Un éléphant", "Café & compagnie")
-
-
-@pytest.mark.parametrize(
-    ("told", "code"),
-    [("CC BY-SA 4.0", "by-sa"), ("by 2.0", "by"), ("cc-by-nc-nd", "by-nc-nd"), ("CC0", "cc0"), ("CC0 1.0", "cc0"),
-     ("Public domain", "pdm"), ("pdm 1.0", "pdm"), ("GFDL", "")],
-)  # fmt: skip
-def test_licences_in_the_words_of_the_sources(told, code):
-    assert retrain.license_of(told) == code
-
-
-def test_only_wanted_licences_are_taken_where_they_are_known(server):
-    commons = f"commons:{answer_with(server, '/w/api.php', COMMONS)}"
-    assert [one.licence for one in results(commons, "x", license=("by-sa",))[0]] == ["CC BY-SA 4.0"]
-    server.results["x"] = good(range(3))
-    assert len(results(server.source("bing"), "x", license=("by-sa",))[0]) == 3
-    assert results(server.source("openverse"), "x", license=("by",))[0] == []
 
 
 def test_a_list_for_each_class(server, crawl, tmp_path):
@@ -322,7 +291,7 @@ def test_a_list_for_each_class(server, crawl, tmp_path):
     assert code == 0
     assert len(files_in(crawl.images / "cat")) == 3
     assert "1 no http or https address" in said
-    assert re.search(r"--crawl_source list:.*list of dog\.txt could not be read", said)
+    assert re.search(r"--crawl_source list:.*No such file or directory: .*list of dog\.txt", said)
 
 
 def test_one_list_for_two_classes_is_refused(crawl, tmp_path):
@@ -334,29 +303,28 @@ ODD_BODIES = {
     "markup": ("page", b"<html><![foo"),
     "nothing": ("page", b""),
     "deep": ("openverse", b'{"page_count":1,"results":' + b"[" * 100_000),
-    "no object": ("openverse", b"[]"),
-    "odd result": ("openverse", b'{"results":[7,null,{"url":[],"license":7}],"page_count":1}'),
+    "odd results": ("openverse", b'{"results":[7,null,{"url":[],"license":7}],"page_count":1}'),
     "error": ("commons", b'{"error":{"code":"maxlag"}}'),
-    "m": ("bing", b'<a class=iusc m=\'{"murl":7,"t":[]}\'></a><a class=iusc m></a>'),
     "another form": ("baidu", b"<html>Something else altogether</html>"),
 }
 
 
 @pytest.mark.parametrize("name", ODD_BODIES)
-def test_an_odd_page_of_results_does_not_end_the_run(server, crawl, tmp_path, name):
+def test_an_odd_page_of_results_is_told_and_does_not_end_the_run(server, crawl, tmp_path, name):
     source, body = ODD_BODIES[name]
     (tmp_path / "rest.txt").write_text(f"{server.site}{Result('good', 1).path}\n")
-    server.bodies["/odd"] = body
+    server.bodies["/odd"] = [body]
     code, said = crawl("cat", source=[f"{source}:{server.site}/odd", f"list:{tmp_path}/rest.txt"])
     assert code == 0, said
     assert files_in(crawl.images / "cat") == {name_of(Result("good", 1))}
-    assert "Traceback" not in said
+    assert re.search(f"--crawl_source {source}:.*its form has changed", said) and "Traceback" not in said
 
 
 def test_odd_addresses_do_not_end_the_run(server, crawl):
     odd = ["http://h\0st/x.jpg", "http://\ud800/x.jpg", "http://[::1/x.jpg", "http://a..b/x.jpg", "", None, 7, {}]
-    entries = [{"url": url, "license": "by", "title": "\udc00\0", "creator": [7]} for url in odd]
-    last = {"url": server.site + Result("good", 1).path, "license": "by"}
+    fields = {"license": "by", "license_version": "2.0", "foreign_landing_url": None, "creator": [7]}
+    entries = [{"url": url, "title": "\udc00\0", **fields} for url in odd]
+    last = {"url": server.site + Result("good", 1).path, "title": "", **fields}
     answer_with(server, "/v1/images/", {"page_count": 1, "results": [*entries, last]})
     code, said = crawl("cat")
     assert code == 0, said
@@ -371,7 +339,7 @@ def fetch_all(fetcher: retrain.Web, addresses: Sequence[str]) -> list[str]:
 
     def fetch(url: str) -> str:
         try:
-            fetcher.get(url, 300_000, robots=True)
+            fetcher.get(url, robots=True)
         except retrain.Refusal as refusal:
             return str(refusal)
         return ""
@@ -385,7 +353,7 @@ def test_a_pause_between_two_requests_to_a_host(server):
     with CrawlServer() as other:
         kinds = ("good", "500_once", "hops5")
         addresses = [f"{one.site}/p/{kind}/1.jpg" for kind in kinds for one in (server, other)]
-        assert set(fetch_all(web(host_delay=0.2), addresses)) == {""}
+        assert set(fetch_all(web("--crawl_host_delay", 0.2), addresses)) == {""}
         for one in (server, other):
             times = sorted(time for times in one.traffic.starts.values() for time in times)
             assert len(times) == 10  # robots.txt, one, two and six
@@ -395,7 +363,7 @@ def test_a_pause_between_two_requests_to_a_host(server):
 def test_robots_txt_is_asked_once_and_obeyed(server):
     addresses = [f"{server.site}/p/{kind}/{seed}.jpg" for seed in range(5) for kind in ("good", "forbidden")]
     assert fetch_all(web(), addresses) == ["", "forbidden by robots.txt"] * 5
-    assert server.traffic.robots() == 1
+    assert server.traffic.counts["/robots.txt"] == 1
     assert "retrain.py" in server.traffic.headers["/p/good/1.jpg"][0]["User-Agent"]
 
 
@@ -416,8 +384,8 @@ def test_what_robots_txt_may_say(server, rules, expected):
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [(404, ""), (403, "forbidden by robots.txt"), ("<html>no such page</html>", ""), (503, "robots.txt: HTTP 503"),
-     ("User-agent: *\nCrawl-delay: 100\n", "the host wants a long pause")],
+    [(404, ""), (403, "forbidden by robots.txt"), ("<html>no such page</html>", ""), (503, "HTTP 503"),
+     ("User-agent: *\nCrawl-delay: 100\n", "forbidden by robots.txt")],
 )  # fmt: skip
 def test_robots_txt_that_is_none_or_wants_too_much(server, answer, expected):
     server.robots = answer
@@ -440,22 +408,8 @@ def test_a_host_that_only_costs_time_is_left_alone(server, monkeypatch, kind, as
     with CrawlServer() as other:
         told = [fetch_all(fetcher, [server.site + Result(kind, seed).path])[0] for seed in range(6)]
         assert set(told[1:]) == {"the host gives no answers"}
-        assert server.traffic.pictures().total() == asked
+        assert server.traffic.images().total() == asked
         assert fetch_all(fetcher, [other.site + Result("good", 1).path]) == [""]
-
-
-def test_a_slow_host_does_not_hold_up_another(server, crawl):
-    with CrawlServer() as other:
-        slow, fast = good(range(10)), good(range(10, 13))
-        addresses = [server.site + result.path for result in slow] + [other.site + result.path for result in fast]
-        (crawl.images.parent / "list.txt").write_text("\n".join(addresses))
-        source = f"list:{crawl.images.parent}/list.txt"
-        assert crawl("cat", "--crawl_host_delay", 0.3, source=[source], count=13)[0] == 0
-        first, second = (
-            sorted(times[0] for path, times in one.traffic.starts.items() if path.startswith("/p/"))
-            for one in (server, other)
-        )
-        assert second[-1] < first[6]
 
 
 def test_no_cookies_and_no_passwords_are_sent(server, tmp_path, monkeypatch):
@@ -484,22 +438,22 @@ def test_each_misbehaviour_is_refused_for_its_reason(server, kind):
 def test_each_odd_but_good_image_is_taken(server, kind):
     data, facts = retrain.fetch_image(server.site + Result(kind, 1).path, web())
     assert data == file_of(kind if kind in ENDINGS else "good", 1)
-    assert (facts["file"], facts["width"], facts["height"]) == (name_of(Result(kind, 1)), 320, 240)
+    assert facts["file"] == name_of(Result(kind, 1))
 
 
 @pytest.mark.parametrize(
     ("address", "reason"),
     [(f"http://{host}/x.jpg", "private address") for host in (
-        "10.1.2.3", "172.16.0.1:8080", "100.64.0.1", "0.0.0.0", "224.0.0.1", "[::1]", "[fe80::1]", "[fd00::1]",
-        "[::ffff:10.0.0.1]", "[2002:7f00:1::]", "[64:ff9b::7f00:1]", "localhost",
+        "10.1.2.3", "172.16.0.1:8080", "100.64.0.1", "0.0.0.0", "[::1]", "[fe80::1]", "[fd00::1]", "[::ffff:10.0.0.1]",
+        "localhost", "127.0.0.1\\@example.com",
     )] + [(address, "no http or https address") for address in (
         "file:///etc/passwd", "data:image/png;base64,AAAA", "http:///x.jpg", "http://host:99999/x.jpg",
-        "http://[::1/x.jpg", "http://127.0.0.1\\@example.com/x.jpg", "x.jpg",
+        "http://[::1/x.jpg", "x.jpg",
     )],
 )  # fmt: skip
 def test_addresses_that_are_not_asked(address, reason):
     with pytest.raises(retrain.Refusal, match=reason):
-        web(allow_private=()).get(address)
+        web("--crawl_allow_private", "192.0.2.1").get(address)
 
 
 # Whole runs.
@@ -540,7 +494,7 @@ def check_complete(folder: Path, server: CrawlServer) -> None:
         seeds = [int(Path(urllib.parse.urlsplit(entry["url"]).path).stem) for entry in kept.values()]
         assert sorted(seeds) == sorted(wanted)  # of twins, whichever came first
         for name, entry in kept.items():
-            assert hashlib.sha256((class_folder / name).read_bytes()).hexdigest() == entry["sha256"]
+            assert hashlib.sha256((class_folder / name).read_bytes()).hexdigest() == name.partition(".")[0]
             assert entry.keys() >= FIELDS and entry["licence"] == "by-sa 2.0" and entry["creator"] == "Zoë Ünal"
         for path, entry in entries.items():
             kind = path.split("/")[2]
@@ -557,8 +511,8 @@ def test_a_run_that_is_killed_ten_times_loses_nothing_and_keeps_nothing_twice(pl
     planted.traffic.reset()
     for _ in range(10):
         process = start(folder, planted.source("openverse"))
-        last = planted.traffic.pictures().total() + moments.randint(5, 30)
-        while planted.traffic.pictures().total() < last and process.poll() is None:
+        last = planted.traffic.images().total() + moments.randint(5, 30)
+        while planted.traffic.images().total() < last and process.poll() is None:
             time.sleep(moments.uniform(0.005, 0.02))
         process.kill()
         process.wait()
@@ -572,14 +526,14 @@ def test_a_second_run_asks_for_nothing_and_a_higher_count_for_the_rest(server, c
     server.results["cat"] = good(range(4)) + [Result("404", 50, BAD["404"])] + good(range(4, 40))
     assert crawl("cat", count=10)[0] == 0
     assert len(files_in(crawl.images / "cat")) == 10
-    assert server.traffic.pictures().total() == 11  # not one in vain
+    assert server.traffic.images().total() == 11  # not one in vain
     server.traffic.reset()
     code, said = crawl("cat", count=10)
     assert code == 0 and re.search(r"cat +10 +10 +1 +1 HTTP 404", said)
     assert not server.traffic.counts
     assert crawl("cat", count=15)[0] == 0
     assert len(files_in(crawl.images / "cat")) == 15
-    assert set(server.traffic.pictures()) == {result.path for result in good(range(10, 15))}
+    assert set(server.traffic.images()) == {result.path for result in good(range(10, 15))}
 
 
 def test_a_deleted_image_stays_away_and_is_replaced(server, crawl):
@@ -602,20 +556,8 @@ def test_duplicates_within_and_across_classes_are_refused(server, crawl):
     assert files_in(crawl.images / "cat") == {name_of(result) for result in good(range(5))}
     assert files_in(crawl.images / "dog") == {name_of(result) for result in good(range(5, 8))}
     reasons = Counter(entry.get("reason") for entry in records(crawl.images / "dog").values())
-    same = {
-        "the same file is there already in another class": 2,
-        "the same picture is there already in another class": 1,
-    }
-    assert reasons == {None: 3, **same}
-    assert "dog: 3 of its images were kept for another class before it (cat)" in said
-
-
-def test_images_of_ones_own_count_as_there(server, crawl):
-    server.results["cat"] = good(range(4))
-    (crawl.images / "cat").mkdir(parents=True)
-    (crawl.images / "cat" / "mine.jpg").write_bytes(file_of("smaller", 2))
-    assert crawl("cat")[0] == 0
-    assert files_in(crawl.images / "cat") == {"mine.jpg"} | {name_of(result) for result in good((0, 1, 3))}
+    assert reasons == {None: 3, "the same image is there already in cat": 3}
+    assert "3 the same image is there already in cat" in said
 
 
 def test_what_failed_is_tried_again_by_the_next_run(server, crawl):
@@ -624,7 +566,7 @@ def test_what_failed_is_tried_again_by_the_next_run(server, crawl):
     assert code == 0 and "run the same command again, which tries 1 that failed once more" in said
     server.traffic.reset()
     crawl("cat")
-    assert set(server.traffic.pictures()) == {"/p/500/3.jpg"}
+    assert set(server.traffic.images()) == {"/p/500/3.jpg"}
 
 
 def test_the_table_gives_advice_that_fits(server, crawl):
@@ -644,24 +586,14 @@ def test_other_limits_let_more_pass(server, crawl):
     assert len(files_in(crawl.images / "cat")) == 1
 
 
-def test_a_record_of_an_earlier_version_is_read(server, crawl):
-    """With its fields, a line that a killed run left, and lines that nothing can be made of."""
-    server.results["cat"], folder = good(range(4)), crawl.images / "cat"
+def test_a_line_that_a_killed_run_left_is_passed_over(server, crawl):
+    server.results["cat"] = good(range(4))
     crawl("cat", count=3)
-    entries = [json.loads(line) for line in (folder / "crawl.jsonl").read_text("utf-8").splitlines()]
-    old = {
-        "url": server.site + "/p/good/3.jpg",
-        "source": "openverse",
-        "outcome": "refused",
-        "reason": "too many bytes",
-    }
-    hostile = {**entries[0], "url": "x", "file": "../OWNED"}
-    lines = [json.dumps(line) for line in (*entries, {**old, "limit": "20000000"}, hostile, [], 7, {"url": ["x"]})]
-    (folder / "crawl.jsonl").write_text("\n".join([*lines, '{"url":']))
+    with open(crawl.images / "cat" / "crawl.jsonl", "a") as record:
+        record.write('{"url":')
     server.traffic.reset()
     assert crawl("cat", count=4)[0] == 0
-    assert not server.traffic.pictures()
-    assert len(files_in(folder)) == 3
+    assert set(server.traffic.images()) == {"/p/good/3.jpg"}
 
 
 # Errors are sentences, and stops are orderly.
@@ -670,7 +602,7 @@ def test_a_record_of_an_earlier_version_is_read(server, crawl):
 def test_two_runs_at_a_time_in_one_folder_are_one_too_many(server, crawl, tmp_path):
     server.results["cat"] = [*good(range(2)), Result("stall", 3)]
     process = start(tmp_path, server.source("openverse"), count=3, names=["cat"])
-    while server.traffic.pictures().total() < 3:
+    while server.traffic.images().total() < 3:
         assert process.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.01)
     code, said = crawl("cat")
@@ -701,7 +633,7 @@ def test_a_file_with_one_class_is_refused_before_anything_is_downloaded(server, 
     assert not server.traffic.counts
 
 
-@pytest.mark.parametrize("blocked", ["", "cat", "cat/crawl.jsonl", "cat/.crawl"])
+@pytest.mark.parametrize("blocked", ["", "cat", "cat/crawl.jsonl"])
 def test_a_place_that_cannot_be_written_is_said_in_a_sentence(server, crawl, blocked):
     """Something else lies where a folder or file should be (the user may be root, whom no permission stops)."""
     server.results["cat"] = good(range(4))
@@ -728,7 +660,7 @@ def test_a_stop_leaves_a_consistent_state_and_says_how_far_it_got(tmp_path, sent
     with CrawlServer(latency=0.05) as server:
         server.results["cat"], server.results["dog"] = good(range(60)), good(range(60, 70))
         process = start(tmp_path, server.source("openverse"), count=30, names=["cat", "dog"])
-        while server.traffic.pictures().total() < 10:
+        while server.traffic.images().total() < 10:
             assert process.poll() is None, (tmp_path / "said").read_text()
             time.sleep(0.01)
         process.send_signal(sent)
