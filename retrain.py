@@ -3487,7 +3487,9 @@ class Refusal(Exception):
 
     def __init__(self, reason: str, passing: bool = False, wait: float = 0, **facts: int):
         super().__init__(reason)
-        self.passing, self.wait, self.facts = passing, wait, facts
+        self.passing = passing
+        self.wait = wait
+        self.facts = facts
 
 
 @dataclasses.dataclass
@@ -3522,7 +3524,8 @@ class Web:
     def __init__(self, flags: argparse.Namespace):
         import requests
 
-        self.flags, self.licenses = flags, flags.crawl_license or LICENSES
+        self.flags = flags
+        self.licenses = flags.crawl_license or LICENSES
         self.hosts: dict[str, Host] = {}
         self.away: list[str] = []  # the sources that were out of reach
         self.lock = threading.Lock()
@@ -3616,13 +3619,16 @@ class Web:
         """Return (where an address redirects to, or None; the body of the answer). Raises Refusal."""
         import urllib3
 
-        how: dict[str, Any] = {"timeout": TIMEOUT, "stream": True, "allow_redirects": False}
-        until, body = time.monotonic() + MOST_SECONDS, bytearray()
+        body = bytearray()
+        until = time.monotonic() + MOST_SECONDS
         try:
-            with self.session.get(url, headers=headers, **how) as response:
+            with self.session.get(
+                url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False
+            ) as response:
                 if target := self.session.get_redirect_target(response):
                     return target, b""
-                if (status := response.status_code) != 200:
+                status = response.status_code
+                if status != 200:
                     wait = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(response.raw)
                     raise Refusal(f"HTTP {status}", status in PASSING, wait or 0)
                 while block := response.raw.read1(1 << 16, decode_content=True):
@@ -3674,7 +3680,8 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
             told = {name: plain(field["value"]) for name, field in image["extmetadata"].items()}
             code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
             if code in web.licenses or not web.flags.crawl_license:
-                licence, creator = told.get("LicenseShortName"), told.get("Artist")
+                licence = told.get("LicenseShortName")
+                creator = told.get("Artist")
                 yield Candidate(image.get("thumburl"), image["descriptionurl"], licence, page["title"], creator)
         more = answer.get("continue")
 
@@ -3686,9 +3693,11 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     query |= {"per_page": 200, "order_by": "id", "order": "desc"}
     while found := json.loads(web.search(url, query))["results"]:
         for observation in found:
-            title, user = observation["taxon"]["name"], observation["user"]
+            title = observation["taxon"]["name"]
+            user = observation["user"]
             for photo in observation["photos"]:
-                image, licence = photo["url"].replace("/square.", "/large."), photo["license_code"]
+                image = photo["url"].replace("/square.", "/large.")
+                licence = photo["license_code"]
                 if licence in wanted:
                     yield Candidate(image, observation["uri"], licence, title, user["name"] or user["login"])
         query["id_below"] = found[-1]["id"]
@@ -3841,14 +3850,16 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
 class ClassFolder:
     """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
 
-    url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
-    well), and why not, `reason`; of an image its facts: see fetch_image.
+    url, page, source, licence, title, creator; `outcome`: kept, refused, or failed (which another time might go well),
+    and why not, `reason`; of an image its facts: see fetch_image.
     looks: of the images of all classes, {perceptual hash: class}.
     """
 
     def __init__(self, path: Path, looks: dict[int, str]):
         path.mkdir(parents=True, exist_ok=True)
-        self.path, self.looks, self.journal = path, looks, Journal(path / MANIFEST)
+        self.path = path
+        self.looks = looks
+        self.journal = Journal(path / MANIFEST)
         self.entries = {entry["url"]: entry for entry in self.journal.read()}  # the last word on each address
         files = {entry["file"]: entry for entry in self.entries.values() if entry["outcome"] == "kept"}
         for leftover in path.glob(".retrain-*.tmp"):  # of a killed run: see settle
@@ -3874,8 +3885,7 @@ class ClassFolder:
 
         An image comes to its place after its record, so that a killed run leaves none without one.
         """
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        entry = {**vars(candidate), "time": now, "outcome": "kept"}
+        entry = {**vars(candidate), "outcome": "kept"}
         self.entries[candidate.url] = entry
         try:
             data, facts = fetched.result()
@@ -3914,7 +3924,8 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
     classes: dict[str, str] = {}
     for number_of_line, line in lines_of(names_path):
         folder, _, words = (part.strip() for part in line.partition(":"))
-        where, label = f"--crawl {names_path}, line {number_of_line}: {folder!r}", label_of(folder)
+        where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
+        label = label_of(folder)
         if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
             raise UserError(f"{where} can't be the name of a folder; write `folder: search words`, in UTF-8.")
         if folder in classes or there.setdefault(label, folder) != folder:
@@ -3930,22 +3941,23 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[Candidate], web: Web) 
 
     Never more are under way than are wanted, so nothing is fetched in vain.
     """
-    flags, missing = web.flags, web.flags.crawl_count - folder.count()
-    unknown = (candidate for candidate in candidates if not folder.is_known(candidate, flags.crawl_min_side))
+    wanted, kept = web.flags.crawl_count, folder.count()
+    unknown = (candidate for candidate in candidates if not folder.is_known(candidate, web.flags.crawl_min_side))
     running: dict[concurrent.futures.Future, Candidate] = {}
-    pool = concurrent.futures.ThreadPoolExecutor(flags.crawl_parallel)
+    pool = concurrent.futures.ThreadPoolExecutor(web.flags.crawl_parallel)
     try:
-        with progress_bar(folder.path.name, flags.crawl_count, "image", initial=flags.crawl_count - missing) as bar:
-            while missing > 0:
-                free = min(flags.crawl_parallel, missing) - len(running)
+        with progress_bar(folder.path.name, wanted, "image", initial=kept) as bar:
+            while kept < wanted:
+                free = min(web.flags.crawl_parallel, wanted - kept) - len(running)
                 for candidate in itertools.islice(unknown, free):
                     running[pool.submit(fetch_image, candidate.url, web)] = candidate
                 if not running:
                     return
-                done = concurrent.futures.wait(running, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED).done
-                kept = sum([folder.settle(running.pop(future), future) for future in done])
-                missing -= kept
-                bar.update(kept)
+                done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    if folder.settle(running.pop(future), future):
+                        kept += 1
+                        bar.update()
     finally:  # nobody waits for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -3956,9 +3968,11 @@ def crawl_report(folders: Sequence[ClassFolder], wanted: int, ended: bool) -> li
     ended: whether all was asked; then also what could be done for classes that stayed short.
     """
     width = max(5, *(len(folder.path.name) for folder in folders))
-    lines, advice = [f"{'Class':<{width}}    kept   asked  refused"], []
+    lines = [f"{'Class':<{width}}    kept   asked  refused"]
+    advice = []
     for folder in folders:
-        name, kept = folder.path.name, folder.count()
+        name = folder.path.name
+        kept = folder.count()
         refused = [entry for entry in folder.entries.values() if entry["outcome"] != "kept"]
         reasons = Counter(entry["reason"] for entry in refused)
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -3993,9 +4007,11 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
         told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
         raise UserError(told) from None
     looks: dict[int, str] = {}
-    for path in crawl_dir.glob(f"*/{MANIFEST}"):
+    for path in crawl_dir.glob(f"*/{MANIFEST}"):  # also of classes that are not asked for this time
         ClassFolder(path.parent, looks)
-    web, folders, ended = Web(flags), {name: ClassFolder(crawl_dir / name, looks) for name in classes}, False
+    folders = {name: ClassFolder(crawl_dir / name, looks) for name in classes}
+    web = Web(flags)
+    ended = False
     try:
         for name, words in classes.items():
             crawl_class(folders[name], candidates_of(sources, words, web), web)

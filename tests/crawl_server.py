@@ -16,7 +16,6 @@ import html
 import http.server
 import io
 import json
-import random
 import struct
 import threading
 import time
@@ -70,14 +69,10 @@ BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAO
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A image that the sources tell of: how the server behaves, what it shows, and why it is to be refused.
-
-    It is drawn at once, so that whoever asks for it later never waits for that.
-    """
+    """An image that the sources tell of: how the server behaves, what it shows; drawn before anybody asks for it."""
 
     kind: str
     seed: int
-    reason: str = ""  # for a image to be kept
 
     def __post_init__(self):
         file_of(self.kind, self.seed)
@@ -89,23 +84,6 @@ class Result:
     @property
     def title(self) -> str:
         return f'{self.kind} „Straße & 日本 №{self.seed}" <3'
-
-
-def plant(first_seed: int, count: int, bad_share: float = 0.4, shuffle: int = 0) -> list[Result]:
-    """Return `count` results of which a share is bad, in all the ways there are; twins come after the good ones."""
-    bad = round(count * bad_share)
-    seeds = iter(range(first_seed, first_seed + count))
-    good = [Result(GOOD[i % len(GOOD)] if i < 2 * len(GOOD) else "good", next(seeds)) for i in range(count - bad)]
-    originals = [result for result in good if result.kind == "good"]
-    kinds = [kind for _, kind in zip(range(bad), [*BAD] * bad, strict=False)]
-    refused = [Result(kind, next(seeds), BAD[kind]) for kind in kinds if kind not in TWINS]
-    twins = [Result(kind, originals[i].seed, BAD[kind]) for i, kind in enumerate(k for k in kinds if k in TWINS)]
-    mixed = good + refused
-    random.Random(shuffle).shuffle(mixed)
-    for twin in twins:
-        after = next(i for i, result in enumerate(mixed) if (result.kind, result.seed) == ("good", twin.seed))
-        mixed.insert(random.Random(f"{shuffle} {twin}").randint(after + 1, len(mixed)), twin)
-    return mixed
 
 
 # The images.
@@ -241,21 +219,10 @@ GALLERY = """<!DOCTYPE html>
 </body></html>"""
 # The addresses in it that are images, each in its largest form.
 GALLERY_PATHS = [
-    "/gallery/plain.jpg",
-    "/up/one.jpg?a=1&b=2",
-    "/gallery/w1280.jpg",
-    "/gallery/x3.jpg",
-    "/c_fill,w_900/a.jpg",
-    "/gallery/pic-1600.webp",
-    "/gallery/pic.jpg",
-    "/gallery/lazy.jpg",
-    "/gallery/lz-2.jpg",
-    "/gallery/full.JPG",
-    "/gallery/thumb.jpg",  # in case that the link leads to a page about the image
-    "/gallery/linked.jpg",
-    "/gallery/alone.png",
-    "/scheme.jpg",
-]
+    "/gallery/plain.jpg", "/up/one.jpg?a=1&b=2", "/gallery/w1280.jpg", "/gallery/x3.jpg", "/c_fill,w_900/a.jpg",
+    "/gallery/pic-1600.webp", "/gallery/pic.jpg", "/gallery/lazy.jpg", "/gallery/lz-2.jpg", "/gallery/full.JPG",
+    "/gallery/thumb.jpg", "/gallery/linked.jpg", "/gallery/alone.png", "/scheme.jpg",
+]  # fmt: skip
 
 
 class Traffic:
@@ -337,133 +304,105 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         """Print nothing."""
 
-    def do_GET(self) -> None:
-        """Answer a request, after the latency."""
-        parts = urllib.parse.urlsplit(self.path)
-        query = {key: values[0] for key, values in urllib.parse.parse_qs(parts.query).items()}
-        before = self.server.traffic.note(parts.path, dict(self.headers), query)
-        self.server.ended.wait(self.server.latency)
-        if parts.path in self.server.bodies:
-            bodies = self.server.bodies[parts.path]
-            return self.answer(bodies[min(before, len(bodies) - 1)], "text/html")
-        if parts.path.startswith("/p/"):
-            _, _, kind, name = parts.path.split("/")
-            return self.image(kind, int(name.split(".")[0]), before, query)
-        if parts.path == "/robots.txt":
-            return self.robots()
-        if parts.path == "/v1/images/":
-            return self.openverse(query)
-        return self.page(parts.path, query)
-
-    def answer(self, body: bytes, kind: str = "image/jpeg", status: int = 200, **headers) -> None:
-        """Send an answer, its length included."""
+    def head(self, kind: str = "image/jpeg", status: int = 200, **headers: object) -> None:
+        """Send the head of an answer."""
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Set-Cookie", "track=me; Path=/")
-        for name, value in headers.items():
+        for name, value in {"Content-Type": kind, "Set-Cookie": "track=me; Path=/", **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
+
+    def answer(self, body: bytes, kind: str = "image/jpeg", status: int = 200, **headers: object) -> None:
+        """Send an answer, its length included; 429 asks for a pause."""
+        pause = {"Retry-After": 1} if status == 429 else {}
+        self.head(kind, status, Content_Length=len(body), **pause, **headers)
         self.wfile.write(body)
 
-    def page(self, path: str, query: dict) -> None:
-        """Answer with a page of HTML."""
-        server, site = self.server, self.server.site
-        if path == "/images/async":
-            results = server.found(query["q"])
-            text = bing_page(results, int(query["first"]), int(query["count"]), site) if results else "<div></div>"
-        elif path == "/search/flip":
-            text = baidu_page(server.found(query["word"]), int(query["pn"]))
-        elif path == "/gallery/":
-            text = GALLERY.replace("{blank}", BLANK).replace("{host}", site.partition("//")[2])
-            return self.answer(text.encode("latin-1"), "text/html")
+    def do_GET(self) -> None:
+        """Answer a request, after the latency."""
+        server, parts = self.server, urllib.parse.urlsplit(self.path)
+        query = {key: values[0] for key, values in urllib.parse.parse_qs(parts.query).items()}
+        before = server.traffic.note(parts.path, dict(self.headers), query)
+        server.ended.wait(server.latency)
+        if parts.path in server.bodies:
+            bodies = server.bodies[parts.path]
+            self.answer(bodies[min(before, len(bodies) - 1)], "text/html")
+        elif parts.path.startswith("/p/"):
+            _, _, kind, name = parts.path.split("/")
+            self.image(kind, int(name.split(".")[0]), before, query)
+        elif parts.path == "/robots.txt" and isinstance(server.robots, int):
+            self.answer(b"no", "text/plain", server.robots)
+        elif parts.path == "/robots.txt":
+            self.answer(server.robots.encode(), "text/plain")
+        elif parts.path == "/v1/images/":
+            self.openverse(query)
+        elif parts.path == "/images/async":
+            page = bing_page(server.found(query["q"]), int(query["first"]), int(query["count"]), server.site)
+            self.answer(page.encode(), "text/html; charset=utf-8")
+        elif parts.path == "/search/flip":
+            self.answer(baidu_page(server.found(query["word"]), int(query["pn"])).encode(), "text/html; charset=utf-8")
+        elif parts.path == "/gallery/":
+            text = GALLERY.replace("{blank}", BLANK).replace("{host}", server.site.partition("//")[2])
+            self.answer(text.encode("latin-1"), "text/html")
         else:
-            return self.answer(b"nothing here", "text/plain", 404)
-        self.answer(text.encode(), "text/html; charset=utf-8")
+            self.answer(b"nothing here", "text/plain", 404)
 
     def openverse(self, query: dict) -> None:
         """Answer as api.openverse.org does, which also has limits."""
         page, size = int(query["page"]), int(query["page_size"])
+        results = self.server.found(query["q"])
         if self.server.throttled:
             self.server.throttled -= 1
-            return self.answer(b'{"detail":"Request was throttled."}', "application/json", 429, Retry_After=1)
-        results = self.server.found(query["q"])
-        if size > (50 if "Authorization" in self.headers else 20):
-            return self.answer(b'{"detail":"Authentication credentials"}', "application/json", 401)
-        if page > max(1, -(-len(results) // size)):
-            return self.answer(b'{"detail":"Invalid page."}', "application/json", 404)
-        body = json.dumps(openverse_page(results, page, size, self.server.site), ensure_ascii=False)
-        self.answer(body.encode(), "application/json")
-
-    def robots(self) -> None:
-        """Answer with robots.txt, or with what `server.robots` is if it is no text: a status."""
-        rules = self.server.robots
-        if isinstance(rules, int):
-            self.answer(b"no", "text/plain", rules)
+            self.answer(b'{"detail":"Request was throttled."}', "application/json", 429)
+        elif size > (50 if "Authorization" in self.headers else 20):
+            self.answer(b'{"detail":"Authentication credentials"}', "application/json", 401)
+        elif page > max(1, -(-len(results) // size)):
+            self.answer(b'{"detail":"Invalid page."}', "application/json", 404)
         else:
-            self.answer(rules.encode(), "text/plain")
+            found = openverse_page(results, page, size, self.server.site)
+            self.answer(json.dumps(found, ensure_ascii=False).encode(), "application/json")
 
     def image(self, kind: str, seed: int, before: int, query: dict) -> None:
-        """Answer for a image, as its kind behaves; `before`: how often it was asked for already."""
-        if kind in REDIRECTS:
-            return self.redirect(REDIRECTS[kind].format(seed=seed, port=self.server.server_port))
-        if kind.startswith("hops"):
-            left = int(query.get("left", kind[4:]))
-            return self.redirect(f"{seed}.jpg?left={left - 1}") if left else self.answer(file_of("good", seed))
-        if kind in ("404", "500"):
-            return self.answer(b"<html>no</html>", "text/html", int(kind))
-        if kind == "throttled" or (kind == "429" and not before):
-            return self.answer(b"slowly", "text/plain", 429, Retry_After=1)
-        if kind == "500_once" and not before:
-            return self.answer(b"oops", "text/plain", 500)
-        special = getattr(self, f"send_{kind}", None)
-        if special:
+        """Answer for an image, as its kind behaves; `before`: how often it was asked for already."""
+        statuses = {"404": 404, "500": 500, "throttled": 429}
+        statuses |= {} if before else {"429": 429, "500_once": 500}
+        hops = int(query.get("left", 5)) if kind == "hops5" else 0
+        data = file_of(kind, seed)
+        bodies = {
+            "truncated": data[: len(data) // 2],
+            "empty": b"",
+            "text": b"hotlinking is not allowed",
+            "bomb": bomb(),
+        }
+        if kind in statuses:
+            self.answer(b"<html>no</html>", "text/html", statuses[kind])
+        elif kind in REDIRECTS or hops:
+            target = REDIRECTS.get(kind, "{seed}.jpg?left={left}")
+            target = target.format(seed=seed, port=self.server.server_port, left=hops - 1)
+            self.answer(b"over there", "text/plain", 302, Location=target)
+        elif hasattr(self, f"send_{kind}"):
             with contextlib.suppress(OSError):  # they hang up on us, and are right
-                special(file_of("good", seed))
+                getattr(self, f"send_{kind}")(data)
             self.close_connection = True
-            return None
-        return self.answer(file_of(kind, seed))
-
-    def redirect(self, target: str) -> None:
-        """Answer with another address."""
-        self.answer(b"over there", "text/plain", 302, Location=target)
-
-    def begin(self, length: int | str | None = None, **headers) -> None:
-        """Send the head of an answer of a image."""
-        self.send_response(200)
-        self.send_header("Content-Type", "image/jpeg")
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
+        else:
+            self.answer(bodies.get(kind, data))
 
     def send_stall(self, _: bytes) -> None:
         self.server.ended.wait(30)
 
     def send_drip(self, data: bytes) -> None:
         """Send a byte now and then, for as long as anybody reads."""
-        self.begin()
+        self.head()
         for byte in data:
             self.wfile.write(bytes([byte]))
             if self.server.ended.wait(0.05):
                 return
 
     def send_cut(self, data: bytes) -> None:
-        self.begin(len(data))
+        self.head(Content_Length=len(data))
         self.wfile.write(data[: len(data) // 2])
 
-    def send_truncated(self, data: bytes) -> None:
-        self.answer(data[: len(data) // 2])
-
-    def send_empty(self, _: bytes) -> None:
-        self.answer(b"")
-
-    def send_text(self, _: bytes) -> None:
-        self.answer(b"hotlinking is not allowed")
-
     def send_endless(self, data: bytes) -> None:
-        self.begin()
+        self.head()
         self.wfile.write(data)
         while not self.server.ended.is_set():
             self.wfile.write(bytes(1 << 14))
@@ -471,19 +410,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_gzip_bomb(self, _: bytes) -> None:
         self.answer(GZIP_BOMB, Content_Encoding="gzip")
 
-    def send_bomb(self, _: bytes) -> None:
-        self.answer(bomb(), "image/png")
-
     def send_gzip(self, data: bytes) -> None:
         self.answer(gzip.compress(data), Content_Encoding="gzip")
 
     def send_chunked(self, data: bytes) -> None:
-        self.begin(Transfer_Encoding="chunked")
+        self.head(Transfer_Encoding="chunked")
         for start in range(0, len(data), 5000):
             chunk = data[start : start + 5000]
             self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
         self.wfile.write(b"0\r\n\r\n")
 
     def send_unlengthed(self, data: bytes) -> None:
-        self.begin(Connection="close")
+        self.head(Connection="close")
         self.wfile.write(data)
