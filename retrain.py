@@ -3526,7 +3526,7 @@ class Web:
 
         self.flags = flags
         self.licenses = flags.crawl_license or LICENSES
-        self.hosts: dict[str, Host] = {}
+        self.hosts: dict[tuple, Host] = {}  # by name and port
         self.away: list[str] = []  # the sources that were out of reach
         self.lock = threading.Lock()
         self.session = requests.Session()
@@ -3570,8 +3570,7 @@ class Web:
             ip = ipaddress.ip_address(place[4][0])
             if not ip.is_global and not any(ip in network for network in self.flags.crawl_allow_private):
                 raise Refusal("private address")
-        name = parts.netloc.rpartition("@")[2]
-        return url, self.hosts.setdefault(name, Host(self.flags.crawl_host_delay))
+        return url, self.hosts.setdefault((parts.hostname, parts.port), Host(self.flags.crawl_host_delay))
 
     def check_robots(self, url: str, host: Host) -> None:
         """Raise Refusal if the robots.txt of a host forbids an address; a host without one allows all."""
@@ -3638,8 +3637,9 @@ class Web:
                     if time.monotonic() > until:
                         raise Refusal("too slow", passing=True)
         except (OSError, urllib3.exceptions.HTTPError) as error:
-            signs = {"timed out": "timed out", "CERTIFICATE_VERIFY_FAILED": "no valid certificate"}
-            reason = next((signs[sign] for sign in signs if sign in str(error)), "the connection failed")
+            reason = "timed out" if "timed out" in str(error) else "the connection failed"
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                reason = "no valid certificate"
             raise Refusal(reason, passing=True) from None
         return None, bytes(body)
 
@@ -3814,7 +3814,7 @@ def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> I
         try:
             for candidate in SOURCES[name][0](web, address, words):
                 problem, candidate.source = "", name
-                if isinstance(candidate.url, str) and candidate.url not in seen:
+                if candidate.url and candidate.url not in seen:
                     seen.add(candidate.url)
                     yield candidate
         except Exception as error:  # an answer may hold anything, and parsers give up in many ways

@@ -158,7 +158,7 @@ def bing_page(results: list[tuple[str, str]], first: int, count: int, site: str)
     pages = [results[i : i + count] for i in range(0, len(results), count)] or [[]]
     shown = pages[min(first // count, len(pages) - 1)]
     facts = [
-        {"purl": f"{site}/seite/{number}?x=1&y=ä", "murl": url, "turl": f"{site}/th?id={number}", "t": mark(title)}
+        {"purl": f"{site}/seite/{number}?x=1&y=ä", "murl": url, "md5": "eeb66c", "t": f"\ue000{title}\ue001"}
         for number, (url, title) in enumerate(shown)
     ]
     facts.insert(1, {"t": "a tile without an image", "purl": f"{site}/film"})
@@ -170,12 +170,6 @@ def bing_page(results: list[tuple[str, str]], first: int, count: int, site: str)
     )
     more = '<div class="suggestion"><a class="iuscx" href="/images/search?q=more" m="{not json">more</a></div>'
     return f'<div class="dgControl">{more}<ul class="dgControl_list">{"".join(items)}</ul></div>'
-
-
-def mark(title: str) -> str:
-    """Return a title as Bing marks the word that was searched for."""
-    word, _, rest = title.partition(" ")
-    return f"\ue000{word}\ue001 {rest}"
 
 
 def baidu_page(results: list[tuple[str, str]], first: int) -> str:
@@ -260,9 +254,9 @@ class CrawlServer(http.server.ThreadingHTTPServer):
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, port: int = 0, latency: float = 0):
+    def __init__(self, port: int = 0):
         super().__init__(("127.0.0.1", port), Handler)
-        self.latency, self.traffic, self.robots = latency, Traffic(), ROBOTS
+        self.traffic, self.robots = Traffic(), ROBOTS
         self.results: dict[str, list[Result]] = defaultdict(list)
         self.bodies: dict[str, list[bytes]] = {}
         self.throttled = 0  # throttled: so many requests of the API are answered with 429
@@ -318,11 +312,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        """Answer a request, after the latency."""
+        """Answer a request."""
         server, parts = self.server, urllib.parse.urlsplit(self.path)
         query = {key: values[0] for key, values in urllib.parse.parse_qs(parts.query).items()}
         before = server.traffic.note(parts.path, dict(self.headers), query)
-        server.ended.wait(server.latency)
         if parts.path in server.bodies:
             bodies = server.bodies[parts.path]
             self.answer(bodies[min(before, len(bodies) - 1)], "text/html")
@@ -355,8 +348,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(b'{"detail":"Request was throttled."}', "application/json", 429)
         elif size > (50 if "Authorization" in self.headers else 20):
             self.answer(b'{"detail":"Authentication credentials"}', "application/json", 401)
-        elif page > max(1, -(-len(results) // size)):
-            self.answer(b'{"detail":"Invalid page."}', "application/json", 404)
         else:
             found = openverse_page(results, page, size, self.server.site)
             self.answer(json.dumps(found, ensure_ascii=False).encode(), "application/json")
