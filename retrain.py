@@ -3579,12 +3579,12 @@ class Web:
         with host.lock:  # the first asks, the others wait for the answer
             if not host.rules:
                 try:
-                    text = self.get(urllib.parse.urljoin(url, "/robots.txt"))[1].decode("utf-8-sig", "replace")
+                    _, body = self.get(urllib.parse.urljoin(url, "/robots.txt"))
+                    text = body.decode("utf-8-sig", "replace")
                 except Refusal as refusal:
                     if refusal.passing:
                         raise
-                    closed = str(refusal) in ("HTTP 401", "HTTP 403")
-                    text = "User-agent: *\nDisallow: /" if closed else ""
+                    text = "User-agent: *\nDisallow: /" if str(refusal) in ("HTTP 401", "HTTP 403") else ""
                 host.rules = protego.Protego.parse(text)
                 host.delay = max(host.delay, host.rules.crawl_delay(ROBOT) or 0)
         if host.delay > MOST_LOST or not host.rules.can_fetch(url, ROBOT):
@@ -3721,7 +3721,8 @@ def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Baidu finds; the licences are unknown, and the addresses of the pages enciphered."""
     for first in itertools.count(0, 60):
         query = {"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first}
-        found = re.findall(r'"objURL":\s*"([^"\s]+)"', web.search(url, query).decode("utf-8", "replace"))
+        page = web.search(url, query).decode("utf-8", "replace")
+        found = re.findall(r'"objURL":\s*"([^"\s]+)"', page)
         for address in found:
             yield Candidate(address.replace("\\/", "/"))
         if not found:
@@ -3729,29 +3730,21 @@ def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
 
 
 def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
-    """The images of an ordinary web page, each in its largest form; {} in the address is for the search words."""
-    url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
-    page = parse_html(body)
-    title = page.title and page.title.get_text(strip=True)
-    for element in page.select("img, picture > source, a[href]"):
-        address = largest_of(element)
-        if address and not address.startswith("data:"):
-            yield Candidate(urllib.parse.urljoin(url, address), url, title=element.get("alt") or title)
-
-
-def largest_of(element: Any) -> str:
-    """Return the address of the largest form of what an element of a web page shows, or links to; '' for none.
+    """The images of an ordinary web page, each in its largest form; {} in the address is for the search words.
 
     Pages that load their images as one scrolls keep the true address in a data- attribute, and a blank in `src`.
     """
-    if element.name == "a":
-        link = element["href"]
-        return link if re.search(r"\.(jpe?g|png|gif|bmp|webp)$", link, re.IGNORECASE) else ""
-    srcset = element.get("data-srcset") or element.get("srcset", "")
-    sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+(\d+(?:\.\d+)?)[wx])?\s*(?:,|$)", srcset)
-    if sizes:
-        return max(sizes, key=lambda pair: float(pair[1] or 1))[0]
-    return element.get("data-src") or element.get("src", "")
+    url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
+    page = parse_html(body)
+    title = page.title and page.title.get_text(strip=True)
+    links = (f"a[href$='.{ending}' i]" for ending in ("jpg", "jpeg", "png", "gif", "bmp", "webp"))
+    for element in page.select(", ".join(["img", "picture > source", *links])):
+        srcset = element.get("data-srcset") or element.get("srcset", "")
+        sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+(\d+(?:\.\d+)?)[wx])?\s*(?:,|$)", srcset)
+        largest = max(sizes, key=lambda pair: float(pair[1] or 1), default=[""])[0]
+        address = largest or element.get("href") or element.get("data-src") or element.get("src", "")
+        if address and not address.startswith("data:"):
+            yield Candidate(urllib.parse.urljoin(url, address), url, title=element.get("alt") or title)
 
 
 def parse_html(page: bytes) -> Any:
@@ -3810,16 +3803,17 @@ def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> I
     """
     seen: set[str] = set()
     for name, address in sources:
+        find, _ = SOURCES[name]
         problem = f"it has no images for {words!r}; if it shows some in a browser, its form has changed"
         try:
-            for candidate in SOURCES[name][0](web, address, words):
-                problem, candidate.source = "", name
+            for candidate in find(web, address, words):
+                problem = ""
+                candidate.source = name
                 if candidate.url and candidate.url not in seen:
                     seen.add(candidate.url)
                     yield candidate
         except Exception as error:  # an answer may hold anything, and parsers give up in many ways
-            told = isinstance(error, Refusal | OSError)
-            problem = str(error) if told else f"its form has changed ({error!r})"
+            problem = str(error) if isinstance(error, Refusal | OSError) else f"its form has changed ({error!r})"
             if getattr(error, "passing", False):
                 web.away.append(f"--crawl_source {name}:{address}: {error}")
         if problem:
@@ -3833,7 +3827,7 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
     """
     import imagehash
 
-    data = web.get(url, robots=True)[1]
+    _, data = web.get(url, robots=True)
     try:
         pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
     except ImageError as error:
@@ -3841,10 +3835,10 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
     image = PIL.Image.open(io.BytesIO(data), formats=[*FORMATS, "HEIF"])
     if min(image.size) < web.flags.crawl_min_side:
         raise Refusal("too small", side=min(image.size))
-    kind = str(image.format).lower()
-    ending = {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
+    sha256 = hashlib.sha256(data).hexdigest()
+    ending = "jpg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
     looks = imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16)
-    return data, {"file": f"{hashlib.sha256(data).hexdigest()}.{ending}", "looks": str(looks)}
+    return data, {"file": f"{sha256}.{ending}", "looks": str(looks)}
 
 
 class ClassFolder:
@@ -3941,7 +3935,8 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[Candidate], web: Web) 
 
     Never more are under way than are wanted, so nothing is fetched in vain.
     """
-    wanted, kept = web.flags.crawl_count, folder.count()
+    wanted = web.flags.crawl_count
+    kept = folder.count()
     unknown = (candidate for candidate in candidates if not folder.is_known(candidate, web.flags.crawl_min_side))
     running: dict[concurrent.futures.Future, Candidate] = {}
     pool = concurrent.futures.ThreadPoolExecutor(web.flags.crawl_parallel)
@@ -3981,7 +3976,7 @@ def crawl_report(folders: Sequence[ClassFolder], wanted: int, ended: bool) -> li
             failed = sum(entry["outcome"] == "failed" for entry in refused)
             ways = [f"run the same command again, which tries {failed} that failed once more"] if failed else []
             ways += [ADVICE[reason] for reason in reasons if reason in ADVICE]
-            ways += [f"search for other words (`{name}: other words` in the file of names)", "add a --crawl_source"]
+            ways += [f"search for other words (`{name}: other words` in the file of names) or add a --crawl_source"]
             advice.append(f"{name} stayed {wanted - kept} short; what could be done: {'; '.join(ways)}.")
     return lines + advice
 
