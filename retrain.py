@@ -3719,14 +3719,15 @@ def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
 
 def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Baidu finds; the licences are unknown, and the addresses of the pages enciphered."""
+    found: list[str] = []
     for first in itertools.count(0, 60):
         query = {"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first}
         page = web.search(url, query).decode("utf-8", "replace")
-        found = re.findall(r'"objURL":\s*"([^"\s]+)"', page)
+        last, found = found, re.findall(r'"objURL":\s*"([^"\s]+)"', page)
+        if not found or found == last:
+            return
         for address in found:
             yield Candidate(address.replace("\\/", "/"))
-        if not found:
-            return
 
 
 def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
