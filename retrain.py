@@ -53,7 +53,7 @@ import urllib.request
 import uuid
 import warnings
 import zlib
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -293,28 +293,19 @@ def add_image_flags(flag: Callable) -> None:
 
 def add_crawl_flags(flag: Callable) -> None:
     """Add the flags of the room crawl."""
-    sources = (
-        "where to search, the preferred source first: openverse and commons (used by default), inaturalist, bing, "
-    )
+    sources = "where to search, the preferred one first: openverse and commons (used by default), inaturalist, bing, "
     sources += "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words; a key in OPENVERSE_TOKEN, "
-    sources += (
-        "which expires after ten hours, makes Openverse answer faster, but not with more than 240 images a search"
-    )
+    sources += "which expires after ten hours, makes Openverse faster, but gives no more than 240 images a search"
+    licenses = "download only images under one of these licenses, as in by,by-sa,cc0"
     flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
     flag("--crawl_count", "N", "how many images to download for each class", 100, COUNT)
     flag("--crawl_dir", "DIR", "folder for the downloaded images, if it is not the --image_dir")
     flag("--crawl_only", None, "download images, and don't train afterwards")
     flag("--crawl_source", "SOURCE", sources, None, source_named, nargs="+", action="extend")
-    flag(
-        "--crawl_license",
-        "NAMES",
-        "download only images under one of these licenses, as in by,by-sa,cc0",
-        (),
-        license_names,
-    )
+    flag("--crawl_license", "NAMES", licenses, (), license_names)
     flag("--crawl_min_side", "N", "skip images with fewer pixels on their shorter side", 100, COUNT)
     flag("--crawl_parallel", "N", "how many downloads run at the same time", 8, number(int, 1, 64))
-    flag("--crawl_host_delay", "S", "seconds between two requests to one server", 1.0, number(float, 0, 3600))
+    flag("--crawl_host_delay", "S", "seconds between two requests to one server", 1.0, number(float, 0, 60))
     flag("--crawl_allow_private", "NET", "also download from such private addresses, or from `all`", (), ip_networks)
 
 
@@ -3351,72 +3342,56 @@ def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> No
 
 ROBOT = "retrain.py"  # what robots.txt files know us by
 USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; {{}})"
-# Of one answer: seconds without a byte, seconds in all, bytes of an image or of a page of results, redirects followed.
-TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_PAGE_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 10_000_000, 5
-# HTTP statuses that may go well another time, how often an address is tried, and the seconds from which pauses double.
-PASSING, TRIES, BACKOFF = {408, 425, 429, 500, 502, 503, 504}, 3, 1.0
-# The longest pause that a host may ask for, and the seconds that it may cost without one answer; then it is left alone.
-LONGEST_WAIT, MOST_LOST = 60.0, 60.0
-BATCH, MOST_PAGES = 20, 200  # candidates that are taken from a source at a time, pages that a source is asked for
-MOST_PIXELS = 50_000_000  # a whole camera's worth
-ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp"}
-ENDINGS |= {"TIFF": ".tif", "AVIF": ".avif"}
+# Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
+TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
+# HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
+PASSING, TRIES, BACKOFF = {408, 425, 429, 500, 502, 503, 504}, 3, 2.0
+# The seconds that a host may cost without an answer, and may want from one request to the next; else it is left alone.
+MOST_LOST = 60
 # Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
 # copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most, different ones in at least 82.
 SAME_LOOKS = 40
 MANIFEST = "crawl.jsonl"
 LICENSES = ("cc0", "pdm", "by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")
-# Reasons that another value of a flag would overrule, and what the user can do about a reason.
-LIMITS = {"too small": "min_side", "private address": "allow_private"}
+# What the user can do about a reason.
 ADVICE = {
     "too small": "allow smaller images (--crawl_min_side)",
     "private address": "allow private addresses if they can be trusted (--crawl_allow_private)",
     "forbidden by robots.txt": "add a source with other sites, since robots.txt forbids to crawl these",
 }
-# Names that Windows gives to devices, with any ending.
-RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class CrawlSettings:
-    """How many images of which kind are wanted, and how politely they are fetched."""
-
-    count: int = 100  # for each class
-    license: tuple[str, ...] = ()  # of LICENSES; () for any
-    min_side: int = 100  # pixels
-    parallel: int = 8  # downloads at once
-    host_delay: float = 1.0  # seconds between two requests to one host
-    allow_private: tuple = ()  # networks that may be reached although their addresses are not public
 
 
 class Refusal(Exception):
     """Why an address gave nothing, in a few words; `passing` if another time it might, after `wait` seconds."""
 
-    def __init__(self, reason: str, passing: bool = False, status: int = 0, wait: float = 0, **facts: Any):
+    def __init__(self, reason: str, passing: bool = False, wait: float = 0, **facts: int):
         super().__init__(reason)
-        self.passing, self.status, self.wait, self.facts = passing, status, wait, facts
+        self.passing = passing
+        self.wait = wait
+        self.facts = facts
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Candidate:
     """An image that a source knows of, and what it says about it."""
 
     url: str
-    source: str
     page: str | None = None
     licence: str | None = None
     title: str | None = None
     creator: str | None = None
+    source: str = ""
 
 
-def check_public(address: str, allowed: Sequence) -> None:
-    """Raise Refusal for an IP address of a private, loopback, link-local or otherwise not public network."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and not ip.is_loopback:  # it may stand for one of IPv4
-        nat64 = ipaddress.IPv4Address(int(ip) % 2**32) if ip in ipaddress.ip_network("64:ff9b::/96") else None
-        ip = ip.ipv4_mapped or ip.sixtofour or nat64 or ip
-    if (not ip.is_global or ip.is_multicast) and not any(ip in network for network in allowed):
-        raise Refusal("private address")
+@dataclasses.dataclass
+class Host:
+    """A server, and how it is to be treated."""
+
+    delay: float  # seconds from the start of one request to that of the next
+    next_start: float = 0  # of time.monotonic
+    lost: float = 0  # seconds that were spent on it since its last answer
+    rules: Any = None  # its robots.txt, as protego.Protego
+    lock: Any = dataclasses.field(default_factory=threading.Lock)  # for whoever asks for robots.txt
 
 
 class Web:
@@ -3425,734 +3400,480 @@ class Web:
     Only http and https, only public addresses (behind a proxy, as far as names are known here), no passwords.
     """
 
-    def __init__(self, settings: CrawlSettings):
+    def __init__(self, flags: argparse.Namespace):
         import requests
 
-        self.settings, self.lock = settings, threading.Lock()
-        self.next_start: dict[str, float] = defaultdict(float)  # per host, of time.monotonic
-        self.delays: dict[str, float] = {}
-        self.lost: dict[str, float] = defaultdict(float)  # seconds since the last answer of a host
-        self.robots: dict[str, tuple[threading.Lock, list]] = {}
+        self.flags = flags
+        self.licenses = flags.crawl_license or LICENSES
+        self.hosts: dict[tuple, Host] = {}  # by name and port
+        self.away: list[str] = []  # the sources that were out of reach
+        self.lock = threading.Lock()
         self.session = requests.Session()
         contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
         self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
         self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
 
-    def get(
-        self, url: str, most_bytes: int = MOST_PAGE_BYTES, robots: bool = False, headers: dict | None = None
-    ) -> tuple[str, bytes]:
+    def get(self, url: str, robots: bool = False, headers: dict | None = None) -> tuple[str, bytes]:
         """Return (address, body) of what an address leads to, after redirects and several tries. Raises Refusal.
 
         robots: whether robots.txt has a say. Search engines forbid their results to all robots; whoever names one asks
         it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
         """
         for _ in range(MOST_REDIRECTS + 1):
-            host = self.host_of(url)
+            url, host = self.locate(url)
             if robots:
                 self.check_robots(url, host)
-            target, body = self.try_often(url, host, most_bytes, headers or {})
-            if target is None:
+            target, body = self.try_often(url, host, headers)
+            if not target:
                 return url, body
-            headers = {}  # a key is for the host that it was given for
-            try:
-                url = urllib.parse.urljoin(url, target)
-            except ValueError:
-                raise Refusal("no http or https address") from None
+            url = urllib.parse.urljoin(url, target)
+            headers = None  # a key is for the host that it was given for
         raise Refusal("too many redirects")
 
-    def host_of(self, url: str) -> str:
-        """Return the host of an address, with its port if unusual. Raises Refusal if it must not be fetched."""
-        try:
-            parts = urllib.parse.urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            if not parts.hostname or re.search(r"[\s\\\0]", parts.netloc):
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise Refusal("no http or https address") from None
-        try:
-            places = {str(place[4][0]) for place in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
-        except (OSError, UnicodeError):
-            if not urllib.request.getproxies():  # which may know the name
-                raise Refusal("unknown host", passing=True) from None
-            places = set()
-        for place in places:
-            check_public(place, self.settings.allow_private)
-        return parts.hostname if port in (80, 443) else f"{parts.hostname}:{port}"
+    def locate(self, url: str) -> tuple[str, Host]:
+        """Return the standard form of an address, and its host. Raises Refusal if it must not be asked."""
+        import requests
 
-    def check_robots(self, url: str, host: str) -> None:
+        try:
+            url = str(requests.Request("GET", url).prepare().url)
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https"):
+                raise ValueError
+            places = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+        except ValueError:
+            raise Refusal("no http or https address") from None
+        except OSError:
+            places = []  # a proxy may know the name; if not, the connection fails
+        for place in places:
+            ip = ipaddress.ip_address(place[4][0])
+            if not ip.is_global and not any(ip in network for network in self.flags.crawl_allow_private):
+                raise Refusal("private address")
+        return url, self.hosts.setdefault((parts.hostname, parts.port), Host(self.flags.crawl_host_delay))
+
+    def check_robots(self, url: str, host: Host) -> None:
         """Raise Refusal if the robots.txt of a host forbids an address; a host without one allows all."""
         import protego
 
-        site = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
-        lock, known = self.robots.setdefault(site, (threading.Lock(), []))
-        with lock:  # the first asks, the others wait for the answer
-            if not known:
+        with host.lock:  # the first asks, the others wait for the answer
+            if not host.rules:
                 try:
-                    text = self.get(f"{site}/robots.txt", 512_000)[1].decode("utf-8-sig", "replace")
+                    _, body = self.get(urllib.parse.urljoin(url, "/robots.txt"))
+                    text = body.decode("utf-8-sig", "replace")
                 except Refusal as refusal:
-                    text = "User-agent: *\nDisallow: /" if refusal.status in (401, 403) else ""
-                    if not 400 <= refusal.status < 500 or refusal.passing:
-                        known.append(Refusal(f"robots.txt: {refusal}" if refusal.status else str(refusal), True))
-                if not known:
-                    known.append(protego.Protego.parse(text))
-                    self.delays[host] = max(self.settings.host_delay, known[0].crawl_delay(ROBOT) or 0)
-        if isinstance(known[0], Refusal):
-            raise known[0]
-        if not known[0].can_fetch(url, ROBOT):
+                    if refusal.passing:
+                        raise
+                    text = "User-agent: *\nDisallow: /" if str(refusal) in ("HTTP 401", "HTTP 403") else ""
+                host.rules = protego.Protego.parse(text)
+                host.delay = max(host.delay, host.rules.crawl_delay(ROBOT) or 0)
+        if host.delay > MOST_LOST or not host.rules.can_fetch(url, ROBOT):
             raise Refusal("forbidden by robots.txt")
 
-    def wait_for_turn(self, host: str) -> None:
-        """Wait until a request to a host may start. Raises Refusal if that is too long, or the host never answers."""
+    def try_often(self, url: str, host: Host, headers: dict | None, tries: int = TRIES) -> tuple[str | None, bytes]:
+        """Return what try_once does, after so many tries at most. Raises Refusal."""
         with self.lock:
-            now = time.monotonic()
-            start = max(now, self.next_start[host])
-            if self.lost[host] >= MOST_LOST:
+            started = max(time.monotonic(), host.next_start)
+            host.next_start = started + host.delay
+            if host.lost >= MOST_LOST:
                 raise Refusal("the host gives no answers", passing=True)
-            if max(start - now, self.delays.get(host, 0)) > LONGEST_WAIT:
-                raise Refusal("the host wants a long pause", passing=True)
-            self.next_start[host] = start + self.delays.get(host, self.settings.host_delay)
-        time.sleep(start - now)
+        time.sleep(max(0, started - time.monotonic()))
+        try:
+            answer = self.try_once(url, headers)
+        except Refusal as refusal:
+            if not refusal.passing:
+                host.lost = 0
+                raise
+            with self.lock:  # the pause before a new try is the whole host's
+                next_start = time.monotonic() + (refusal.wait or BACKOFF)
+                host.next_start = max(host.next_start, next_start)
+                host.lost += next_start - started
+            if tries == 1:
+                raise
+            return self.try_often(url, host, headers, tries - 1)
+        host.lost = 0
+        return answer
 
-    def try_often(self, url: str, host: str, most_bytes: int, headers: dict) -> tuple[str | None, bytes]:
-        """Return (where an address redirects to, or None; the body). Raises Refusal.
-
-        Whatever pause a new try needs is the whole host's.
-        """
+    def try_once(self, url: str, headers: dict | None) -> tuple[str | None, bytes]:
+        """Return (where an address redirects to, or None; the body of the answer). Raises Refusal."""
         import urllib3
 
-        retry = urllib3.Retry(TRIES - 1, backoff_factor=BACKOFF, backoff_jitter=BACKOFF)
-        while True:
-            self.wait_for_turn(host)
-            started = time.monotonic()
-            try:
-                answer = self.try_once(url, most_bytes, headers)
-                self.lost[host] = 0
-                return answer
-            except Refusal as refusal:
-                if not refusal.passing:
-                    self.lost[host] = 0
-                    raise
-                last = retry.total == 0
-                retry = retry if last else retry.increment("GET", url, error=refusal)
-                pause = max(refusal.wait, retry.get_backoff_time())
-                with self.lock:
-                    self.lost[host] += time.monotonic() - started + refusal.wait
-                    self.next_start[host] = max(self.next_start[host], time.monotonic() + pause)
-                if last or pause > LONGEST_WAIT or self.lost[host] >= MOST_LOST:
-                    raise
-
-    def try_once(self, url: str, most_bytes: int, headers: dict) -> tuple[str | None, bytes]:
-        """Return what try_often does after one request. Raises Refusal."""
-        import urllib3
-
-        until, body = time.monotonic() + MOST_SECONDS, bytearray()
+        body = bytearray()
+        until = time.monotonic() + MOST_SECONDS
         try:
             with self.session.get(
-                url, headers=headers, stream=True, timeout=TIMEOUT, allow_redirects=False
+                url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False
             ) as response:
                 if target := self.session.get_redirect_target(response):
                     return target, b""
-                if (status := response.status_code) != 200:
-                    wait = urllib3.Retry().get_retry_after(response.raw) or 0
-                    raise Refusal(f"HTTP {status}", status in PASSING, status, wait)
-                alarm = threading.Timer(MOST_SECONDS, response.raw.shutdown)
-                alarm.start()
-                try:
-                    while block := response.raw.read1(1 << 14, decode_content=True):
-                        body += block
-                        if len(body) > most_bytes:
-                            raise Refusal("too many bytes")
-                finally:
-                    alarm.cancel()
-        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-            if time.monotonic() < until:
-                raise refusal_of(error) from None
-        if time.monotonic() > until:
-            raise Refusal("too slow", passing=True)
+                status = response.status_code
+                if status != 200:
+                    wait = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(response.raw)
+                    raise Refusal(f"HTTP {status}", status in PASSING, wait or 0)
+                while block := response.raw.read1(1 << 16, decode_content=True):
+                    body += block
+                    if len(body) > MOST_CRAWL_BYTES:
+                        raise Refusal("too many bytes")
+                    if time.monotonic() > until:
+                        raise Refusal("too slow", passing=True)
+        except (OSError, urllib3.exceptions.HTTPError) as error:
+            reason = "timed out" if "timed out" in str(error) else "the connection failed"
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                reason = "no valid certificate"
+            raise Refusal(reason, passing=True) from None
         return None, bytes(body)
 
-    def json(self, url: str, headers: dict | None = None, **query: Any) -> dict:
-        """Return the JSON object that a source answers a query with. Raises Refusal."""
-        url, body = self.get(f"{url}?{urllib.parse.urlencode(query)}", headers=headers)
-        try:
-            return dict(json.loads(body))
-        except (ValueError, TypeError, RecursionError):
-            raise unreadable(url) from None
+    def search(self, url: str, query: dict, headers: dict | None = None) -> bytes:
+        """Return what a source answers a query with. Raises Refusal."""
+        return self.get(f"{url}?{urllib.parse.urlencode(query)}", headers=headers)[1]
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """Return what an exception of requests or urllib3 comes to."""
-    from requests import exceptions
-    from urllib3.exceptions import DecodeError, LocationParseError, ProtocolError, ReadTimeoutError
-
-    if isinstance(error, LocationParseError) or (
-        isinstance(error, ValueError) and not isinstance(error, ConnectionError)
-    ):
-        return Refusal("no http or https address")
-    if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return Refusal("no valid certificate")
-    if isinstance(error, DecodeError):
-        return Refusal("damaged")
-    if isinstance(error, exceptions.Timeout | ReadTimeoutError):
-        return Refusal("timed out", passing=True)
-    broken = isinstance(error, ProtocolError) or "aborted" in str(error)
-    return Refusal("broke off" if broken else "out of reach", passing=True)
+# The sources: generator functions of (web, the address of the search, search words).
 
 
-def unreadable(url: str) -> Refusal:
-    """Return the error of a page of results that shows nothing that we can read."""
-    return Refusal(f"{url} shows no images that can be read; if it does in a browser, its form has changed")
-
-
-# The sources: generator functions of (web, search words, what stands behind the source's name, licenses wanted).
-
-
-def search_openverse(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
     token = os.environ.get("OPENVERSE_TOKEN")
-    query: dict[str, Any] = {"q": words, "page_size": 50 if token else 20}
-    if licenses:
-        query["license"] = ",".join(licenses)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    for number_of_page in range(1, MOST_PAGES):
-        query["page"] = number_of_page
-        answer = web.json(argument or "https://api.openverse.org/v1/images/", headers, **query)
-        for entry in answer["results"]:
-            with contextlib.suppress(KeyError, TypeError):
-                licence = " ".join(filter(None, [entry["license"], entry.get("license_version")]))
-                told = [entry.get(key) for key in ("title", "creator")]
-                yield Candidate(entry["url"], "openverse", entry.get("foreign_landing_url"), licence, *told)
-        if number_of_page >= answer["page_count"]:
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    query = {"q": words, "license": ",".join(web.licenses), "page_size": 50 if token else 20}
+    for page in itertools.count(1):
+        answer = json.loads(web.search(url, query | {"page": page}, headers))
+        for image in answer["results"]:
+            licence = f"{image['license']} {image['license_version'] or ''}".strip()
+            origin = image["foreign_landing_url"]
+            yield Candidate(image["url"], origin, licence, image["title"], image["creator"])
+        if page >= answer["page_count"]:
             return
 
 
-def search_commons(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
-    query: dict[str, Any] = {
-        "action": "query", "format": "json", "formatversion": 2, "generator": "search", "gsrnamespace": 6,
-        "gsrsearch": f"{words} filetype:bitmap", "gsrlimit": 50, "prop": "imageinfo", "iiurlwidth": 960,
-        "iiprop": "url|extmetadata|size|mime", "iiextmetadatafilter": "License|LicenseShortName|Artist|ObjectName",
-    }  # fmt: skip
-    for _ in range(MOST_PAGES):
-        answer = web.json(argument or "https://commons.wikimedia.org/w/api.php", None, **query)
-        if "error" in answer:
-            raise Refusal(f"Wikimedia Commons answers: {answer['error']}")
+    query = "action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50&prop=imageinfo"
+    query += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
+    asked = dict(urllib.parse.parse_qsl(query), gsrsearch=f"{words} filetype:bitmap")
+    more = {"continue": ""}
+    while more:
+        answer = json.loads(web.search(url, asked | more))
         pages = answer.get("query", {}).get("pages", [])
-        for entry in sorted(pages, key=lambda found: found.get("index", 0)):
-            with contextlib.suppress(KeyError, TypeError, IndexError):
-                info = entry["imageinfo"][0]
-                told = {name: plain(value["value"]) for name, value in info["extmetadata"].items()}
-                licence, title = told.get("LicenseShortName"), told.get("ObjectName") or entry["title"]
-                yield Candidate(info["thumburl"], "commons", info["descriptionurl"], licence, title, told.get("Artist"))
-        if "continue" not in answer:
-            return
-        query |= answer["continue"]
+        for page in sorted(pages, key=lambda page: page["index"]):
+            image = page["imageinfo"][0]
+            told = {name: plain(field["value"]) for name, field in image["extmetadata"].items()}
+            code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
+            if code in web.licenses or not web.flags.crawl_license:
+                licence = told.get("LicenseShortName")
+                creator = told.get("Artist")
+                yield Candidate(image.get("thumburl"), image["descriptionurl"], licence, page["title"], creator)
+        more = answer.get("continue")
 
 
-def search_inaturalist(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Observations of a species or a group of them, by its name, that several people agree on."""
-    wanted = [name if name == "cc0" else f"cc-{name}" for name in licenses or LICENSES if name != "pdm"]
-    query = {"taxon_name": words, "quality_grade": "research", "photos": "true", "photo_license": ",".join(wanted)}
-    below: dict[str, Any] = {}
-    for _ in range(MOST_PAGES):
-        url = argument or "https://api.inaturalist.org/v1/observations"
-        entries = web.json(url, None, per_page=200, order_by="id", order="desc", **query, **below)["results"]
-        for entry in entries:
-            with contextlib.suppress(KeyError, TypeError, AttributeError):
-                title, creator = entry["taxon"]["name"], entry["user"].get("name") or entry["user"]["login"]
-                for photo in entry["photos"]:
-                    if photo["license_code"] in wanted:
-                        image = photo["url"].replace("/square.", "/large.")
-                        yield Candidate(image, "inaturalist", entry["uri"], photo["license_code"], title, creator)
-        if len(entries) < 200:
-            return
-        below = {"id_below": entries[-1]["id"]}
+    wanted = [name if name == "cc0" else f"cc-{name}" for name in web.licenses if name != "pdm"]
+    query: dict[str, Any] = {"taxon_name": words, "quality_grade": "research", "photo_license": ",".join(wanted)}
+    query |= {"per_page": 200, "order_by": "id", "order": "desc"}
+    while found := json.loads(web.search(url, query))["results"]:
+        for observation in found:
+            title = observation["taxon"]["name"]
+            user = observation["user"]
+            for photo in observation["photos"]:
+                image = photo["url"].replace("/square.", "/large.")
+                licence = photo["license_code"]
+                if licence in wanted:
+                    yield Candidate(image, observation["uri"], licence, title, user["name"] or user["login"])
+        query["id_below"] = found[-1]["id"]
 
 
-def search_bing(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Bing finds; the licences are unknown."""
-    last: list[str] = []
-    for first in range(0, 35 * MOST_PAGES, 35):
-        query = urllib.parse.urlencode({"q": words, "first": first, "count": 35, "mmasync": 1})
-        url, body = web.get(f"{argument or 'https://www.bing.com/images/async'}?{query}")
-        tiles = [str(link["m"]) for link in parse_html(body).select("a.iusc[m]")]
-        if not tiles and not first:
-            raise unreadable(url)
-        if not tiles or tiles == last:  # behind the end it repeats its last page
+    seen: set[str] = set()
+    for first in itertools.count(0, 35):
+        page = parse_html(web.search(url, {"q": words, "first": first, "count": 35, "mmasync": 1}))
+        tiles = [json.loads(link["m"]) for link in page.select("a.iusc[m]")]
+        addresses = {tile.get("murl") for tile in tiles}
+        if addresses <= seen:  # behind the end it repeats its last page
             return
+        seen |= addresses
         for tile in tiles:
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                facts = json.loads(tile)
-                yield Candidate(facts["murl"], "bing", facts.get("purl"), title=plain(facts.get("t")))
-        last = tiles
+            yield Candidate(tile.get("murl"), tile.get("purl"), title=plain(tile.get("t", "")))
 
 
-def search_baidu(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
-    """What Baidu finds; the licences are unknown, and the addresses of most pages enciphered."""
-    for first in range(0, 60 * MOST_PAGES, 60):
-        query = urllib.parse.urlencode({"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first})
-        url, body = web.get(f"{argument or 'https://image.baidu.com/search/flip'}?{query}")
-        entries = re.findall(r'"objURL":\s*("[^"\s]+")(.*?)(?="objURL"|$)', body.decode("utf-8", "replace"), re.DOTALL)
-        if not entries and not first:
-            raise unreadable(url)
-        if not entries:
+def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
+    """What Baidu finds; the licences are unknown, and the addresses of the pages enciphered."""
+    found: list[str] = []
+    for first in itertools.count(0, 60):
+        query = {"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first}
+        page = web.search(url, query).decode("utf-8", "replace")
+        last, found = found, re.findall(r'"objURL":\s*"([^"\s]+)"', page)
+        if not found or found == last:
             return
-        for address, rest in entries:
-            title = re.search(r'"fromPageTitle":\s*"((?:[^"\\]|\\.)*)"', rest)  # some are in no proper JSON
-            told = plain(re.sub(r"\\(.)", r"\1", title[1])) if title else None
-            with contextlib.suppress(ValueError):
-                yield Candidate(json.loads(address), "baidu", title=told)
+        for address in found:
+            yield Candidate(address.replace("\\/", "/"))
 
 
-def read_page(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
-    """The images of an ordinary web page, each in its largest form; {} in the address is for the search words."""
-    url, body = web.get(argument.replace("{}", urllib.parse.quote(words)), robots=True)
-    parsed, found = parse_html(body), 0
-    title = parsed.title.get_text(strip=True) if parsed.title else None
-    base = parsed.find("base", href=True)
-    for element in parsed.select("img, meta[property='og:image'], a[href]"):
-        with contextlib.suppress(ValueError):  # it is no address
-            around = urllib.parse.urljoin(url, base["href"]) if base else url
-            if address := largest_of(element):
-                address = urllib.parse.urldefrag(urllib.parse.urljoin(around, address)).url
-                yield Candidate(address, f"page:{argument}", url, title=element.get("alt") or title)
-                found += 1
-    if not found:
-        raise unreadable(url)
+def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
+    """The images of an ordinary web page, each in its largest form; {} in the address is for the search words.
+
+    Pages that load their images as one scrolls keep the true address in a data- attribute, and a blank in `src`.
+    """
+    url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
+    page = parse_html(body)
+    title = page.title and page.title.get_text(strip=True)
+    links = (f"a[href$='.{ending}' i]" for ending in ("jpg", "jpeg", "png", "gif", "bmp", "webp"))
+    for element in page.select(", ".join(["img", "picture > source", *links])):
+        srcset = element.get("data-srcset") or element.get("srcset", "")
+        sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+(\d+(?:\.\d+)?)[wx])?\s*(?:,|$)", srcset)
+        largest = max(sizes, key=lambda pair: float(pair[1] or 1), default=[""])[0]
+        address = largest or element.get("href") or element.get("data-src") or element.get("src", "")
+        if address and not address.startswith("data:"):
+            yield Candidate(urllib.parse.urljoin(url, address), url, title=element.get("alt") or title)
 
 
-def read_list(web: Web, words: str, argument: str, licenses: Sequence[str]) -> Iterator[Candidate]:
+def parse_html(page: bytes) -> Any:
+    import bs4
+
+    return bs4.BeautifulSoup(page, "html.parser")
+
+
+def plain(text: str) -> str:
+    """Return a text without tags, and without the marks that search engines put around the words searched for."""
+    return html.unescape(re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", text)).strip()
+
+
+def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
     """The addresses in a file, one a line; {} in its name is for the search words."""
-    path = Path(argument.replace("{}", words))
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for line in map(str.strip, lines):
-                if line and not line.startswith("#"):
-                    yield Candidate(line, f"list:{argument}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from None
+    for _, line in lines_of(path.replace("{}", words)):
+        yield Candidate(line)
 
 
-SOURCES: dict[str, Callable] = {
-    "openverse": search_openverse, "commons": search_commons, "inaturalist": search_inaturalist,
-    "bing": search_bing, "baidu": search_baidu, "page": read_page, "list": read_list,
-}  # fmt: skip
+# What finds candidates, and where.
+SOURCES: dict[str, tuple[Callable, str]] = {
+    "openverse": (search_openverse, "https://api.openverse.org/v1/images/"),
+    "commons": (search_commons, "https://commons.wikimedia.org/w/api.php"),
+    "inaturalist": (search_inaturalist, "https://api.inaturalist.org/v1/observations"),
+    "bing": (search_bing, "https://www.bing.com/images/async"),
+    "baidu": (search_baidu, "https://image.baidu.com/search/flip"),
+    "page": (read_page, ""),
+    "list": (read_list, ""),
+}
 
 
 def source_named(text: str) -> tuple[str, str]:
-    """Read a --crawl_source: (name, argument). Raises argparse.ArgumentTypeError."""
-    name, _, argument = text.partition(":")
+    """Read a --crawl_source: (name, address). Raises argparse.ArgumentTypeError."""
+    name, _, address = text.partition(":")
     if name not in SOURCES:
         raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
-    if not argument and name in ("page", "list"):
-        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in {name}:{'URL' if name == 'page' else 'FILE'}")
-    if name != "list" and argument and not re.match(r"https?://[^\s/]", argument):
-        raise argparse.ArgumentTypeError(f"{text!r}: {argument!r} is no http or https address")
-    return name, argument
+    address = address or SOURCES[name][1]
+    if not address:
+        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in page:URL or list:FILE")
+    return name, address
 
 
 def license_names(text: str) -> tuple[str, ...]:
     """Read the value of --crawl_license: names of licenses, joined by commas."""
-    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
-    if unknown := [name for name in names if name not in LICENSES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known; choose from {','.join(LICENSES)}")
+    names = tuple(text.lower().replace(" ", "").split(","))
+    for name in names:
+        if name not in LICENSES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not known; choose from {','.join(LICENSES)}")
     return names
 
 
-def license_of(told: str) -> str:
-    """Return which of LICENSES a source's words mean, such as `CC BY-SA 4.0` or `cc-by-sa`; '' for another one."""
-    words = re.sub(r"[\s_]+", "-", told.lower())
-    if words.startswith(("public-domain", "pd", "pdm")):
-        return "pdm"
-    match = re.match(r"(?:cc-)?(cc0|by(?:-nc)?(?:-sa|-nd)?)(?=-[\d.]|$)", words)
-    return match[1] if match else ""
+def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> Iterator[Candidate]:
+    """Yield what the sources find, one source after the other, each address once.
 
-
-def parse_html(body: bytes) -> Any:
-    """Return a web page as BeautifulSoup."""
-    import bs4
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pages in XML, which is no concern of the user's
-        return bs4.BeautifulSoup(body, "html.parser")
-
-
-def plain(text: str | None) -> str | None:
-    """Return a text without tags, and without the marks that search engines put around the words searched for."""
-    return html.unescape(re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", text)).strip() if text else None
-
-
-def largest_of(element: Any) -> str | None:
-    """Return the address of the largest form of what an element of a web page shows, or links to; None for none.
-
-    Pages that load their images as one scrolls keep the true address in a data- attribute, and a blank in `src`.
+    What goes wrong with a source is told; if it may go well another time, it is added to web.away.
     """
-    if element.name == "meta":
-        return element.get("content")
-    if element.name == "a":
-        return element["href"] if re.match(r"[^?#]+\.(jpe?g|png|gif|bmp|webp)\s*$", element["href"], re.I) else None
-    around = element.parent.find_all("source", recursive=False) if element.parent.name == "picture" else []
-    sized: list[tuple[float, str]] = []
-    for one in [element, *around]:
-        for name in ("srcset", "data-srcset", "data-lazy-srcset"):
-            for address, size in re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]{1,9})[wx])?\s*(?:,|$)", one.get(name, "")):
-                sized.append((float(size or 1), address))
-    sized += [(0, element.get(name, "")) for name in ("data-original", "data-src", "data-lazy-src", "data-lazy", "src")]
-    usable = [(size, address.strip()) for size, address in sized if address.strip() and address[:5] != "data:"]
-    return max(usable, key=lambda pair: pair[0], default=(0, None))[1]
-
-
-def candidates_of(
-    sources: Sequence[tuple[str, str]], words: str, web: Web, problems: list[Refusal]
-) -> Iterator[Candidate]:
-    """Yield what the sources find, one source after the other, each address once; note what went wrong with them."""
-    seen, wanted = set(), web.settings.license
-    for name, argument in sources:
+    seen: set[str] = set()
+    for name, address in sources:
+        find, _ = SOURCES[name]
+        problem = f"it has no images for {words!r}; if it shows some in a browser, its form has changed"
         try:
-            for candidate in SOURCES[name](web, words, argument, wanted):
-                allowed = not wanted or not candidate.licence or license_of(candidate.licence) in wanted
-                if isinstance(candidate.url, str) and candidate.url not in seen and allowed:
+            for candidate in find(web, address, words):
+                problem = ""
+                candidate.source = name
+                if candidate.url and candidate.url not in seen:
                     seen.add(candidate.url)
                     yield candidate
-            continue
-        except Refusal as refusal:
-            problem = Refusal(f"--crawl_source {':'.join(filter(None, (name, argument)))}: {refusal}", refusal.passing)
         except Exception as error:  # an answer may hold anything, and parsers give up in many ways
-            problem = Refusal(f"--crawl_source {name}: its form has changed ({type(error).__name__}: {error})")
-        problems.append(problem)
-        log.warning("%s.", printable(str(problem)))
+            problem = str(error) if isinstance(error, Refusal | OSError) else f"its form has changed ({error!r})"
+            if getattr(error, "passing", False):
+                web.away.append(f"--crawl_source {name}:{address}: {error}")
+        if problem:
+            log.warning("--crawl_source %s:%s: %s.", name, address, problem)
 
 
-def look_at(data: bytes, min_side: int) -> dict[str, Any]:
-    """Return the facts of an image: sha256, width, height, looks and file, its name. Raises Refusal for no use.
+def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
+    """Return (the file, its facts) of a good image. Raises Refusal.
 
-    looks: its perceptual hash of 256 bits, in hexadecimal.
+    file: its name; looks: its perceptual hash of 256 bits, in hexadecimal.
     """
     import imagehash
 
-    facts: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
-    reason, image = "", None
-    try:
-        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        facts |= {"width": image.width, "height": image.height}
-    except PIL.Image.DecompressionBombError:
-        reason = "too many pixels"
-    except Exception:  # a header that nothing can be made of: decode_image says so in better words
-        if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)", data[:200], re.IGNORECASE):
-            reason = "a web page"
-    if image and math.prod(image.size) > MOST_PIXELS:
-        reason = "too many pixels"
-    elif image and min(image.size) < min_side:
-        reason = "too small"
-    if reason:
-        raise Refusal(reason, **facts)
+    _, data = web.get(url, robots=True)
     try:
         pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
     except ImageError as error:
-        raise Refusal(str(error).split(" (")[0], **facts) from None
-    if image is None:
-        raise Refusal("a format that is not kept", **facts)
-    looks = str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16))
-    return facts | {"file": facts["sha256"] + ENDINGS[image.format or ""], "looks": looks}
+        raise Refusal(str(error).split(" (")[0]) from None
+    image = PIL.Image.open(io.BytesIO(data), formats=[*FORMATS, "HEIF"])
+    if min(image.size) < web.flags.crawl_min_side:
+        raise Refusal("too small", side=min(image.size))
+    sha256 = hashlib.sha256(data).hexdigest()
+    ending = "jpg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
+    looks = imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16)
+    return data, {"file": f"{sha256}.{ending}", "looks": str(looks)}
 
 
-class Collection:
-    """What lies in the class folders, and what became of every address tried: a crawl.jsonl in each, an object a line.
+class ClassFolder:
+    """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
 
-    url, page, source, licence, title, creator, time; `outcome`: kept, refused, or failed (which another time might go
-    well); `reason`, and the `limit` or `twin` that it is about; sha256, width and height of what came; of what is kept
-    its file, and looks: the perceptual hash in hexadecimal.
+    url, page, source, licence, title, creator; `outcome`: kept, refused, or failed (which another time might go well),
+    and why not, `reason`; of an image its facts: see fetch_image.
+    looks: of the images of all classes, {perceptual hash: class}.
     """
 
-    def __init__(self, crawl_dir: Path, classes: Iterable[str], settings: CrawlSettings):
-        self.crawl_dir, self.settings = crawl_dir, settings
-        self.entries: dict[str, dict[str, dict]] = {}  # of each class folder, by address
-        self.place_of: dict[str, str] = {}  # <class folder>/<file name>, by sha256, and by address
-        self.places: list[str] = []
-        self.bits = np.zeros((64, 256), bool)  # of the perceptual hashes, as many rows as places, and room for more
-        others = {path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}")}
-        for name in classes:
-            (crawl_dir / name / ".crawl").mkdir(parents=True, exist_ok=True)
-        self.journals = {name: Journal(crawl_dir / name / MANIFEST) for name in sorted({*classes, *others})}
-        strangers: list[Path] = []
-        for name in self.journals:
-            strangers += self.load(name)
-        if strangers:
-            with progress_bar("Images already there", len(strangers), "image") as bar:
-                for path, facts in on_all_cores([look_up] * core_count(), strangers):
-                    if facts:
-                        self.add(f"{path.parent.name}/{path.name}", facts["sha256"], facts["looks"])
-                    bar.update()
+    def __init__(self, path: Path, looks: dict[int, str]):
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.looks = looks
+        self.journal = Journal(path / MANIFEST)
+        self.entries = {entry["url"]: entry for entry in self.journal.read()}  # the last word on each address
+        files = {entry["file"]: entry for entry in self.entries.values() if entry["outcome"] == "kept"}
+        for leftover in path.glob(".retrain-*.tmp"):  # of a killed run: see settle
+            name = leftover.name[len(".retrain-") : -len(".tmp")]
+            leftover.replace(path / name) if name in files else leftover.unlink()
+        for entry in files.values():  # deleted ones, too: whoever deleted one doesn't want it back
+            looks[int(entry["looks"], 16)] = path.name
 
-    def load(self, name: str) -> list[Path]:
-        """Read the record of a class, finish what a killed run began; return the images that it doesn't know."""
-        folder, known = self.crawl_dir / name, {}
-        for entry in self.journals[name].read():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                known[checked_entry(entry)["url"]] = entry
-        self.entries[name] = known
-        kept = {entry["file"]: entry for entry in known.values() if entry["outcome"] == "kept"}
-        for file_name, entry in kept.items():  # deleted ones, too: whoever deleted one doesn't want it back
-            self.add(f"{name}/{file_name}", entry["sha256"], entry["looks"], entry["url"])
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(folder / ".crawl" / file_name, folder / file_name)
-        for leftover in (folder / ".crawl").glob("*"):
-            leftover.unlink()
-        return [path for path in sorted(folder.glob("*")) if path.is_file() and path.name not in {*kept, MANIFEST}]
+    def count(self) -> int:
+        """Return how many crawled images are there."""
+        kept = (entry["file"] for entry in self.entries.values() if entry["outcome"] == "kept")
+        return sum((self.path / name).is_file() for name in kept)
 
-    def add(self, place: str, sha256: str, looks: str, url: str = "") -> None:
-        """Remember an image, and the address that it came from, to tell it when it comes again."""
-        if len(self.places) == len(self.bits):
-            self.bits = np.concatenate([self.bits, np.zeros_like(self.bits)])
-        self.bits[len(self.places)] = np.unpackbits(np.frombuffer(bytes.fromhex(looks), np.uint8))
-        self.places.append(place)
-        self.place_of.setdefault(sha256, place)
-        self.place_of.setdefault(url, place)
-
-    def kept(self, name: str) -> int:
-        """Return how many crawled images of a class are there."""
-        files = {entry["file"] for entry in self.entries[name].values() if entry["outcome"] == "kept"}
-        return sum((self.crawl_dir / name / file_name).is_file() for file_name in files)
-
-    def record(self, name: str, candidate: Candidate, outcome: str, **facts: Any) -> None:
-        """Write down what became of an address, and remember it."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        entry = {**dataclasses.asdict(candidate), "time": now, "outcome": outcome, **facts}
-        self.journals[name].append(entry)
-        self.entries[name][candidate.url] = entry
-
-    def keep(self, name: str, candidate: Candidate, data: bytes, facts: dict) -> bool:
-        """Keep an image, or record that it is there already; return whether it was kept.
-
-        Its file comes to its place after its record, so that a killed run leaves no image without one: see load.
-        """
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(facts["looks"]), np.uint8))
-        differing = (self.bits[: len(self.places)] != bits).sum(axis=1)  # [places]
-        if facts["sha256"] in self.place_of:
-            self.refuse_twin(name, candidate, "the same file", self.place_of[facts["sha256"]], facts)
-        elif len(differing) and differing.min() <= SAME_LOOKS:
-            self.refuse_twin(name, candidate, "the same picture", self.places[int(differing.argmin())], facts)
-        else:
-            folder, file_name = self.crawl_dir / name, facts["file"]
-            with whole_file(folder / ".crawl" / file_name) as temporary:
-                temporary.write_bytes(data)
-            self.record(name, candidate, "kept", **facts)
-            os.replace(folder / ".crawl" / file_name, folder / file_name)
-            self.add(f"{name}/{file_name}", facts["sha256"], facts["looks"], candidate.url)
-            return True
-        return False
-
-    def refuse_twin(self, name: str, candidate: Candidate, same: str, place: str, facts: dict) -> None:
-        """Record that an image is there already, at `place`."""
-        elsewhere = "" if place.startswith(f"{name}/") else " in another class"
-        facts = {key: facts[key] for key in ("sha256", "width", "height") if key in facts}
-        self.record(name, candidate, "refused", reason=f"{same} is there already{elsewhere}", twin=place, **facts)
-
-    def is_known(self, name: str, candidate: Candidate) -> bool:
-        """Tell whether an address was kept or refused for good, by the limits of today; one that failed was not.
-
-        One that gave an image to another class is then refused.
-        """
-        entry, place = self.entries[name].get(candidate.url), self.place_of.get(candidate.url)
-        if entry and entry["outcome"] != "failed":
-            limit = LIMITS.get(entry.get("reason", ""))
-            return limit is None or entry.get("limit") == str(getattr(self.settings, limit))
-        if place:
-            self.refuse_twin(name, candidate, "the same file", place, {})
-        return place is not None
-
-    def settle(self, name: str, candidate: Candidate, fetched: concurrent.futures.Future) -> bool:
-        """Keep what was fetched (see fetch_image), or record why not; return whether it was kept."""
-        try:
-            return self.keep(name, candidate, *fetched.result())
-        except Refusal as refusal:
-            limit = LIMITS.get(str(refusal))
-            limited = {"limit": str(getattr(self.settings, limit))} if limit else {}
-            outcome = "failed" if refusal.passing else "refused"
-            self.record(name, candidate, outcome, reason=str(refusal), **limited, **refusal.facts)
+    def is_known(self, candidate: Candidate, min_side: int) -> bool:
+        """Tell whether an address was kept or refused for good; not if it failed, or if a flag may let it pass now."""
+        entry = self.entries.get(candidate.url, {"outcome": "failed"})
+        if entry["outcome"] == "failed" or entry.get("reason") == "private address":
             return False
+        return entry.get("side", 0) < min_side
 
-    def refused(self, name: str) -> Counter:
-        """Return how many addresses of a class gave nothing, by reason."""
-        return Counter(entry["reason"] for entry in self.entries[name].values() if entry["outcome"] != "kept")
+    def settle(self, candidate: Candidate, fetched: concurrent.futures.Future) -> bool:
+        """Keep what was fetched (see fetch_image), or record why not; return whether it was kept.
+
+        An image comes to its place after its record, so that a killed run leaves none without one.
+        """
+        entry = {**vars(candidate), "outcome": "kept"}
+        self.entries[candidate.url] = entry
+        try:
+            data, facts = fetched.result()
+            looks = int(facts["looks"], 16)
+            twins = (name for other, name in self.looks.items() if (looks ^ other).bit_count() <= SAME_LOOKS)
+            if name := next(twins, ""):
+                raise Refusal(f"the same image is there already in {name}")
+        except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
+            refusal = error if isinstance(error, Refusal) else Refusal(f"unexpected {error!r}", passing=True)
+            outcome = "failed" if refusal.passing else "refused"
+            entry |= {"outcome": outcome, "reason": str(refusal), **refusal.facts}
+            self.journal.append(entry)
+            return False
+        entry |= facts
+        temporary = self.path / f".retrain-{facts['file']}.tmp"
+        temporary.write_bytes(data)
+        self.journal.append(entry)
+        temporary.replace(self.path / facts["file"])
+        self.looks[looks] = self.path.name
+        return True
 
 
-def look_up(path: Path) -> dict | None:
-    """Return the facts of a file that was not crawled; None if no crawled image can be like it."""
-    try:
-        return look_at(read_bytes(path), 1)
-    except (OSError, ImageError, Refusal):
-        return None
-
-
-def checked_entry(entry: Any) -> dict:
-    """Return an entry of crawl.jsonl as it is. Raises ValueError, TypeError or KeyError for what is none."""
-    if entry["outcome"] == "kept":  # whoever else wrote it must not name files outside the folder
-        if not re.fullmatch(r"[0-9a-f]{64}\.[a-z]{3,4}", entry["file"]) or len(bytes.fromhex(entry["looks"])) != 32:
-            raise ValueError
-        entry["sha256"] + entry["url"]
-    else:
-        entry["outcome"] + entry["reason"] + entry["url"] + entry.get("twin", "")
-    return entry
+def lines_of(path: str) -> list[tuple[int, str]]:
+    """Return (number, text) of the lines of a file that say something, without comments."""
+    lines = Path(path).read_text("utf-8-sig", "replace").splitlines()
+    texts = (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)
+    return [(number, text) for number, text in enumerate(texts, 1) if text]
 
 
 def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
     """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
 
-    Raises UserError for a file that can't be read, or a name that can't be a folder's on every system.
+    Raises UserError for a name that can't be a folder's, or OSError.
     """
-    try:
-        lines = Path(names_path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
-        raise UserError(f"--crawl {names_path} could not be read ({why}).") from error
-    there = {alike(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
+    there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
     classes: dict[str, str] = {}
-    for number_of_line, line in enumerate(lines, 1):
-        line = re.split(r"(?:^|\s)#", line)[0]
-        folder, colon, words = (part.strip() for part in line.partition(":"))
-        if not folder and not colon:
-            continue
+    for number_of_line, line in lines_of(names_path):
+        folder, _, words = (part.strip() for part in line.partition(":"))
         where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
-        forbidden = re.search(r'^$|^\.|\.$|[\\/<>"|?*\x00-\x1f\x7f]', folder) or RESERVED.match(folder)
-        if forbidden or len(os.fsencode(folder)) > 200 or not label_of(folder).strip():
-            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`.")
-        lies = there.setdefault(alike(folder), folder)
-        if unicodedata.normalize("NFC", lies) != unicodedata.normalize("NFC", folder):
-            raise UserError(f"{where} and {lies!r} are one folder on some systems; rename one of them.")
-        if lies in classes:
-            raise UserError(f"{where} is there twice.")
-        classes[lies] = words or folder
+        label = label_of(folder)
+        if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
+            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`, in UTF-8.")
+        if folder in classes or there.setdefault(label, folder) != folder:
+            raise UserError(f"{where} is there already, as {there[label]!r}; rename or remove one of them.")
+        classes[folder] = words or folder
     if not classes:
         raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
     return classes
 
 
-def alike(folder: str) -> str:
-    """Return what the names of two folders share if a system, or a label, takes them for one."""
-    return label_of(unicodedata.normalize("NFKC", folder).casefold()).strip()
-
-
-def fetch_image(url: str, web: Web) -> tuple[bytes, dict]:
-    """Return (the file, its facts: see look_at) of a good image. Raises Refusal."""
-    try:
-        data = web.get(url, MOST_CRAWL_BYTES, robots=True)[1]
-        return data, look_at(data, web.settings.min_side)
-    except (Refusal, MemoryError):
-        raise
-    except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
-        raise Refusal(f"unexpected {type(error).__name__}", passing=True) from error
-
-
-def start_jobs(
-    waiting: dict[str, deque[Candidate]], running: dict[concurrent.futures.Future, Candidate], most: int,
-    of_one_host: int, start: Callable[[Candidate], concurrent.futures.Future],
-) -> None:  # fmt: skip
-    """Start fetching candidates, which wait by host, until `most` are running, and so many of one host."""
-    busy = Counter(host_of(candidate.url) for candidate in running.values())
-    emptied = []
-    for host, candidates in waiting.items():
-        while candidates and len(running) < most and busy[host] < of_one_host:
-            candidate = candidates.popleft()
-            running[start(candidate)] = candidate
-            busy[host] += 1
-        if not candidates:
-            emptied.append(host)
-        if len(running) >= most:
-            break
-    for host in emptied:
-        del waiting[host]
-
-
-def host_of(url: str) -> str:
-    """Return the server that an address names, whatever it looks like."""
-    return url.partition("://")[2].partition("/")[0]
-
-
-def crawl_class(name: str, candidates: Iterator[Candidate], collection: Collection, web: Web) -> None:
+def crawl_class(folder: ClassFolder, candidates: Iterator[Candidate], web: Web) -> None:
     """Fetch candidates until as many images are kept as are wanted, or there are no more candidates.
 
-    Never more are under way than are wanted, so nothing is fetched in vain, and few of one host, so that a slow one
-    doesn't hold up the others.
+    Never more are under way than are wanted, so nothing is fetched in vain.
     """
-    settings = web.settings
-    missing = settings.count - collection.kept(name)
-    waiting: dict[str, deque[Candidate]] = {}  # by host
+    wanted = web.flags.crawl_count
+    kept = folder.count()
+    unknown = (candidate for candidate in candidates if not folder.is_known(candidate, web.flags.crawl_min_side))
     running: dict[concurrent.futures.Future, Candidate] = {}
-    batch: concurrent.futures.Future | None = None  # of the next candidates
-    ended, of_one_host = missing <= 0, 2 if settings.host_delay else settings.parallel
-    pool = concurrent.futures.ThreadPoolExecutor(settings.parallel + 1)
+    pool = concurrent.futures.ThreadPoolExecutor(web.flags.crawl_parallel)
     try:
-        with progress_bar(name, settings.count, "image", initial=settings.count - missing) as bar:
-            while missing > 0:
-                most = min(settings.parallel, missing)
-                start_jobs(waiting, running, most, of_one_host, lambda one: pool.submit(fetch_image, one.url, web))
-                if not ended and not batch and sum(map(len, waiting.values())) + len(running) < missing:
-                    batch = pool.submit(list, itertools.islice(candidates, BATCH))
-                under_way = [*running, batch] if batch else list(running)
-                if not under_way:
-                    break
-                concurrent.futures.wait(under_way, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED)
-                if batch and batch.done():
-                    found, batch = batch.result(), None
-                    ended = len(found) < BATCH
-                    for candidate in found:
-                        if not collection.is_known(name, candidate):
-                            waiting.setdefault(host_of(candidate.url), deque()).append(candidate)
-                for future in [future for future in running if future.done()]:
-                    kept = collection.settle(name, running.pop(future), future)
-                    missing -= kept
-                    bar.update(kept)
+        with progress_bar(folder.path.name, wanted, "image", initial=kept) as bar:
+            while kept < wanted:
+                free = min(web.flags.crawl_parallel, wanted - kept) - len(running)
+                for candidate in itertools.islice(unknown, free):
+                    running[pool.submit(fetch_image, candidate.url, web)] = candidate
+                if not running:
+                    return
+                done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    if folder.settle(running.pop(future), future):
+                        kept += 1
+                        bar.update()
     finally:  # nobody waits for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
-    with contextlib.suppress(OSError):
-        (collection.crawl_dir / name / ".crawl").rmdir()
 
 
-def crawl_report(collection: Collection, classes: Iterable[str], wanted: int, ended: bool) -> list[str]:
+def crawl_report(folders: Sequence[ClassFolder], wanted: int, ended: bool) -> list[str]:
     """Return the lines of a table of what was kept and refused of each class, so far and in all runs before.
 
     ended: whether all was asked; then also what could be done for classes that stayed short.
     """
-    width = max(5, *map(len, classes))
-    lines, advice = [f"{'Class':<{width}}  {'kept':>6}  {'asked':>6}  {'refused':>7}"], []
-    for name in classes:
-        refused, kept = collection.refused(name), collection.kept(name)
-        reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in refused.most_common())
-        lines.append(f"{name:<{width}}  {kept:>6}  {wanted:>6}  {refused.total():>7}  {reasons}".rstrip())
-        twins = [entry for entry in collection.entries[name].values() if "another class" in entry.get("reason", "")]
-        if twins:
-            others = ", ".join(sorted({printable(entry.get("twin", "").split("/")[0]) for entry in twins}))
-            advice.append(f"{name}: {len(twins)} of its images were kept for another class before it ({others}).")
+    width = max(5, *(len(folder.path.name) for folder in folders))
+    lines = [f"{'Class':<{width}}    kept   asked  refused"]
+    advice = []
+    for folder in folders:
+        name = folder.path.name
+        kept = folder.count()
+        refused = [entry for entry in folder.entries.values() if entry["outcome"] != "kept"]
+        reasons = Counter(entry["reason"] for entry in refused)
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        lines.append(f"{name:<{width}}  {kept:>6}  {wanted:>6}  {len(refused):>7}  {told}".rstrip())
         if ended and kept < wanted:
-            failed = sum(entry["outcome"] == "failed" for entry in collection.entries[name].values())
-            ways = [f"run the same command again, which tries {failed} that failed once more"] * bool(failed)
-            ways += [way for reason, way in ADVICE.items() if refused[reason]]
-            ways += [f"search for other words (`{name}: other words` in the file of names)", "add a --crawl_source"]
+            failed = sum(entry["outcome"] == "failed" for entry in refused)
+            ways = [f"run the same command again, which tries {failed} that failed once more"] if failed else []
+            ways += [ADVICE[reason] for reason in reasons if reason in ADVICE]
+            ways += [f"search for other words (`{name}: other words` in the file of names) or add a --crawl_source"]
             advice.append(f"{name} stayed {wanted - kept} short; what could be done: {'; '.join(ways)}.")
     return lines + advice
 
 
-def crawl(
-    classes: dict[str, str], crawl_dir: Path, sources: Sequence[tuple[str, str]], settings: CrawlSettings
-) -> None:
+def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
     """Fill a folder of `crawl_dir` for each class with images from the sources, and print what came of it.
 
-    classes: {folder: search words}; sources: (name, argument) in the order of preference.
-    Raises UserError when nothing could be found, or a source was out of reach while images were missing.
+    classes: {folder: search words}. Raises UserError when nothing could be found, or a source was out of reach while
+    images were missing.
     """
-    for name, argument in sources:
-        if len(classes) > 1 and name in ("page", "list") and "{}" not in argument:
-            raise UserError(
-                f"--crawl_source {name}:{argument} would give every class the same images; name one class only, or "
-                "put {} where each class's search words go."
-            )
-    needed = ("requests", "bs4", "imagehash", "protego", "filelock")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--crawl needs {' and '.join(missing)}; install it with: {INSTALL} -r requirements.txt")
     import filelock
 
+    sources = flags.crawl_source or [source_named("openverse"), source_named("commons")]
+    for name, address in sources:
+        if len(classes) > 1 and name in ("page", "list") and "{}" not in address:
+            told = "would give every class the same images; put {} where each class's search words go"
+            raise UserError(f"--crawl_source {name}:{address} {told}.")
     crawl_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(crawl_dir / ".crawl.lock", timeout=0)
     try:
@@ -4160,21 +3881,24 @@ def crawl(
     except filelock.Timeout:
         told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
         raise UserError(told) from None
-    web, collection, unasked, ended = Web(settings), Collection(crawl_dir, classes, settings), [], False
+    looks: dict[int, str] = {}
+    for path in crawl_dir.glob(f"*/{MANIFEST}"):  # also of classes that are not asked for this time
+        ClassFolder(path.parent, looks)
+    folders = {name: ClassFolder(crawl_dir / name, looks) for name in classes}
+    web = Web(flags)
+    ended = False
     try:
         for name, words in classes.items():
-            problems: list[Refusal] = []
-            crawl_class(name, candidates_of(sources, words, web, problems), collection, web)
-            if collection.kept(name) < settings.count:
-                unasked += [problem for problem in problems if problem.passing]
-        ended = not unasked
+            crawl_class(folders[name], candidates_of(sources, words, web), web)
+        ended = True
     finally:
-        for line in crawl_report(collection, classes, settings.count, ended):
+        for line in crawl_report(list(folders.values()), flags.crawl_count, ended):
             log.info("%s", line)
         lock.release()
-    if unasked:
-        raise UserError(f"{unasked[0]}; see whether this machine is online, and run the same command again to go on.")
-    if not any(map(collection.kept, classes)):
+    counts = [folder.count() for folder in folders.values()]
+    if web.away and min(counts) < flags.crawl_count:
+        raise UserError(f"{web.away[0]}; see whether this machine is online, and run the same command again to go on.")
+    if not any(counts):
         raise UserError("--crawl found no image that can be used; see the table above.")
 
 
@@ -4270,8 +3994,7 @@ def collect(flags: argparse.Namespace) -> None:
     if len({*classes, *there}) < 2 and not flags.crawl_only:
         told = "it names one class only, and a classifier needs two; name another, or add --crawl_only"
         raise UserError(f"--crawl {flags.crawl}: {told}.")
-    sources = flags.crawl_source or [("openverse", ""), ("commons", "")]
-    crawl(classes, crawl_dir, sources, from_flags(CrawlSettings, flags, "crawl_"))
+    crawl(classes, crawl_dir, flags)
     others = sorted(there - classes.keys())
     if others and not flags.crawl_only:
         log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))

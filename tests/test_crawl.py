@@ -20,18 +20,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
-from crawl_server import BAD, ENDINGS, GALLERY_PATHS, GOOD, PASSING, TWINS, CrawlServer, Result, file_of, plant
+from crawl_server import BAD, ENDINGS, GALLERY_PATHS, GOOD, PASSING, TWINS, CrawlServer, Result, file_of
 
 import retrain
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="it is about signals of POSIX systems")
-LOCAL = retrain.ip_networks("127.0.0.1")
 HASTE = {"TIMEOUT": 1.0, "MOST_SECONDS": 3.0, "BACKOFF": 0.05, "MOST_CRAWL_BYTES": 300_000}
 # retrain.py with less patience, in a process of its own.
 HASTY = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import retrain
 vars(retrain).update({HASTE!r})
 retrain.end_process(retrain.main(sys.argv[1:]))"""
-FIELDS = {"url", "page", "source", "licence", "title", "creator", "time", "outcome"}
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +48,16 @@ def server():
         yield running
 
 
-def web(**settings) -> retrain.Web:
-    """Return what fetches, with settings for the local server."""
-    return retrain.Web(retrain.CrawlSettings(**{"host_delay": 0, "allow_private": LOCAL, **settings}))
-
-
 def flags_of(folder: Path, sources: Sequence[str], count: int) -> list[str]:
-    """Return the flags of a crawl of names.txt into `folder`/images from the local server."""
+    """Return the flags of a crawl of names.txt into `folder`/images from the local server, without a pause."""
     flags = ["--crawl", folder / "names.txt", "--crawl_dir", folder / "images", "--crawl_count", count, "--crawl_only"]
     flags += ["--crawl_host_delay", 0, "--crawl_allow_private", "127.0.0.1", "--crawl_source", *sources]
     return list(map(str, flags))
+
+
+def web(*flags: object) -> retrain.Web:
+    """Return what fetches from the local server."""
+    return retrain.Web(retrain.parse_flags([*flags_of(Path(), ["bing"], 1), *map(str, flags)]))
 
 
 @pytest.fixture
@@ -95,8 +93,7 @@ def files_in(class_folder: Path) -> set[str]:
 
 def name_of(result: Result) -> str:
     """Return the name under which a good image is to be kept."""
-    kind = result.kind if result.kind in ENDINGS else "good"
-    return hashlib.sha256(file_of(kind, result.seed)).hexdigest() + ENDINGS.get(result.kind, ".jpg")
+    return hashlib.sha256(file_of(result.kind, result.seed)).hexdigest() + ENDINGS.get(result.kind, ".jpg")
 
 
 def good(seeds: Sequence[int], kind: str = "good") -> list[Result]:
@@ -120,36 +117,24 @@ def test_names_are_folders_and_search_words(tmp_path):
     assert read_names(tmp_path, text) == expected
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["..", "../up", "a/b", "a\\b", "nul", "CON", "com1.txt", "aux.", "a.", ".hidden", ": words", "a\tb\x07", "what?",
-     "---", "x" * 201],
-)  # fmt: skip
-def test_names_that_can_be_no_folder_are_refused(tmp_path, name):
-    with pytest.raises(retrain.UserError) as caught:
-        read_names(tmp_path, f"fine\n{name}\n")
-    assert re.match(r"--crawl .*names\.txt, line 2: .* can't be the name of a folder", str(caught.value))
-
-
-@pytest.mark.parametrize("two", [("Cat", "cat"), ("guinea pig", "guinea-pig"), ("ﬁsh", "fish"), ("straße", "STRASSE")])
-def test_names_that_are_one_folder_or_one_label_are_refused(tmp_path, two):
-    with pytest.raises(retrain.UserError, match="line 2: .* are one folder on some systems; rename one of them"):
-        read_names(tmp_path, "\n".join(two))
-    (tmp_path / "images" / two[0]).mkdir(parents=True)
-    with pytest.raises(retrain.UserError, match="line 1: .* are one folder on some systems"):
-        read_names(tmp_path, two[1])
+NO_FOLDER = "can't be the name of a folder; write `folder: search words`, in UTF-8"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (b"caf\xe9\n", "could not be read (it is not in UTF-8)"),
-        (b"# nobody\n\n", "it names no class"),
-        (b"cat\ndog\ncat: kitten\n", "line 3: 'cat' is there twice"),
+    [(f"fine\n{name}\n", f"line 2: .* {NO_FOLDER}") for name in (
+        "..", "../up", "a/b", "a\\b", ".hidden", ": words", "a\tb\x07", "what?", "---",
+    )] + [
+        (b"caf\xe9\n", f"line 1: 'caf\ufffd' {NO_FOLDER}"),
+        ("# nobody\n\n", "it names no class"),
+        ("cat\ndog\ncat: kitten\n", "line 3: 'cat' is there already, as 'cat'"),
+        ("Cat\ncat", "line 2: 'cat' is there already, as 'Cat'; rename or remove one of them"),
+        ("guinea-pig", "line 1: 'guinea-pig' is there already, as 'guinea pig'"),
     ],
-)
-def test_files_of_names_that_are_no_use(tmp_path, text, message):
-    with pytest.raises(retrain.UserError, match=re.escape(message)):
+)  # fmt: skip
+def test_names_that_are_no_use(tmp_path, text, message):
+    (tmp_path / "images" / "guinea pig").mkdir(parents=True)
+    with pytest.raises(retrain.UserError, match=message):
         read_names(tmp_path, text)
 
 
@@ -158,175 +143,113 @@ def test_files_of_names_that_are_no_use(tmp_path, text, message):
 WORDS = "Straße & 日本 + café"
 
 
-def results(argument: str, words: str, **settings) -> tuple[list[retrain.Candidate], list[str]]:
-    """Return what one --crawl_source finds, and its problems."""
-    problems: list[retrain.Refusal] = []
-    found = [*retrain.candidates_of([retrain.source_named(argument)], words, web(**settings), problems)]
-    return found, [str(problem) for problem in problems]
+def results(source: str, words: str, *flags: object) -> list[retrain.Candidate]:
+    """Return what one --crawl_source finds."""
+    return list(retrain.candidates_of([retrain.source_named(source)], words, web(*flags)))
 
 
-def answer_with(server: CrawlServer, path: str, answer: object) -> str:
-    """Let the server answer a path with JSON; return the address."""
-    server.bodies[path] = json.dumps(answer).encode()
+def answer_with(server: CrawlServer, path: str, *answers: object) -> str:
+    """Let the server answer a path with these, one after the other, as JSON; return the address."""
+    server.bodies[path] = [json.dumps(answer).encode() for answer in answers]
     return server.site + path
 
 
 # One answer of each API, written by hand with the fields that its documentation gives.
-COMMONS = {
-    "batchcomplete": True,
-    "query": {
-        "pages": [
-            {
-                "pageid": 2, "ns": 6, "title": "File:Second.png", "index": 2, "imagerepository": "local",
-                "imageinfo": [{
-                    "size": 5, "width": 4000, "height": 3000, "mime": "image/png",
-                    "thumburl": "https://upload.wikimedia.org/b/960px-Second.png", "thumbwidth": 960,
-                    "url": "https://upload.wikimedia.org/b/Second.png",
-                    "descriptionurl": "https://commons.wikimedia.org/wiki/File:Second.png",
-                    "descriptionshorturl": "https://commons.wikimedia.org/w/index.php?curid=2",
-                    "extmetadata": {"LicenseShortName": {"value": "Public domain", "source": "commons-desc-page"}},
-                }],
-            },
-            {
-                "pageid": 1, "ns": 6, "title": "File:First.jpg", "index": 1, "imagerepository": "local",
-                "imageinfo": [{
-                    "size": 9, "width": 3000, "height": 4000, "mime": "image/jpeg",
-                    "thumburl": "https://upload.wikimedia.org/a/960px-First.jpg", "thumbwidth": 960,
-                    "url": "https://upload.wikimedia.org/a/First.jpg",
-                    "descriptionurl": "https://commons.wikimedia.org/wiki/File:First.jpg",
-                    "descriptionshorturl": "https://commons.wikimedia.org/w/index.php?curid=1",
-                    "extmetadata": {
-                        "License": {"value": "cc-by-sa-4.0", "source": "commons-templates", "hidden": ""},
-                        "LicenseShortName": {"value": "CC BY-SA 4.0", "source": "commons-desc-page", "hidden": ""},
-                        "Artist": {"value": '<a href="//commons.wikimedia.org">Zoë &amp; Co</a>', "source": "x"},
-                        "ObjectName": {"value": "The first", "source": "mediawiki-metadata"},
-                    },
-                }],
-            },
-        ]
-    },
+
+
+def commons_page(index: int, name: str, **told: str) -> dict:
+    """Return a file among the results of Wikimedia Commons."""
+    image = {
+        "url": f"https://upload.wikimedia.org/{name}", "descriptionurl": f"https://commons.wikimedia.org/wiki/{name}",
+        "thumburl": f"https://upload.wikimedia.org/960px-{name}", "thumbwidth": 960,
+        "extmetadata": {field: {"value": value, "source": "commons-desc-page"} for field, value in told.items()},
+    }  # fmt: skip
+    return {"pageid": 9 - index, "ns": 6, "title": f"File:{name}", "index": index, "imageinfo": [image]}
+
+
+SECOND = commons_page(2, "Second.png", License="pd", LicenseShortName="Public domain")
+ARTIST = '<a href="//commons.wikimedia.org">Zoë &amp; Co</a>'
+FIRST = commons_page(1, "First.jpg", License="cc-by-sa-4.0", LicenseShortName="CC BY-SA 4.0", Artist=ARTIST)
+COMMONS = {"batchcomplete": True, "query": {"pages": [SECOND, FIRST]}}
+PHOTO = {
+    "id": 11, "license_code": "cc-by", "attribution": "(c) zoe, some rights reserved (CC BY)", "hidden": False,
+    "url": "https://inaturalist-open-data.s3.amazonaws.com/photos/11/square.jpg",
 }  # fmt: skip
-INATURALIST = {
-    "total_results": 1,
-    "page": 1,
-    "per_page": 200,
-    "results": [
-        {
-            "id": 7, "quality_grade": "research", "uri": "https://www.inaturalist.org/observations/7",
-            "taxon": {"id": 3, "name": "Lasius niger", "rank": "species", "preferred_common_name": "Black Garden Ant"},
-            "user": {"id": 5, "login": "zoe", "name": None},
-            "photos": [
-                {
-                    "id": 11, "license_code": "cc-by", "attribution": "(c) zoe, some rights reserved (CC BY)",
-                    "url": "https://inaturalist-open-data.s3.amazonaws.com/photos/11/square.jpg",
-                    "original_dimensions": {"width": 2048, "height": 1536}, "hidden": False,
-                },
-                {"id": 12, "license_code": None, "url": "https://static.inaturalist.org/photos/12/square.jpg"},
-            ],
-        }
-    ],
+OBSERVATION = {
+    "id": 7, "quality_grade": "research", "uri": "https://www.inaturalist.org/observations/7",
+    "taxon": {"id": 3, "name": "Lasius niger", "rank": "species", "preferred_common_name": "Black Garden Ant"},
+    "user": {"id": 5, "login": "zoe", "name": None}, "photos": [PHOTO, {**PHOTO, "license_code": None}],
 }  # fmt: skip
+INATURALIST = {"total_results": 1, "page": 1, "per_page": 200, "results": [OBSERVATION]}
 
 
 def test_commons_gives_thumbnails_in_order_with_licence_and_creator(server):
-    found, problems = results(f"commons:{answer_with(server, '/w/api.php', COMMONS)}", WORDS)
-    assert not problems
-    first, second = found
-    assert first == retrain.Candidate(
-        "https://upload.wikimedia.org/a/960px-First.jpg", "commons",
-        "https://commons.wikimedia.org/wiki/File:First.jpg", "CC BY-SA 4.0", "The first", "Zoë & Co",
-    )  # fmt: skip
+    more = {**COMMONS, "continue": {"gsroffset": 50, "continue": "gsroffset||"}}
+    source = f"commons:{answer_with(server, '/w/api.php', more, COMMONS)}"
+    first, second = results(source, WORDS)
+    image, page = "https://upload.wikimedia.org/960px-First.jpg", "https://commons.wikimedia.org/wiki/First.jpg"
+    assert first == retrain.Candidate(image, page, "CC BY-SA 4.0", "File:First.jpg", "Zoë & Co", "commons")
     assert (second.title, second.licence, second.creator) == ("File:Second.png", "Public domain", None)
+    assert [query.get("gsroffset") for query in server.traffic.queries["/w/api.php"]] == [None, "50"]
+    assert results(source, WORDS, "--crawl_license", "by-sa,cc0") == [first]
+    assert results(source, WORDS, "--crawl_license", "pdm") == [second]
 
 
 def test_inaturalist_gives_large_photographs_that_are_licensed(server):
-    found, problems = results(f"inaturalist:{answer_with(server, '/v1/observations', INATURALIST)}", "ants")
-    assert not problems
-    assert found == [
-        retrain.Candidate(
-            "https://inaturalist-open-data.s3.amazonaws.com/photos/11/large.jpg", "inaturalist",
-            "https://www.inaturalist.org/observations/7", "cc-by", "Lasius niger", "zoe",
-        )
-    ]  # fmt: skip
+    source = f"inaturalist:{answer_with(server, '/v1/observations', INATURALIST, {**INATURALIST, 'results': []})}"
+    image = "https://inaturalist-open-data.s3.amazonaws.com/photos/11/large.jpg"
+    expected = retrain.Candidate(image, OBSERVATION["uri"], "cc-by", "Lasius niger", "zoe", "inaturalist")
+    assert results(source, "ants") == [expected]
+    assert server.traffic.queries["/v1/observations"][1]["id_below"] == "7"
 
 
 def test_openverse_gives_licence_creator_page_and_title(server):
     server.results[WORDS], server.throttled = good(range(45)), 1
-    found, problems = results(server.source("openverse"), WORDS)
-    assert not problems
+    found = results(server.source("openverse"), WORDS, "--crawl_license", "by,cc0")
     assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
-    assert found[21].title == server.results[WORDS][21].title
-    assert (found[21].licence, found[21].creator, found[21].source) == ("by-sa 2.0", "Zoë Ünal", "openverse")
-    assert found[21].page == f"{server.site}/photos/21?a=1&b=2"
+    url, page, title = found[21].url, f"{server.site}/photos/21?a=1&b=2", server.results[WORDS][21].title
+    assert found[21] == retrain.Candidate(url, page, "by-sa 2.0", title, "Zoë Ünal", "openverse")
     assert server.traffic.counts["/v1/images/"] == 4  # three pages, and one that was refused
+    assert {query["license"] for query in server.traffic.queries["/v1/images/"]} == {"by,cc0"}
     first, second = server.traffic.starts["/v1/images/"][:2]
     assert second - first > 0.9  # as the Retry-After said
 
 
-def test_openverse_token_goes_to_openverse_alone(server, monkeypatch, crawl):
+def test_a_key_for_openverse_raises_the_page_size_and_goes_nowhere_else(server, monkeypatch):
     monkeypatch.setenv("OPENVERSE_TOKEN", "secret")
-    server.results["cat"] = good(range(3)) + good([3], "hops5")
-    assert crawl("cat", count=4)[0] == 0
-    assert all(headers["Authorization"] == "Bearer secret" for headers in server.traffic.headers["/v1/images/"])
-    for path in server.traffic.pictures():
-        assert not any("Authorization" in headers for headers in server.traffic.headers[path])
+    server.results["cat"], fetcher = good(range(45)), web()
+    found = list(retrain.candidates_of([retrain.source_named(server.source("openverse"))], "cat", fetcher))
+    fetcher.get(found[0].url, robots=True)
+    assert [headers["Authorization"] for headers in server.traffic.headers["/v1/images/"]] == ["Bearer secret"]
+    assert not any("Authorization" in headers for headers in server.traffic.headers["/p/good/0.jpg"])
 
 
-def test_bing_pages_until_it_repeats_itself(server):
-    server.results[WORDS] = good(range(80))
-    found, problems = results(server.source("bing"), WORDS)
-    assert not problems
-    assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
-    assert found[40].title == server.results[WORDS][40].title
-    assert (found[40].page, found[40].licence) == (f"{server.site}/seite/5?x=1&y=ä", None)
-
-
-def test_baidu_pages_by_sixty(server):
+@pytest.mark.parametrize("name", ["bing", "baidu"])
+def test_search_engines_are_asked_page_by_page(server, name):
+    """Bing repeats its last page for ever."""
     server.results[WORDS] = good(range(130))
-    found, problems = results(server.source("baidu"), WORDS)
-    assert not problems
+    found = results(server.source(name), WORDS, "--crawl_license", "by")  # which they can't tell
     assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
-    assert found[1].title == server.results[WORDS][1].title
+    if name == "bing":
+        assert (found[40].title, found[40].page) == (server.results[WORDS][40].title, f"{server.site}/seite/5?x=1&y=ä")
 
 
 def test_a_page_gives_each_image_in_its_largest_form(server):
-    found, problems = results(f"page:{server.site}/gallery.html", "x")
-    assert not problems
+    found = results(f"page:{server.site}/{{}}/", "gallery")
     assert [one.url.removeprefix(server.site) for one in found] == GALLERY_PATHS
-    assert {one.page for one in found} == {f"{server.site}/gallery.html"}
+    assert {one.page for one in found} == {f"{server.site}/gallery/"}
     titles = {one.url.rsplit("/")[-1]: one.title for one in found}
     assert (titles["plain.jpg"], titles["x3.jpg"]) == ("Un éléphant", "Café & compagnie")
-
-
-@pytest.mark.parametrize(
-    ("told", "code"),
-    [("CC BY-SA 4.0", "by-sa"), ("by 2.0", "by"), ("cc-by-nc-nd", "by-nc-nd"), ("CC0", "cc0"), ("CC0 1.0", "cc0"),
-     ("Public domain", "pdm"), ("pdm 1.0", "pdm"), ("GFDL", "")],
-)  # fmt: skip
-def test_licences_in_the_words_of_the_sources(told, code):
-    assert retrain.license_of(told) == code
-
-
-def test_only_wanted_licences_are_taken_where_they_are_known(server):
-    commons = f"commons:{answer_with(server, '/w/api.php', COMMONS)}"
-    assert [one.licence for one in results(commons, "x", license=("by-sa",))[0]] == ["CC BY-SA 4.0"]
-    server.results["x"] = good(range(3))
-    assert len(results(server.source("bing"), "x", license=("by-sa",))[0]) == 3
-    assert results(server.source("openverse"), "x", license=("by",))[0] == []
 
 
 def test_a_list_for_each_class(server, crawl, tmp_path):
     lines = [f"{server.site}{result.path}" for result in good(range(3))]
     (tmp_path / "list of cat.txt").write_text("\ufeff# mine\n" + "\n".join([*lines, "", "not an address"]), "utf-8")
     code, said = crawl("cat\ndog\n", source=[f"list:{tmp_path}/list of {{}}.txt"])
-    assert code == 0
+    assert code == 0 and "1 no http or https address" in said
     assert len(files_in(crawl.images / "cat")) == 3
-    assert "1 no http or https address" in said
-    assert re.search(r"--crawl_source list:.*list of dog\.txt could not be read", said)
-
-
-def test_one_list_for_two_classes_is_refused(crawl, tmp_path):
-    code, said = crawl("cat\ndog\n", source=[f"list:{tmp_path}/list.txt"])
+    assert re.search(r"--crawl_source list:.*No such file or directory: .*list of dog\.txt", said)
+    code, said = crawl("cat\ndog\n", source=[f"list:{tmp_path}/list of cat.txt"])
     assert code == 1 and "would give every class the same images" in said
 
 
@@ -334,36 +257,26 @@ ODD_BODIES = {
     "markup": ("page", b"<html><![foo"),
     "nothing": ("page", b""),
     "deep": ("openverse", b'{"page_count":1,"results":' + b"[" * 100_000),
-    "no object": ("openverse", b"[]"),
-    "odd result": ("openverse", b'{"results":[7,null,{"url":[],"license":7}],"page_count":1}'),
+    "odd results": ("openverse", b'{"results":[7,null,{"url":[],"license":7}],"page_count":1}'),
     "error": ("commons", b'{"error":{"code":"maxlag"}}'),
-    "m": ("bing", b'<a class=iusc m=\'{"murl":7,"t":[]}\'></a><a class=iusc m></a>'),
     "another form": ("baidu", b"<html>Something else altogether</html>"),
 }
 
 
 @pytest.mark.parametrize("name", ODD_BODIES)
-def test_an_odd_page_of_results_does_not_end_the_run(server, crawl, tmp_path, name):
+def test_an_odd_page_of_results_is_told_and_does_not_end_the_run(server, crawl, tmp_path, name):
     source, body = ODD_BODIES[name]
     (tmp_path / "rest.txt").write_text(f"{server.site}{Result('good', 1).path}\n")
-    server.bodies["/odd"] = body
+    server.bodies["/odd"] = [body]
     code, said = crawl("cat", source=[f"{source}:{server.site}/odd", f"list:{tmp_path}/rest.txt"])
     assert code == 0, said
     assert files_in(crawl.images / "cat") == {name_of(Result("good", 1))}
-    assert "Traceback" not in said
-
-
-def test_odd_addresses_do_not_end_the_run(server, crawl):
-    odd = ["http://h\0st/x.jpg", "http://\ud800/x.jpg", "http://[::1/x.jpg", "http://a..b/x.jpg", "", None, 7, {}]
-    entries = [{"url": url, "license": "by", "title": "\udc00\0", "creator": [7]} for url in odd]
-    last = {"url": server.site + Result("good", 1).path, "license": "by"}
-    answer_with(server, "/v1/images/", {"page_count": 1, "results": [*entries, last]})
-    code, said = crawl("cat")
-    assert code == 0, said
-    assert files_in(crawl.images / "cat") == {name_of(Result("good", 1))}
+    assert re.search(f"--crawl_source {source}:.*its form has changed", said) and "Traceback" not in said
 
 
 # Good manners.
+
+FORBIDDEN = "forbidden by robots.txt"
 
 
 def fetch_all(fetcher: retrain.Web, addresses: Sequence[str]) -> list[str]:
@@ -371,7 +284,7 @@ def fetch_all(fetcher: retrain.Web, addresses: Sequence[str]) -> list[str]:
 
     def fetch(url: str) -> str:
         try:
-            fetcher.get(url, 300_000, robots=True)
+            fetcher.get(url, robots=True)
         except retrain.Refusal as refusal:
             return str(refusal)
         return ""
@@ -385,7 +298,7 @@ def test_a_pause_between_two_requests_to_a_host(server):
     with CrawlServer() as other:
         kinds = ("good", "500_once", "hops5")
         addresses = [f"{one.site}/p/{kind}/1.jpg" for kind in kinds for one in (server, other)]
-        assert set(fetch_all(web(host_delay=0.2), addresses)) == {""}
+        assert set(fetch_all(web("--crawl_host_delay", 0.2), addresses)) == {""}
         for one in (server, other):
             times = sorted(time for times in one.traffic.starts.values() for time in times)
             assert len(times) == 10  # robots.txt, one, two and six
@@ -394,34 +307,27 @@ def test_a_pause_between_two_requests_to_a_host(server):
 
 def test_robots_txt_is_asked_once_and_obeyed(server):
     addresses = [f"{server.site}/p/{kind}/{seed}.jpg" for seed in range(5) for kind in ("good", "forbidden")]
-    assert fetch_all(web(), addresses) == ["", "forbidden by robots.txt"] * 5
-    assert server.traffic.robots() == 1
+    assert fetch_all(web(), addresses) == ["", FORBIDDEN] * 5
+    assert server.traffic.counts["/robots.txt"] == 1
     assert "retrain.py" in server.traffic.headers["/p/good/1.jpg"][0]["User-Agent"]
 
 
 @pytest.mark.parametrize(
-    ("rules", "expected"),
+    ("answer", "good", "png"),
     [
-        ("\ufeffUser-agent: retrain.py\nDisallow: /p/png/\n\nUser-agent: *\nDisallow: /\n", "png"),
-        ("User-agent: *\nAllow: /\nDisallow: /p/png/\n", "png"),
-        ("User-agent: *\nDisallow: /*/png/*.jpg$\n", "png"),
+        ("\ufeffUser-agent: retrain.py\nDisallow: /p/png/\n\nUser-agent: *\nDisallow: /\n", "", FORBIDDEN),
+        ("User-agent: *\nAllow: /\nDisallow: /p/png/\n", "", FORBIDDEN),  # the longest rule counts
+        ("User-agent: *\nDisallow: /*/png/*.jpg$\n", "", FORBIDDEN),
+        ("User-agent: *\nCrawl-delay: 100\n", FORBIDDEN, FORBIDDEN),  # which nobody waits for
+        ("<html>no such page</html>", "", ""),
+        (404, "", ""),
+        (403, FORBIDDEN, FORBIDDEN),
+        (503, "HTTP 503", "HTTP 503"),
     ],
-    ids=["by name", "the longest rule counts", "wildcards"],
 )
-def test_what_robots_txt_may_say(server, rules, expected):
-    server.robots = rules
-    told = fetch_all(web(), [f"{server.site}/p/{kind}/1.jpg" for kind in ("good", expected)])
-    assert told == ["", "forbidden by robots.txt"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [(404, ""), (403, "forbidden by robots.txt"), ("<html>no such page</html>", ""), (503, "robots.txt: HTTP 503"),
-     ("User-agent: *\nCrawl-delay: 100\n", "the host wants a long pause")],
-)  # fmt: skip
-def test_robots_txt_that_is_none_or_wants_too_much(server, answer, expected):
+def test_what_robots_txt_may_say(server, answer, good, png):
     server.robots = answer
-    assert set(fetch_all(web(), [f"{server.site}/p/good/{seed}.jpg" for seed in range(3)])) == {expected}
+    assert fetch_all(web(), [f"{server.site}/p/{kind}/1.jpg" for kind in ("good", "png")]) == [good, png]
 
 
 def test_what_failed_is_tried_again_after_the_pause_asked_for(server):
@@ -432,30 +338,16 @@ def test_what_failed_is_tried_again_after_the_pause_asked_for(server):
     assert (server.traffic.counts["/p/500/1.jpg"], server.traffic.counts["/p/404/1.jpg"]) == (3, 1)
 
 
-@pytest.mark.parametrize(("kind", "asked"), [("stall", 2), ("throttled", 2)])
-def test_a_host_that_only_costs_time_is_left_alone(server, monkeypatch, kind, asked):
+@pytest.mark.parametrize("kind", ["stall", "throttled"])
+def test_a_host_that_only_costs_time_is_left_alone(server, monkeypatch, kind):
     """Though each of its answers alone could be waited for; another host isn't concerned."""
     monkeypatch.setattr(retrain, "MOST_LOST", 1.5)
     fetcher = web()
     with CrawlServer() as other:
         told = [fetch_all(fetcher, [server.site + Result(kind, seed).path])[0] for seed in range(6)]
-        assert set(told[1:]) == {"the host gives no answers"}
-        assert server.traffic.pictures().total() == asked
+        assert set(told) == {"the host gives no answers"}
+        assert server.traffic.images().total() == 2
         assert fetch_all(fetcher, [other.site + Result("good", 1).path]) == [""]
-
-
-def test_a_slow_host_does_not_hold_up_another(server, crawl):
-    with CrawlServer() as other:
-        slow, fast = good(range(10)), good(range(10, 13))
-        addresses = [server.site + result.path for result in slow] + [other.site + result.path for result in fast]
-        (crawl.images.parent / "list.txt").write_text("\n".join(addresses))
-        source = f"list:{crawl.images.parent}/list.txt"
-        assert crawl("cat", "--crawl_host_delay", 0.3, source=[source], count=13)[0] == 0
-        first, second = (
-            sorted(times[0] for path, times in one.traffic.starts.items() if path.startswith("/p/"))
-            for one in (server, other)
-        )
-        assert second[-1] < first[6]
 
 
 def test_no_cookies_and_no_passwords_are_sent(server, tmp_path, monkeypatch):
@@ -476,110 +368,103 @@ def test_each_misbehaviour_is_refused_for_its_reason(server, kind):
     """The image behind it is a good one, so only the behaviour can be why."""
     with pytest.raises(retrain.Refusal) as caught:
         retrain.fetch_image(server.site + Result(kind, 1).path, web())
-    told = str(caught.value)
-    assert (told, caught.value.passing) == (BAD[kind], kind in PASSING)
+    assert (str(caught.value), caught.value.passing) == (BAD[kind], kind in PASSING)
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_each_odd_but_good_image_is_taken(server, kind):
     data, facts = retrain.fetch_image(server.site + Result(kind, 1).path, web())
-    assert data == file_of(kind if kind in ENDINGS else "good", 1)
-    assert (facts["file"], facts["width"], facts["height"]) == (name_of(Result(kind, 1)), 320, 240)
+    assert (data, facts["file"]) == (file_of(kind, 1), name_of(Result(kind, 1)))
 
 
 @pytest.mark.parametrize(
     ("address", "reason"),
     [(f"http://{host}/x.jpg", "private address") for host in (
-        "10.1.2.3", "172.16.0.1:8080", "100.64.0.1", "0.0.0.0", "224.0.0.1", "[::1]", "[fe80::1]", "[fd00::1]",
-        "[::ffff:10.0.0.1]", "[2002:7f00:1::]", "[64:ff9b::7f00:1]", "localhost",
+        "10.1.2.3", "172.16.0.1:8080", "100.64.0.1", "0.0.0.0", "[::1]", "[fe80::1]", "[fd00::1]", "[::ffff:10.0.0.1]",
+        "localhost", "127.0.0.1\\@example.com",
     )] + [(address, "no http or https address") for address in (
         "file:///etc/passwd", "data:image/png;base64,AAAA", "http:///x.jpg", "http://host:99999/x.jpg",
-        "http://[::1/x.jpg", "http://127.0.0.1\\@example.com/x.jpg", "x.jpg",
+        "http://[::1/x.jpg", "x.jpg",
     )],
 )  # fmt: skip
 def test_addresses_that_are_not_asked(address, reason):
     with pytest.raises(retrain.Refusal, match=reason):
-        web(allow_private=()).get(address)
+        web("--crawl_allow_private", "192.0.2.1").get(address)
 
 
 # Whole runs.
 
-CLASSES = {"first": 0, "Second Class": 1000}
 
-
-@pytest.fixture(scope="module")
-def planted():
-    """A server with 100 results for each of two classes, 40 % of them bad in all ways; the second repeats the first."""
-    with CrawlServer() as running:
-        for words, seed in CLASSES.items():
-            running.results[words] = plant(seed, 110, shuffle=seed)
-        shown = sorted(result.seed for result in running.results["first"] if result.kind == "good")
-        running.results["Second Class"] += [Result(kind, shown[-1]) for kind in ("copy", "poorer")]
-        yield running
-
-
-def start(folder: Path, *sources: str, count: int = 200, names: Sequence[str] = tuple(CLASSES)) -> subprocess.Popen:
+def start(folder: Path, source: str, count: int, names: str) -> subprocess.Popen:
     """Start a hasty crawl into `folder`, in a process of its own; what it says is in the file `said` there."""
-    folder.mkdir(exist_ok=True)
-    (folder / "names.txt").write_text("\n".join(names), "utf-8")
-    command = [sys.executable, "-c", HASTY, *flags_of(folder, sources, count), "--crawl_parallel", "40"]
+    (folder / "names.txt").write_text(names, "utf-8")
+    command = [sys.executable, "-c", HASTY, *flags_of(folder, [source], count), "--crawl_parallel", "40"]
     with open(folder / "said", "w") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
-def check_complete(folder: Path, server: CrawlServer) -> None:
-    """Check that every good image of each class is there once, under its name, and recorded; and no other."""
-    for words in CLASSES:
-        class_folder, entries = folder / "images" / words, records(folder / "images" / words)
-        kinds = {result.kind for result in server.results[words]}
-        kept = {entry["file"]: entry for entry in entries.values() if entry["outcome"] == "kept"}
-        assert files_in(class_folder) == set(kept)
-        wanted = {result.seed for result in server.results[words] if result.kind in (*GOOD, *TWINS)}
-        if words == "Second Class":
-            wanted -= {result.seed for result in server.results["first"]}
-        seeds = [int(Path(urllib.parse.urlsplit(entry["url"]).path).stem) for entry in kept.values()]
-        assert sorted(seeds) == sorted(wanted)  # of twins, whichever came first
-        for name, entry in kept.items():
-            assert hashlib.sha256((class_folder / name).read_bytes()).hexdigest() == entry["sha256"]
-            assert entry.keys() >= FIELDS and entry["licence"] == "by-sa 2.0" and entry["creator"] == "Zoë Ünal"
-        for path, entry in entries.items():
-            kind = path.split("/")[2]
-            if entry["outcome"] != "kept" and kind not in (*GOOD, *TWINS):
-                assert entry["reason"] == BAD[kind] and entry["outcome"] == ("failed" if kind in PASSING else "refused")
-        assert kinds >= set(GOOD)
+def wait_for_images(process: subprocess.Popen, server: CrawlServer, count: int) -> None:
+    """Wait until so many images were asked for, or the process has ended."""
+    while server.traffic.images().total() < count and process.poll() is None:
+        time.sleep(0.005)
 
 
 @POSIX
-def test_a_run_that_is_killed_ten_times_loses_nothing_and_keeps_nothing_twice(planted, tmp_path):
-    """By SIGKILL, at random moments, told by how much was asked for."""
+def test_a_run_that_is_killed_ten_times_loses_nothing_and_keeps_nothing_twice(server, tmp_path):
+    """By SIGKILL, at random moments, told by how much was asked for; in the end every good image is there once."""
     seed = random.SystemRandom().randrange(2**32)
-    folder, moments = tmp_path / "killed", random.Random(seed)
-    planted.traffic.reset()
+    moments, classes = random.Random(seed), {"first": 0, "second": 1000}
+    for name, least in classes.items():
+        kinds = [*GOOD, *(BAD.keys() - TWINS)] * 3
+        server.results[name] = [Result(kind, number) for number, kind in enumerate(kinds, least)]
+        server.results[name] += [Result(kind, number) for number, kind in enumerate(TWINS, kinds.index("good") + least)]
+        moments.shuffle(server.results[name])
+    server.results["second"] += [Result("poorer", 0), Result("copy", 0)]
     for _ in range(10):
-        process = start(folder, planted.source("openverse"))
-        last = planted.traffic.pictures().total() + moments.randint(5, 30)
-        while planted.traffic.pictures().total() < last and process.poll() is None:
-            time.sleep(moments.uniform(0.005, 0.02))
+        process = start(tmp_path, server.source("openverse"), 200, "first\nsecond")
+        wait_for_images(process, server, server.traffic.images().total() + moments.randint(5, 30))
         process.kill()
         process.wait()
-    assert start(folder, planted.source("openverse")).wait(timeout=120) == 0, f"seed {seed}"
-    check_complete(folder, planted)
-    table = (folder / "said").read_text()
-    assert re.search(r"Second Class +\d+ +200 +\d+ +\d+ ", table) and "first stayed" in table
+    assert start(tmp_path, server.source("openverse"), 200, "first\nsecond").wait(timeout=120) == 0, f"seed {seed}"
+    for name, least in classes.items():
+        folder = tmp_path / "images" / name
+        entries = records(folder)
+        kept = {entry["file"]: path for path, entry in entries.items() if entry["outcome"] == "kept"}
+        assert {path.name for path in folder.iterdir()} - {"crawl.jsonl"} == set(kept)
+        assert {(entry["licence"], entry["creator"]) for entry in entries.values()} == {("by-sa 2.0", "Zoë Ünal")}
+        for file in kept:
+            assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == file.partition(".")[0]
+        wanted = [one.seed for one in server.results[name] if one.seed >= least and one.kind in (*GOOD, *TWINS)]
+        assert sorted(int(Path(path).stem) for path in kept.values()) == sorted(set(wanted)), f"seed {seed}"
+    assert "first stayed" in (tmp_path / "said").read_text()
+
+
+def test_what_a_killed_run_had_begun_is_finished_or_removed(server, crawl):
+    server.results["cat"], folder = good(range(4)), crawl.images / "cat"
+    crawl("cat", count=3)
+    recorded = folder / name_of(good([2])[0])
+    recorded.rename(folder / f".retrain-{recorded.name}.tmp")
+    (folder / ".retrain-unknown.jpg.tmp").write_bytes(b"half")
+    with open(folder / "crawl.jsonl", "a") as record:
+        record.write('{"url":')
+    server.traffic.reset()
+    assert crawl("cat", count=4)[0] == 0
+    assert set(server.traffic.images()) == {"/p/good/3.jpg"}
+    assert {path.name for path in folder.iterdir()} == {"crawl.jsonl", *map(name_of, good(range(4)))}
 
 
 def test_a_second_run_asks_for_nothing_and_a_higher_count_for_the_rest(server, crawl):
-    server.results["cat"] = good(range(4)) + [Result("404", 50, BAD["404"])] + good(range(4, 40))
+    server.results["cat"] = good(range(4)) + [Result("404", 50)] + good(range(4, 40))
     assert crawl("cat", count=10)[0] == 0
     assert len(files_in(crawl.images / "cat")) == 10
-    assert server.traffic.pictures().total() == 11  # not one in vain
+    assert server.traffic.images().total() == 11  # not one in vain
     server.traffic.reset()
     code, said = crawl("cat", count=10)
     assert code == 0 and re.search(r"cat +10 +10 +1 +1 HTTP 404", said)
     assert not server.traffic.counts
     assert crawl("cat", count=15)[0] == 0
     assert len(files_in(crawl.images / "cat")) == 15
-    assert set(server.traffic.pictures()) == {result.path for result in good(range(10, 15))}
+    assert set(server.traffic.images()) == {result.path for result in good(range(10, 15))}
 
 
 def test_a_deleted_image_stays_away_and_is_replaced(server, crawl):
@@ -602,66 +487,31 @@ def test_duplicates_within_and_across_classes_are_refused(server, crawl):
     assert files_in(crawl.images / "cat") == {name_of(result) for result in good(range(5))}
     assert files_in(crawl.images / "dog") == {name_of(result) for result in good(range(5, 8))}
     reasons = Counter(entry.get("reason") for entry in records(crawl.images / "dog").values())
-    same = {
-        "the same file is there already in another class": 2,
-        "the same picture is there already in another class": 1,
-    }
-    assert reasons == {None: 3, **same}
-    assert "dog: 3 of its images were kept for another class before it (cat)" in said
-
-
-def test_images_of_ones_own_count_as_there(server, crawl):
-    server.results["cat"] = good(range(4))
-    (crawl.images / "cat").mkdir(parents=True)
-    (crawl.images / "cat" / "mine.jpg").write_bytes(file_of("smaller", 2))
-    assert crawl("cat")[0] == 0
-    assert files_in(crawl.images / "cat") == {"mine.jpg"} | {name_of(result) for result in good((0, 1, 3))}
+    assert reasons == {None: 3, "the same image is there already in cat": 3}
+    assert "3 the same image is there already in cat" in said
 
 
 def test_what_failed_is_tried_again_by_the_next_run(server, crawl):
     server.results["cat"] = good(range(3)) + [Result("500", 3)]
-    code, said = crawl("cat")
-    assert code == 0 and "run the same command again, which tries 1 that failed once more" in said
+    assert "run the same command again, which tries 1 that failed once more" in crawl("cat")[1]
     server.traffic.reset()
     crawl("cat")
-    assert set(server.traffic.pictures()) == {"/p/500/3.jpg"}
+    assert set(server.traffic.images()) == {"/p/500/3.jpg"}
 
 
-def test_the_table_gives_advice_that_fits(server, crawl):
-    server.results["cat"] = [*good([1]), Result("small", 2), Result("forbidden", 3), Result("to_10", 4)]
-    said = crawl("cat")[1]
-    for advice in ("--crawl_min_side", "robots.txt forbids to crawl", "--crawl_allow_private"):
-        assert advice in said
-    server.results["dog"] = good([5])
-    assert "--crawl_allow_private" not in crawl("dog")[1]
-
-
-def test_other_limits_let_more_pass(server, crawl):
-    server.results["cat"] = [Result("small", 2)]
-    code, said = crawl("cat")
-    assert code == 1 and "--crawl found no image" in said
-    assert crawl("cat", "--crawl_min_side", 50)[0] == 0
-    assert len(files_in(crawl.images / "cat")) == 1
-
-
-def test_a_record_of_an_earlier_version_is_read(server, crawl):
-    """With its fields, a line that a killed run left, and lines that nothing can be made of."""
-    server.results["cat"], folder = good(range(4)), crawl.images / "cat"
-    crawl("cat", count=3)
-    entries = [json.loads(line) for line in (folder / "crawl.jsonl").read_text("utf-8").splitlines()]
-    old = {
-        "url": server.site + "/p/good/3.jpg",
-        "source": "openverse",
-        "outcome": "refused",
-        "reason": "too many bytes",
-    }
-    hostile = {**entries[0], "url": "x", "file": "../OWNED"}
-    lines = [json.dumps(line) for line in (*entries, {**old, "limit": "20000000"}, hostile, [], 7, {"url": ["x"]})]
-    (folder / "crawl.jsonl").write_text("\n".join([*lines, '{"url":']))
+def test_the_table_gives_advice_that_fits_and_a_flag_lets_more_pass(server, crawl, tmp_path):
+    kinds = ("good", "small", "forbidden")
+    (tmp_path / "list.txt").write_text("\n".join(server.site + Result(kind, 3 * len(kind)).path for kind in kinds))
+    source = [f"list:{tmp_path}/list.txt"]
+    code, said = crawl("cat", "--crawl_allow_private", "192.0.2.1", source=source)
+    assert code == 1 and "--crawl found no image" in said and "3 private address" in said
+    assert "--crawl_allow_private" in said and "--crawl_min_side" not in said
+    said = crawl("cat", source=source)[1]
+    assert "--crawl_allow_private" not in said and "--crawl_min_side" in said and "robots.txt forbids to crawl" in said
     server.traffic.reset()
-    assert crawl("cat", count=4)[0] == 0
-    assert not server.traffic.pictures()
-    assert len(files_in(folder)) == 3
+    crawl("cat", "--crawl_min_side", 50, source=source)
+    assert len(files_in(crawl.images / "cat")) == 2
+    assert list(server.traffic.images()) == ["/p/small/15.jpg"]
 
 
 # Errors are sentences, and stops are orderly.
@@ -669,10 +519,8 @@ def test_a_record_of_an_earlier_version_is_read(server, crawl):
 
 def test_two_runs_at_a_time_in_one_folder_are_one_too_many(server, crawl, tmp_path):
     server.results["cat"] = [*good(range(2)), Result("stall", 3)]
-    process = start(tmp_path, server.source("openverse"), count=3, names=["cat"])
-    while server.traffic.pictures().total() < 3:
-        assert process.poll() is None, (tmp_path / "said").read_text()
-        time.sleep(0.01)
+    process = start(tmp_path, server.source("openverse"), 3, "cat")
+    wait_for_images(process, server, 3)
     code, said = crawl("cat")
     process.kill()
     process.wait()
@@ -680,38 +528,39 @@ def test_two_runs_at_a_time_in_one_folder_are_one_too_many(server, crawl, tmp_pa
     assert crawl("cat", count=2)[0] == 0
 
 
-def test_flags_that_do_not_fit(tmp_path, server, capsys):
-    flags = ["--crawl", "names.txt", "--crawl_dir", "elsewhere", "--image_dir", "images"]
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [([], "--crawl_dir"), (["--crawl_only", "--crawl_license", "by,cc-by"], "'cc-by'"),
+     (["--crawl_only", "--crawl_source", "list"], "list:FILE"), (["--crawl_source", "flickr"], "'flickr'")],
+)  # fmt: skip
+def test_flags_that_do_not_fit(capsys, more, message):
     with pytest.raises(SystemExit):
-        retrain.parse_flags(flags)
-    assert "--crawl_dir" in capsys.readouterr().err
-    for more in (["--crawl_only"], ["--crawl_dir", "images/"]):
-        assert retrain.parse_flags([*flags, *more]).crawl_count == 100
-    with pytest.raises(SystemExit):
-        retrain.parse_flags([*flags, "--crawl_only", "--crawl_license", "by,cc-by"])
-    assert "'cc-by'" in capsys.readouterr().err
+        retrain.parse_flags(["--crawl", "names.txt", "--crawl_dir", "elsewhere", "--image_dir", "images", *more])
+    assert message in capsys.readouterr().err
+
+
+def test_a_slash_behind_the_folder_makes_it_no_other():
+    flags = retrain.parse_flags(["--crawl", "names.txt", "--crawl_dir", "images/", "--image_dir", "images"])
+    assert flags.crawl_count == 100
 
 
 def test_a_file_with_one_class_is_refused_before_anything_is_downloaded(server, tmp_path):
     (tmp_path / "names.txt").write_text("cat\n")
-    flags = [*flags_of(tmp_path, [server.source("openverse")], 5), "--image_dir", tmp_path / "images"]
-    flags.remove("--crawl_only")
+    flags = ["--crawl", "names.txt", "--image_dir", "images", "--crawl_source", server.source("bing")]
     done = run_script("retrain.py", *flags, cwd=tmp_path, stdin=subprocess.DEVNULL)
     assert done.returncode == 1 and "it names one class only" in done.stderr
     assert not server.traffic.counts
 
 
-@pytest.mark.parametrize("blocked", ["", "cat", "cat/crawl.jsonl", "cat/.crawl"])
-def test_a_place_that_cannot_be_written_is_said_in_a_sentence(server, crawl, blocked):
+@pytest.mark.parametrize("blocked", ["", "cat", "cat/crawl.jsonl"])
+def test_a_place_that_cannot_be_written_is_said_in_a_sentence(crawl, blocked):
     """Something else lies where a folder or file should be (the user may be root, whom no permission stops)."""
-    server.results["cat"] = good(range(4))
     place = crawl.images / blocked
     place.parent.mkdir(parents=True, exist_ok=True)
     place.mkdir() if blocked.endswith("jsonl") else place.write_text("here I am")
     code, said = crawl("cat")
     told = [line for line in said.splitlines() if line.startswith("retrain.py: error: ")]
-    assert code == 1 and len(told) == 1 and str(crawl.images) in told[0]
-    assert "Traceback" not in said
+    assert code == 1 and len(told) == 1 and str(crawl.images) in told[0] and "Traceback" not in said
 
 
 def test_a_source_out_of_reach_is_an_error_that_names_it(server, crawl, tmp_path):
@@ -724,37 +573,28 @@ def test_a_source_out_of_reach_is_an_error_that_names_it(server, crawl, tmp_path
 
 @POSIX
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_leaves_a_consistent_state_and_says_how_far_it_got(tmp_path, sent, code):
-    with CrawlServer(latency=0.05) as server:
-        server.results["cat"], server.results["dog"] = good(range(60)), good(range(60, 70))
-        process = start(tmp_path, server.source("openverse"), count=30, names=["cat", "dog"])
-        while server.traffic.pictures().total() < 10:
-            assert process.poll() is None, (tmp_path / "said").read_text()
-            time.sleep(0.01)
-        process.send_signal(sent)
-        assert process.wait(timeout=30) == code
-        text = (tmp_path / "said").read_text()
-        assert re.search(r"cat +\d+ +30 +\d+", text) and re.search(r"dog +0 +30 +0", text)
-        assert "stopped" in text.splitlines()[-1] and "Traceback" not in text and "Fatal" not in text
-        folder = tmp_path / "images" / "cat"
-        assert files_in(folder) == {entry["file"] for entry in records(folder).values() if entry["outcome"] == "kept"}
+def test_a_stop_leaves_a_consistent_state_and_says_how_far_it_got(server, tmp_path, sent, code):
+    server.results["cat"] = [Result("stall", 99), *good(range(60))]  # it can't be done before the signal
+    process = start(tmp_path, server.source("openverse"), 100, "cat\ndog")
+    wait_for_images(process, server, 10)
+    process.send_signal(sent)
+    assert process.wait(timeout=30) == code
+    text, folder = (tmp_path / "said").read_text(), tmp_path / "images" / "cat"
+    assert re.search(r"cat +\d+ +100 +\d+", text) and re.search(r"dog +0 +100 +0", text)
+    assert "stopped" in text.splitlines()[-1] and "Traceback" not in text and "Fatal" not in text
+    assert files_in(folder) == {entry["file"] for entry in records(folder).values() if entry["outcome"] == "kept"}
 
 
 # And straight into training.
 
 
-def test_from_names_to_a_graph_that_names_images(tmp_path, model_dir):
-    with CrawlServer() as server:
-        server.results["fire engine"], server.results["sea"] = good(range(20), "red"), good(range(20, 40), "blue")
-        (tmp_path / "names.txt").write_text("Red: fire engine\nblue: sea\n")
-        done = run_script(
-            "retrain.py", "--crawl", "names.txt", "--crawl_count", 12, "--crawl_source", server.source("bing"),
-            "--crawl_host_delay", 0, "--crawl_allow_private", "127.0.0.1", "--image_dir", "images",
-            "--architecture", "inception_v3", "--model_dir", model_dir, "--trust_model",
-            "--how_many_training_steps", 99,
-            "--random_seed", 1, cwd=tmp_path, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "Final test accuracy" in done.stdout
-        assert "crawl.jsonl" not in done.stdout + done.stderr
-        assert (tmp_path / "output_labels.txt").read_text().split() == ["red", "blue"]
+def test_from_names_to_a_graph_that_names_images(server, tmp_path, model_dir):
+    server.results["fire engine"], server.results["sea"] = good(range(20), "red"), good(range(20, 40), "blue")
+    (tmp_path / "names.txt").write_text("Red: fire engine\nblue: sea\n")
+    flags = ["--crawl_count", 12, "--crawl_host_delay", 0, "--crawl_allow_private", "127.0.0.1", "--random_seed", 1]
+    flags += ["--crawl_source", server.source("bing"), "--how_many_training_steps", 99, "--image_dir", "images"]
+    flags += ["--architecture", "inception_v3", "--model_dir", model_dir, "--trust_model"]
+    done = run_script("retrain.py", "--crawl", "names.txt", *flags, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "Final test accuracy" in done.stdout and "crawl.jsonl" not in done.stdout + done.stderr
+    assert (tmp_path / "output_labels.txt").read_text().split() == ["red", "blue"]
