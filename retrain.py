@@ -505,7 +505,7 @@ class Image:
     label: str
     split: str = "training"  # or "validation", "testing", or "coarse": stage one of two
     place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
-    listed: tuple[int, int] | None = None  # in an object store: see stamp_of
+    listed: tuple[int, int] | None = None  # in an object store: size, and a checksum of what it tells of the file
 
     @property
     def key(self) -> str:
@@ -519,10 +519,7 @@ def shown(url: str) -> str:
 
 
 def stamp_of(image: Image) -> tuple[int, int]:
-    """Return the size in bytes, and the time of change in nanoseconds since 1970, as a record of features holds them.
-
-    In an object store the latter is a number that changes with what the store tells: a time, an ETag, a version.
-    """
+    """Return the size in bytes and the time of change in nanoseconds since 1970, or else what tells of a change."""
     if image.listed:
         return image.listed
     try:
@@ -564,9 +561,8 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | 
 def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
     """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
 
-    Hidden files and folders, and folders within class folders, are not read. Whether a file is an image is told by its
-    content, when it is decoded. Raises UserError for a folder from which no classifier could be trained, with less than
-    two classes or `least` files of one, by the name of its flag.
+    Whether a file is an image is told by its content, when it is decoded. Raises UserError for a folder from which no
+    classifier could be trained, with less than two classes or `least` files of one, by the name of its flag.
     """
     given = f"{flag} {shown(image_dir)}"
     if os.path.isfile(image_dir):
@@ -728,10 +724,7 @@ def stem_of(key: str) -> str:
 
 
 def percentage_hash(key: str) -> float:
-    """Return where in [0, 100] an image falls when the set is split: always the same, whatever else is there.
-
-    Images of one stem fall together, so that near-identical ones stay on one side.
-    """
+    """Return where in [0, 100] an image falls when the set is split, together with those of the same stem."""
     digest = hashlib.sha1(os.fsencode(stem_of(key)), usedforsecurity=False).hexdigest()
     return int(digest, 16) % 2**27 * (100.0 / (2**27 - 1))
 
@@ -739,9 +732,8 @@ def percentage_hash(key: str) -> float:
 def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
     """Return the images with their split, by the classic rule: hash below `validation`, below the sum, or above.
 
-    A class that would be left with nothing to test or to validate with lends the nearest of its training images (with
-    those of the same hash) as long as it keeps some to train on; one that would be left with nothing to train on takes
-    back the furthest.
+    A class with nothing to test or to validate with lends the nearest of its training images (with those of the same
+    hash) as long as it keeps some to train on; one with nothing to train on takes back the furthest.
     """
     splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and hash
     for image in images:
