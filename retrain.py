@@ -49,7 +49,6 @@ import time
 import types
 import unicodedata
 import urllib.parse
-import urllib.request
 import uuid
 import warnings
 import zlib
