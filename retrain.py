@@ -1597,11 +1597,14 @@ class BottleneckStore:
         return (features, cues) if is_whole and made_from == list(record) else None
 
     def save(self, job: Job, features: np.ndarray, cues: list[float]) -> None:
-        """Keep the features float32 [variants, n] and the cues of a job; a run killed in between does it again."""
+        """Keep the features float32 [variants, n] of a job, and the cues."""
         for name, values in zip(job.names.values(), features, strict=True):
-            with whole_file(self.folder / name) as temporary:
+            path = self.folder / name
+            with whole_file(path) as temporary:
                 temporary.write_text(bottleneck_text(values))
-            self.index.append([name, *job.record, cues])
+                # In this order, a run killed in between leaves no file, and never one that the record doesn't fit.
+                path.unlink(missing_ok=True)
+                self.index.append([name, *job.record, cues])
 
     def tell_skipped(self, skipped: dict[Path | UPath, str]) -> None:
         """List the files that were skipped, with their reasons, beside the bottlenecks, and print the first three."""
