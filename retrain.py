@@ -1517,25 +1517,26 @@ class Distortion:
     def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
         """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
         chance = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
+
+        def factor(percent: int) -> np.float32:
+            return np.float32(chance.uniform(1 - percent / 100, 1 + percent / 100))
+
         if self.random_rotation:  # the corners get the mean color
-            turned = PIL.Image.fromarray(pixels).rotate(
-                chance.uniform(-self.random_rotation, self.random_rotation),
-                PIL.Image.Resampling.BILINEAR,
-                fillcolor=tuple(int(mean) for mean in pixels.mean(axis=(0, 1))),
-            )
-            pixels = np.asarray(turned)
+            angle = chance.uniform(-self.random_rotation, self.random_rotation)
+            mean_color = tuple(int(mean) for mean in pixels.mean(axis=(0, 1)))
+            image = PIL.Image.fromarray(pixels)
+            pixels = np.asarray(image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=mean_color))
         enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
-        resized = resize_bilinear(pixels, (int(size[0] * enlarged), int(size[1] * enlarged)))
-        top = chance.integers(len(resized) - size[0] + 1)
-        left = chance.integers(resized.shape[1] - size[1] + 1)
-        variant = resized[top : top + size[0], left : left + size[1]]
+        height, width = size
+        resized = resize_bilinear(pixels, (int(height * enlarged), int(width * enlarged)))
+        top = chance.integers(resized.shape[0] - height + 1)
+        left = chance.integers(resized.shape[1] - width + 1)
+        variant = resized[top : top + height, left : left + width]
         if self.flip_left_right and chance.integers(2):
             variant = variant[:, ::-1]
-        brightness = chance.uniform(1 - self.random_brightness / 100, 1 + self.random_brightness / 100)
-        variant = variant * np.float32(brightness)
+        variant = variant * factor(self.random_brightness)
         if self.random_color:
-            share = self.random_color / 100
-            saturation, contrast = chance.uniform(1 - share, 1 + share, 2).astype(np.float32)
+            saturation, contrast = factor(self.random_color), factor(self.random_color)
             grey, mean = variant.mean(axis=2, keepdims=True), variant.mean()
             variant = mean + (grey + (variant - grey) * saturation - mean) * contrast
         return np.ascontiguousarray(variant)
@@ -1549,8 +1550,10 @@ class Job:
     path: Path | UPath  # absolute
     key: str
     record: tuple[int, int, str]  # size and time before the image is read: if it changes meanwhile, it is redone
-    distortion: Distortion | None
     names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
+    distortion: Distortion | None
+    reading: Reading
+    size: tuple[int, int]  # height and width that the network takes
     data: bytes = b""  # of the image, where another process has read it
 
 
@@ -1627,33 +1630,32 @@ def bottleneck_text(features: np.ndarray) -> str:
 
 def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
-    grey = PIL.Image.fromarray(pixels).convert("L").resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
-    luma = np.asarray(grey, np.float32) / 255
+    image = PIL.Image.fromarray(pixels).convert("L")
+    luma = np.asarray(image.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2), np.float32) / 255
     around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
     laplacian = around - 4 * luma[1:-1, 1:-1]
-    sides = sorted(PIL.Image.open(io.BytesIO(data)).size)
-    width, height = sides if pixels.shape[0] > pixels.shape[1] else reversed(sides)
-    return [*(round(float(value), 6) for value in (luma.mean(), luma.std(), laplacian.var())), width, height]
+    measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
+    short, long = sorted(PIL.Image.open(io.BytesIO(data)).size)
+    is_upright = pixels.shape[0] > pixels.shape[1]
+    return [*measured, short, long] if is_upright else [*measured, long, short]
 
 
-def extract(
-    job: Job, network: Callable, reading: Reading, size: tuple[int, int]
-) -> tuple[np.ndarray, list[float]] | str:
+def extract(job: Job, network: Callable) -> tuple[np.ndarray, list[float]] | str:
     """Return the features float32 [variants, n] and the CUES of an image, or why it can't be used.
 
-    network: function from pixels float32 [*size, 3] to features [n].
+    network: function from pixels float32 [height, width, 3] to features [n].
     """
     try:
         data = job.data or read_anywhere(job.path)
-        pixels = decode_image(data, reading, size)
+        pixels = decode_image(data, job.reading, job.size)
     except ImageError as error:
         return str(error)
     features = []
     for variant in job.names:
         if job.distortion:
-            resized = job.distortion.apply(pixels, size, f"{job.key}_distorted_{variant}")
+            resized = job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}")
         else:
-            resized = resize_bilinear(pixels, size)
+            resized = resize_bilinear(pixels, job.size)
         features.append(network(resized))
     if not np.isfinite(features).all():
         return "the base model gives no finite features for it"
@@ -1664,9 +1666,8 @@ def extract_here(
     store: BottleneckStore, jobs: Sequence[Job], engine: Engine = Engine()
 ) -> Generator[tuple, None, None]:
     """Yield (job, result of extract), on this machine."""
-    size, reading = store.base.input_size, store.reading
     at_once = networks(store.base, engine, len(jobs))
-    return on_all_cores([functools.partial(extract, network=run, reading=reading, size=size) for run in at_once], jobs)
+    return on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
 
 
 def compute_bottlenecks(
@@ -1683,8 +1684,10 @@ def compute_bottlenecks(
     """
     features = empty_matrix((len(images), count, store.base.bottleneck_size), store.folder)
     cues = np.full((len(images), len(CUES)), np.nan, np.float32)
-    recipe = f"{store.recipe} {dataclasses.astuple(distortion)}" if distortion else store.recipe
-    jobs, reasons = [], {}
+    doing, recipe = "Bottlenecks", store.recipe
+    if distortion:
+        doing, recipe = "Distortions", f"{recipe} {dataclasses.astuple(distortion)}"
+    jobs, wanted, reasons = [], 0, {}
     for row, image in enumerate(images):
         record, missing = (*stamp_of(image), recipe), {}
         for variant in range(count):
@@ -1694,9 +1697,10 @@ def compute_bottlenecks(
             else:
                 missing[variant] = name
         if missing:
-            jobs.append(Job(row, image.path.absolute(), image.key, record, distortion, missing))
+            how = distortion, store.reading, store.base.input_size
+            jobs.append(Job(row, image.path.absolute(), image.key, record, missing, *how))
+            wanted += len(missing)
     if jobs:
-        doing, wanted = "Distortions" if distortion else "Bottlenecks", sum(len(job.names) for job in jobs)
         log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
         with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
             for job, result in results:
@@ -1707,9 +1711,11 @@ def compute_bottlenecks(
                     store.save(job, *result)
                 bar.update(len(job.names))
     usable = [row for row in range(len(images)) if row not in reasons]
-    for new, row in enumerate(usable if reasons else ()):  # in place: the matrix is the largest thing in memory
-        features[new], cues[new] = features[row], cues[row]
-    return features[: len(usable)], cues[: len(usable)], {images[row].path: reasons[row] for row in sorted(reasons)}
+    if reasons:  # in place: the matrix is the largest thing in memory
+        for new, row in enumerate(usable):
+            features[new], cues[new] = features[row], cues[row]
+    skipped = {images[row].path: reasons[row] for row in sorted(reasons)}
+    return features[: len(usable)], cues[: len(usable)], skipped
 
 
 # ======================================================================================================================
@@ -1796,27 +1802,29 @@ class ClusterWorker:
     """A process on some node of a Ray cluster that computes what extract does; no file of ours stays there."""
 
     def __init__(self, parcel: ObjectRef):
-        """Load the network. parcel: reference to base model, reading, engine, name of the network's file, bytes."""
-        base, self.reading, kind, network_file, data = import_ray().get(parcel)
+        """Load the network. parcel: reference to base model, engine, name of the network's file, its bytes."""
+        base, kind, network_file, data = import_ray().get(parcel)
         engine = choose_engine(kind, cpu_threads=1)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
             path = Path(folder, network_file)
             path.write_bytes(data)
-            at_once = networks(dataclasses.replace(base, **{network_file: path}), engine, LARGEST_BLOCK)
-        self.network, self.size = at_once[0], base.input_size
-        self.network(np.zeros([*self.size, 3], np.float32))  # whatever it prepares, it prepares now
+            base = dataclasses.replace(base, **{network_file: path})
+            at_once = networks(base, engine, LARGEST_BLOCK)
+        self.network = at_once[0]
+        self.network(np.zeros([*base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
         self.computers = concurrent.futures.ThreadPoolExecutor(len(at_once))
         self.readers = concurrent.futures.ThreadPoolExecutor(8)  # a far store answers late, but many at once
 
     def compute(self, job: Job) -> tuple:
         """Return the row and the result of extract."""
-        return job.row, extract(job, self.network, self.reading, self.size)
+        return job.row, extract(job, self.network)
 
     def __call__(self, block: Any) -> Any:
         """Return an Arrow table of pickled results for one of pickled jobs."""
         jobs = [pickle.loads(item) for item in block["item"].to_pylist()]
         try:
-            results = list(self.computers.map(self.compute, self.readers.map(with_data, jobs)))
+            read = self.readers.map(with_data, jobs)
+            results = list(self.computers.map(self.compute, read))
         except Exception as error:  # it ends the run there, where it would be taken for a lost block here
             results = [(0, UserError(f"a worker of the cluster failed ({error!r})."))] * len(jobs)
         return block.set_column(0, "item", [[pickle.dumps(result) for result in results]])
@@ -1879,7 +1887,7 @@ def extract_on_cluster(
     kind, file = "litert", "lite_path"
     if engine == "tensorflow" or not base.lite_path or (engine == "auto" and has_gpus):
         kind, file = "tensorflow", "graph_path"
-    parcel = ray.put((base, store.reading, kind, file, getattr(base, file).read_bytes()))
+    parcel = ray.put((base, kind, file, getattr(base, file).read_bytes()))
     read_here = not shared_files and isinstance(jobs[0].path, Path)
     waiting = {job.row: job for job in jobs}
     for most in (LARGEST_BLOCK, 1):
@@ -2046,19 +2054,19 @@ def training_batches(
     First the batch of the first source, int [batch]; then of all of them together the features float32 [rows, n],
     classes int [rows] and weights float32 [rows].
     """
-    whole = settings.train_batch_size == -1
-    sizes = [len(rows.classes) if whole else settings.train_batch_size for rows, _ in sources]
+    size = settings.train_batch_size
+    sizes = [len(rows.rows) if size == -1 else size for rows, _ in sources]
+    drawn = [draw_batches(rows.classes, size, chance) for rows, _ in sources]
     weights = []  # of an image of each class, in each source
-    for (rows, share), size in zip(sources, sizes, strict=True):
-        counts = np.maximum(np.bincount(rows.classes, minlength=class_count), 1)
-        # Drawn batches balance the classes themselves, by drawing a class first.
-        is_balanced = whole and settings.class_weights == "balanced"
-        balance = len(rows.classes) / (class_count * counts) if is_balanced else np.ones(class_count)
-        weights.append(balance.astype(np.float32) * np.float32(share * sum(sizes) / size))
-    drawn = [draw_batches(rows.classes, settings.train_batch_size, chance) for rows, _ in sources]
+    for (rows, share), own_size in zip(sources, sizes, strict=True):
+        balance = np.ones(class_count, np.float32)
+        if settings.class_weights == "balanced" and size == -1:  # else drawing a class first has balanced them
+            counts = np.bincount(rows.classes, minlength=class_count)
+            balance = (len(rows.rows) / (class_count * np.maximum(counts, 1))).astype(np.float32)
+        weights.append(balance * np.float32(share * sum(sizes) / own_size))
     for batches in zip(*drawn, strict=True):
         parts = []
-        for (rows, _), batch, weight in zip(sources, batches, weights, strict=True):
+        for (rows, _), weight, batch in zip(sources, weights, batches, strict=True):
             classes = rows.classes[batch]
             parts.append((rows.features(batch), classes, weight[classes]))
         yield batches[0], *(parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True)))
@@ -2097,7 +2105,8 @@ def keras_learner(
     keras = import_tensorflow().keras
     seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
     sample = training.features(slice(None, None, 1 + len(training.rows) // 8192)).astype(np.float64)
-    scale = math.sqrt(FEATURE_POWER * len(sample) / ((sample**2).sum() or FEATURE_POWER * len(sample)))
+    power = (sample**2).sum()
+    scale = math.sqrt(FEATURE_POWER * len(sample) / power) if power else 1.0
     dense = [
         keras.layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
         for units in (*settings.hidden_units, class_count)
@@ -2120,13 +2129,16 @@ def keras_learner(
 
     def head_now() -> Head:
         """Fold scale and normalisation into the dense layers."""
-        layers = [tuple(layer.get_weights()) for layer in dense]
-        layers[0] = layers[0][0] * np.float32(scale), layers[0][1]
-        normalisations = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
-        for i, layer in enumerate(normalisations):
-            gamma, beta, mean, variance = layer.get_weights()
-            gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
-            layers[i] = layers[i][0] * gain, (layers[i][1] - mean) * gain + beta
+        layers: list[tuple[np.ndarray, np.ndarray]] = []
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.Dense):
+                weights, biases = layer.get_weights()
+                layers.append((weights if layers else weights * np.float32(scale), biases))
+            if isinstance(layer, keras.layers.BatchNormalization):
+                gamma, beta, mean, variance = layer.get_weights()
+                gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
+                weights, biases = layers[-1]
+                layers[-1] = weights * gain, (biases - mean) * gain + beta
         *hidden, (weights, biases) = layers
         return Head(weights, biases, tuple(hidden))
 
@@ -4399,38 +4411,44 @@ def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Imag
     store.tell_skipped(skipped)
     images = split_images(flags, [image for image in images if image.path not in skipped], labels)
     features = found[:, 0]
+    splits = np.array([image.split for image in images])
 
-    def rows_of(*splits: str, labels: list[str] = labels) -> Rows:
-        rows = np.array([row for split in splits for row, image in enumerate(images) if image.split == split], np.intp)
-        return Rows(features, rows, np.array([labels.index(images[row].label) for row in rows], np.intp))
+    def rows_of(*wanted: str, labels: list[str] = labels) -> Rows:
+        rows = np.concatenate([np.flatnonzero(splits == split) for split in wanted])
+        classes = [labels.index(images[row].label) for row in rows]
+        return Rows(features, rows, np.array(classes, np.intp))
 
-    theirs = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
-    coarse, coarse_labels = None, labels if set(theirs) == set(labels) else theirs
+    coarse, coarse_labels = None, labels
     if flags.coarse_image_dir:
+        theirs = dict.fromkeys(image.label for image in images if image.split == "coarse")
+        if set(theirs) != set(labels):
+            coarse_labels = list(theirs)
         coarse = without_copies(rows_of("coarse", labels=coarse_labels), features, images)
         if not len(coarse.rows):
             raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
-    training = rows_of("training")
-    if from_flags(Distortion, flags) != Distortion():
-        training = with_variants(flags, training, images, functools.partial(compute, store))
+    training, distortion = rows_of("training"), from_flags(Distortion, flags)
+    if distortion != Distortion():
+        chosen = [images[row] for row in training.rows]
+        variants, _, gone = compute(store, chosen, distortion, flags.distortions_per_image)
+        if gone:
+            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+        training = with_variants(training, variants, store.folder)
+    count = int((splits != "coarse").sum())  # which come first
     rows = training, rows_of("validation"), rows_of("testing"), rows_of("training", "validation")
-    own = [image for image in images if image.split != "coarse"]  # which come first
-    return Dataset(own, labels, features[: len(own)], cues[: len(own)], *rows, coarse, coarse_labels)
+    return Dataset(images[:count], labels, features[:count], cues[:count], *rows, coarse, coarse_labels)
 
 
-def with_variants(flags: argparse.Namespace, training: Rows, images: Sequence[Image], compute: Callable) -> Rows:
-    """Return the training rows with the distorted variants of their images; compute: see compute_bottlenecks.
+def with_variants(training: Rows, variants: np.ndarray, folder: Path) -> Rows:
+    """Return the training rows, each followed by its distorted variants, float32 [rows, count, n].
 
     Every image gets the same number of rows, so drawing a row of a class still draws an image first.
     """
-    count, chosen = flags.distortions_per_image, [images[row] for row in training.rows]
-    variants, _, gone = compute(chosen, from_flags(Distortion, flags), count)  # [images, count, n]
-    if gone:
-        raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-    matrix = empty_matrix((len(chosen), 1 + count, variants.shape[2]), Path(flags.bottleneck_dir))
-    matrix[:, 0], matrix[:, 1:] = training.features(), variants
-    matrix = matrix.reshape(-1, variants.shape[2])
-    return Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
+    images, count, size = variants.shape
+    matrix = empty_matrix((images, 1 + count, size), folder)
+    matrix[:, 0] = training.features()
+    matrix[:, 1:] = variants
+    rows = np.arange(images * (1 + count))
+    return Rows(matrix.reshape(-1, size), rows, np.repeat(training.classes, 1 + count))
 
 
 def train_as_asked(
@@ -4444,30 +4462,29 @@ def train_as_asked(
     if data.coarse is None:
         head, history = train_head(*given, settings, after_step)
         return head, {"head": history}, train_head, settings
-    log.info("Stage one trains on %d coarse images, stage two on %d others.", len(data.coarse.rows), len(given[0].rows))
+    counts = len(data.coarse.rows), len(data.training.rows)
+    log.info("Stage one trains on %d coarse images, stage two on %d others.", *counts)
     same = data.coarse_labels == data.labels
     first, second = settings.stages(same)
-    nothing = Rows(data.features, np.arange(0), np.arange(0))
-    base = train_head(data.coarse, data.validation if same else nothing, len(data.coarse_labels), first)
+    seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
+    base = train_head(data.coarse, seen, len(data.coarse_labels), first)
     refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
-    trained = {
-        "stage one": base,
-        "without stage one": train_head(*given, settings),
-        "both stages": refine(*given, second, after_step),
-    }
+    alone = train_head(*given, settings)
+    both = refine(*given, second, after_step)
+    trained = {"stage one": base, "without stage one": alone, "both stages": both}
     held_out = data.testing if len(data.testing.rows) else data.validation
-    for name, (head, _) in trained.items() if len(held_out.rows) else ():
-        if same or name != "stage one":
-            accuracy = (head.logits(held_out.features()).argmax(axis=1) == held_out.classes).mean()
-            log.info("  %s: %.1f%% of the %d held-out images", name, 100 * accuracy, len(held_out.rows))
-    return trained["both stages"][0], {name: history for name, (_, history) in trained.items()}, refine, second
+    for name, (head, _) in trained.items():
+        if len(held_out.rows) and (same or name != "stage one"):
+            right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
+            log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
+    return both[0], {name: history for name, (_, history) in trained.items()}, refine, second
 
 
-def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> tuple[float | None, int]:
-    """Try the head on the test images and print the classic lines; return the accuracy and the number of images."""
+def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> dict:
+    """Try the head on the test images and print the classic lines; return what output_graph.json holds of it."""
     testing = data.testing
     if not len(testing.rows):
-        return None, 0
+        return {"test_accuracy": None, "test_images": 0}
     batch = next(draw_batches(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed)))
     predicted = head.logits(testing.features(batch)).argmax(axis=1)
     right = predicted == testing.classes[batch]
@@ -4475,8 +4492,9 @@ def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> tuple[fl
     if flags.print_misclassified_test_images:
         log.info("=== MISCLASSIFIED TEST IMAGES ===")
         for i in np.flatnonzero(~right):
-            log.info("%70s  %s", printable(data.images[testing.rows[batch[i]]].path), data.labels[predicted[i]])
-    return float(right.mean()), len(batch)
+            path = data.images[testing.rows[batch[i]]].path
+            log.info("%70s  %s", printable(path), data.labels[predicted[i]])
+    return {"test_accuracy": float(right.mean()), "test_images": len(batch)}
 
 
 def write_all(
@@ -4490,10 +4508,17 @@ def write_all(
     remove_leftovers(files.graph.parent)
     graph = graph_with_head(base_graph, head, flags.final_tensor_name)
     lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
-    model = {"architecture": base.name, "base_model_sha256": base.fingerprint, "input_size": base.input_size}
-    asked = {name: getattr(flags, name) for name in ("final_tensor_name", "ignore_exif_orientation", "exact_decode")}
-    quantized = {"quantized": flags.quantize}  # the .tflite; the graph never is
-    write_outputs(files, graph, lite, labels, Path(flags.output_labels), model | asked | quantized | facts)
+    facts = {
+        "architecture": base.name,
+        "base_model_sha256": base.fingerprint,
+        "input_size": base.input_size,
+        "final_tensor_name": flags.final_tensor_name,
+        "ignore_exif_orientation": flags.ignore_exif_orientation,
+        "exact_decode": flags.exact_decode,
+        "quantized": flags.quantize,  # the .tflite; the graph never is
+        **facts,
+    }
+    write_outputs(files, graph, lite, labels, Path(flags.output_labels), facts)
     if flags.checkpoint_path:
         write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
@@ -4533,8 +4558,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
             temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
 
     head, histories, train, settings = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
-    accuracy, count = final_test(flags, head, data)
-    facts: dict[str, Any] = {"test_accuracy": accuracy, "test_images": count, "temperature": 1.0, "familiar": None}
+    facts = final_test(flags, head, data) | {"temperature": 1.0, "familiar": None}
     found, report = None, Path(flags.output_report)
     if not flags.no_report:
         found = diagnose(
@@ -4547,14 +4571,14 @@ def make_classifier(flags: argparse.Namespace) -> None:
     write_all(flags, base, base_graph, head, labels, facts)
     if found:
         write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
-    if found and logs:
-        write_evaluation_summaries(found, data.features, logs / "evaluation")
     if logs:
         write_summaries([*histories.values()][-1], logs)
-    script, graph = Path(__file__).with_name("predict.py"), flags.output_graph
-    script = Path(script.name) if script.parent == Path.cwd() else script
-    chosen = "" if graph == at_home("output_graph.pb") else f" --graph {graph}"
-    log.info("Name images with: python3 %s%s --image FILE", script, chosen)
+    if logs and found:
+        write_evaluation_summaries(found, data.features, logs / "evaluation")
+    script = Path(__file__).with_name("predict.py")
+    shown_script = script.name if script.parent == Path.cwd() else script
+    chosen = "" if flags.output_graph == at_home("output_graph.pb") else f" --graph {flags.output_graph}"
+    log.info("Name images with: python3 %s%s --image FILE", shown_script, chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
