@@ -2047,29 +2047,25 @@ def draw_batches(classes: np.ndarray, size: int, chance: np.random.Generator) ->
 
 
 def training_batches(
-    sources: Sequence[tuple[Rows, float]], class_count: int, settings: TrainingSettings, chance: np.random.Generator
+    rows: Rows, class_count: int, settings: TrainingSettings, chance: np.random.Generator
 ) -> Iterator[tuple]:
-    """Yield for ever a batch of each source, which counts in the loss by its share, whatever its size.
+    """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], weights [batch]."""
+    weights = np.ones(class_count, np.float32)
+    if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches balance the classes
+        counts = np.maximum(np.bincount(rows.classes, minlength=class_count), 1)
+        weights = (len(rows.classes) / (class_count * counts)).astype(np.float32)
+    for batch in draw_batches(rows.classes, settings.train_batch_size, chance):
+        classes = rows.classes[batch]
+        yield batch, rows.features(batch), classes, weights[classes]
 
-    First the batch of the first source, int [batch]; then of all of them together the features float32 [rows, n],
-    classes int [rows] and weights float32 [rows].
-    """
-    size = settings.train_batch_size
-    sizes = [len(rows.rows) if size == -1 else size for rows, _ in sources]
-    drawn = [draw_batches(rows.classes, size, chance) for rows, _ in sources]
-    weights = []  # of an image of each class, in each source
-    for (rows, share), own_size in zip(sources, sizes, strict=True):
-        balance = np.ones(class_count, np.float32)
-        if settings.class_weights == "balanced" and size == -1:  # else drawing a class first has balanced them
-            counts = np.bincount(rows.classes, minlength=class_count)
-            balance = (len(rows.rows) / (class_count * np.maximum(counts, 1))).astype(np.float32)
-        weights.append(balance * np.float32(share * sum(sizes) / own_size))
-    for batches in zip(*drawn, strict=True):
-        parts = []
-        for (rows, _), weight, batch in zip(sources, weights, batches, strict=True):
-            classes = rows.classes[batch]
-            parts.append((rows.features(batch), classes, weight[classes]))
-        yield batches[0], *(parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True)))
+
+def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Iterator[tuple]:
+    """Yield the batches of both together; the known ones make up a share of the loss, whatever their size."""
+    for (batch, *few), (_, *many) in zip(new, known, strict=True):
+        total = len(few[2]) + len(many[2])
+        few[2] *= np.float32((1 - share) * total / len(few[2]))
+        many[2] *= np.float32(share * total / len(many[2]))
+        yield batch, *map(np.concatenate, zip(few, many, strict=True))
 
 
 def softmax_learner(
@@ -2122,9 +2118,11 @@ def keras_learner(
     model.add(dense[-1])
     for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
         layer.set_weights([weights if i else weights / np.float32(scale), biases])
-    optimizer = keras.optimizers.get("sgd" if settings.optimizer == "momentum" else settings.optimizer)
+    has_momentum = settings.optimizer == "momentum"
+    optimizer = keras.optimizers.get("sgd" if has_momentum else settings.optimizer)
     optimizer.learning_rate = settings.learning_rate
-    optimizer.momentum = 0.9 if settings.optimizer == "momentum" else 0
+    if has_momentum:
+        optimizer.momentum = 0.9
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     def head_now() -> Head:
@@ -2195,8 +2193,9 @@ def train_head(
         learn, head_now = keras_learner(training, class_count, settings, start)
     else:
         learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, chance)
-    sources = [(training, 1 - settings.rehearsal), (coarse, settings.rehearsal)] if coarse else [(training, 1.0)]
-    batches = training_batches(sources, class_count, settings, chance)
+    batches = training_batches(training, class_count, settings, chance)
+    if coarse:
+        batches = rehearsed(batches, training_batches(coarse, class_count, settings, chance), settings.rehearsal)
     # With random numbers of its own, so that evaluating more often doesn't change what is learnt.
     validated = draw_batches(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
     shows_bar = interval > 0 and sys.stderr.isatty()  # off a terminal, the classic lines tell

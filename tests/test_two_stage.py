@@ -65,8 +65,8 @@ def test_stage_two_rehearses_what_stage_one_knows(base):
 def test_rehearsed_rows_count_by_their_share(size):
     few, many, random = separable(2), separable(40), np.random.default_rng(0)
     settings = TrainingSettings(train_batch_size=size)
-    sources = [(few, 0.75), (many, 0.25)]
-    batch, features, classes, weights = next(retrain.training_batches(sources, 3, settings, random))
+    sources = [retrain.training_batches(rows, 3, settings, random) for rows in (few, many)]
+    batch, features, classes, weights = next(retrain.rehearsed(*sources, 0.25))
     assert len(features) == len(classes) == len(weights) == (126 if size == -1 else 200)
     np.testing.assert_array_equal(features[: len(batch)], few.matrix[batch])
     assert weights.mean() == pytest.approx(1) and weights[: len(batch)].sum() / weights.sum() == pytest.approx(0.75)
