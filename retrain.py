@@ -1722,9 +1722,9 @@ def compute_bottlenecks(
 # Cluster: bottlenecks on all nodes of a Ray cluster
 # ======================================================================================================================
 
-# So many images travel together at most, and so many bytes of them: they are computed again when a node is lost.
+# So many images travel together at most, and so many bytes of them.
 LARGEST_BLOCK, BLOCK_BYTES = 64, 64 << 20
-# How often what was being computed by a process that died is tried again, before it counts as lost.
+# How often an image is tried again whose process dies while it has that for itself.
 RETRIES = 2
 
 
@@ -1831,17 +1831,18 @@ class ClusterWorker:
 
 
 def map_on_cluster(
-    jobs: Sequence[Job], most: int, parcel: ObjectRef, read_here: bool, on_gpus: bool
+    jobs: Sequence[Job], largest: int, retries: int, parcel: ObjectRef, read_here: bool, on_gpus: bool
 ) -> Iterator[tuple]:
-    """Yield (row, result) of jobs as they are finished; those of blocks that were lost are left out.
+    """Yield (row, result) of jobs as they are finished; those of blocks whose process dies are left out.
 
-    most: how many jobs may make a block; read_here: whether this machine reads the images and sends their bytes.
+    largest: how many jobs may make a block; retries: how often a lost one is tried again; read_here: whether this
+    machine reads the images and sends their bytes.
     """
     ray, as_tables = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
     resources = ray.cluster_resources()
     processes, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
     weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
-    together = max(1, min(most, len(jobs) // (4 * processes), BLOCK_BYTES // weight))
+    together = max(1, min(largest, len(jobs) // (4 * processes), BLOCK_BYTES // weight))
     blocks = math.ceil(len(jobs) / together)
     if on_gpus:  # every core feeds some GPU, but no more than eight processes crowd one
         processes = max(1, min(processes, int(8 * gpus)))
@@ -1860,11 +1861,11 @@ def map_on_cluster(
         fn_constructor_args=[parcel],
         compute=ray.data.ActorPoolStrategy(
             initial_size=min(processes, blocks),
-            max_tasks_in_flight_per_actor=1 if most == 1 else None,  # none waits for one that another may kill
+            max_tasks_in_flight_per_actor=1 if largest == 1 else None,  # none waits for one that another may kill
         ),
         num_cpus=1,
         num_gpus=min(1, gpus / processes) if on_gpus else None,
-        max_task_retries=RETRIES,
+        max_task_retries=retries,
         **as_tables,
     )
     for block in data.iter_batches(**as_tables):
@@ -1877,8 +1878,8 @@ def extract_on_cluster(
     """Yield (job, result of extract) as they are finished, on all nodes of the Ray cluster that we are connected to.
 
     shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. A process that dies,
-    or is lost with its node, is replaced by Ray, and its block is done again. What is missing in the end is done once
-    more, each image alone: one that is still missing then has killed whatever process it met.
+    or is lost with its node, is replaced by Ray. What is missing in the end is done once more, each image alone: one
+    that is still missing then has killed whatever process it met.
     """
     ray, base = import_ray(), store.base
     context = ray.data.DataContext.get_current()
@@ -1890,9 +1891,9 @@ def extract_on_cluster(
     parcel = ray.put((base, kind, file, getattr(base, file).read_bytes()))
     read_here = not shared_files and isinstance(jobs[0].path, Path)
     waiting = {job.row: job for job in jobs}
-    for most in (LARGEST_BLOCK, 1):
-        on_gpus = kind == "tensorflow" and has_gpus
-        for row, result in map_on_cluster(list(waiting.values()), most, parcel, read_here, on_gpus):
+    how = parcel, read_here, kind == "tensorflow" and has_gpus
+    for largest, retries in ((LARGEST_BLOCK, 0), (1, RETRIES)):
+        for row, result in map_on_cluster(list(waiting.values()), largest, retries, *how):
             if isinstance(result, UserError):
                 raise result
             yield waiting.pop(row), result
