@@ -55,7 +55,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -1604,7 +1604,7 @@ class BottleneckStore:
         for name, values in zip(job.names.values(), features, strict=True):
             path = self.folder / name
             with whole_file(path) as temporary:
-                temporary.write_text(bottleneck_text(values))
+                temporary.write_text(",".join([f"{value:.9g}" for value in values.tolist()]))  # the same floats
                 # In this order, a run killed in between leaves no file, and never one that the record doesn't fit.
                 path.unlink(missing_ok=True)
                 self.index.append([name, *job.record, cues])
@@ -1621,11 +1621,6 @@ class BottleneckStore:
         for line in lines[:3]:
             log.warning("%s", line.strip().replace("\t", ": "))
         log.warning("%d of the files could not be used (listed in %s).", len(skipped), path)
-
-
-def bottleneck_text(features: np.ndarray) -> str:
-    """Return what a bottleneck file holds for features float32 [n]: as many digits as bring back the same floats."""
-    return ",".join([f"{value:.9g}" for value in features.tolist()])
 
 
 def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
@@ -1662,9 +1657,7 @@ def extract(job: Job, network: Callable) -> tuple[np.ndarray, list[float]] | str
     return np.array(features), cues_of(data, pixels)
 
 
-def extract_here(
-    store: BottleneckStore, jobs: Sequence[Job], engine: Engine = Engine()
-) -> Generator[tuple, None, None]:
+def extract_here(store: BottleneckStore, jobs: Sequence[Job], engine: Engine = Engine()) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
     at_once = networks(store.base, engine, len(jobs))
     return on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
@@ -1675,7 +1668,7 @@ def compute_bottlenecks(
     images: Sequence[Image],
     distortion: Distortion | None = None,
     count: int = 1,
-    extract_all: Callable[[BottleneckStore, Sequence[Job]], Generator[tuple, None, None]] = extract_here,
+    extract_all: Callable[[BottleneckStore, Sequence[Job]], Iterator[tuple]] = extract_here,
 ) -> tuple[np.ndarray, np.ndarray, dict[Path | UPath, str]]:
     """Return features float32 [images, count, n] and CUES float32 [images, 5], kept or computed, and {path: reason}.
 
@@ -1702,8 +1695,8 @@ def compute_bottlenecks(
             wanted += len(missing)
     if jobs:
         log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
-        with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
-            for job, result in results:
+        with progress_bar(doing, wanted, " images") as bar:
+            for job, result in extract_all(store, jobs):
                 if isinstance(result, str):
                     reasons[job.row] = result
                 else:
@@ -1874,7 +1867,7 @@ def map_on_cluster(
 
 def extract_on_cluster(
     store: BottleneckStore, jobs: Sequence[Job], shared_files: bool, engine: str = "auto"
-) -> Generator[tuple, None, None]:
+) -> Iterator[tuple]:
     """Yield (job, result of extract) as they are finished, on all nodes of the Ray cluster that we are connected to.
 
     shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. A process that dies,
@@ -2019,18 +2012,21 @@ class Scores:
 
 def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
     """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if they are infinite."""
-    probabilities, classes = head.probabilities(rows.features(batch)), rows.classes[batch]
-    if not all(np.isfinite(values).all() for values in (probabilities, *head.variables().values())):
-        raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
-    accuracy = float((probabilities.argmax(axis=1) == classes).mean())
-    cross_entropy = float(-np.log(np.maximum(probabilities[np.arange(len(batch)), classes], 1e-30)).mean())
+    classes = rows.classes[batch]
+    probabilities = head.probabilities(rows.features(batch))
+    for values in (probabilities, *head.variables().values()):
+        if not np.isfinite(values).all():
+            raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
+    own = probabilities[np.arange(len(batch)), classes]
+    cross_entropy = -np.log(np.maximum(own, 1e-30)).mean()
+    accuracy = (probabilities.argmax(axis=1) == classes).mean()
     line = f"{datetime.datetime.now()}: Step {step}:"
     if split == "train":
         step_log.info("%s Train accuracy = %.1f%%", line, accuracy * 100)
         step_log.info("%s Cross entropy = %f", line, cross_entropy)
     else:
         step_log.info("%s Validation accuracy = %.1f%% (N=%d)", line, accuracy * 100, len(batch))
-    return Scores(step, split, accuracy, cross_entropy)
+    return Scores(step, split, float(accuracy), float(cross_entropy))
 
 
 def draw_batches(classes: np.ndarray, size: int, chance: np.random.Generator) -> Iterator[np.ndarray]:
@@ -2157,14 +2153,18 @@ def train_logistic(training: Rows, validation: Rows, class_count: int, settings:
     features -= mean
     scale = np.sqrt(np.square(features).mean()) or np.float32(1)
     balance = "balanced" if settings.class_weights == "balanced" else None
-    model = LogisticRegression(C=LOGISTIC_C, max_iter=1000, class_weight=balance).fit(features / scale, classes)
+    model = LogisticRegression(C=LOGISTIC_C, max_iter=1000, class_weight=balance)
+    model.fit(features / scale, classes)
     slopes, offsets = model.coef_, model.intercept_  # [classes, n], [classes]
     if len(model.classes_) == 2:  # where scikit-learn gives the second class's logit less the first's
-        slopes, offsets = np.concatenate([-slopes, slopes]) / 2, np.concatenate([-offsets, offsets]) / 2
+        slopes = np.concatenate([-slopes, slopes]) / 2
+        offsets = np.concatenate([-offsets, offsets]) / 2
     weights = np.zeros((features.shape[1], class_count))
     biases = np.full(class_count, -100.0)  # a class without a row is never answered
-    weights[:, model.classes_], biases[model.classes_] = slopes.T / scale, offsets
-    return Head(weights.astype(np.float32), (biases - mean @ weights).astype(np.float32))
+    weights[:, model.classes_] = slopes.T / scale
+    biases[model.classes_] = offsets
+    biases -= mean @ weights
+    return Head(weights.astype(np.float32), biases.astype(np.float32))
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence

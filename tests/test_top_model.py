@@ -70,10 +70,9 @@ def test_all_formats_agree(train, image_dir, tmp_path, capsys):
 
 def test_random_seed_repeats():
     settings = TrainingSettings(10, 0.01, hidden_units=(12, 8), dropout=0.4, batch_norm=True, optimizer="adam")
-    heads = [
-        retrain.train_head(separable(20), NOTHING, 3, dataclasses.replace(settings, random_seed=seed))[0]
-        for seed in (5, 5, 6, None)
-    ]
+    heads = []
+    for seed in (5, 5, 6, None):
+        heads.append(retrain.train_head(separable(20), NOTHING, 3, dataclasses.replace(settings, random_seed=seed))[0])
     first, again, other, unseeded = (retrain.graph_with_head(b"", head, "final_result") for head in heads)
     assert first == again
     assert len({first, other, unseeded}) == 3

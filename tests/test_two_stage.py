@@ -123,11 +123,6 @@ def test_copies_of_held_out_images_are_left_out(train, coarse, image_dir, capsys
     assert f"Stage one trains on {110 - left_out} coarse images" in said.out
 
 
-def test_a_coarse_folder_that_is_none(train, capsys):
-    assert train("--coarse_image_dir", "nowhere", "--logging_verbosity", "ERROR") == 1
-    assert "--coarse_image_dir nowhere: there is no such folder" in capsys.readouterr().err
-
-
 def test_the_defaults_are_those_published():
     flags = retrain.parse_flags(["--coarse_image_dir", "x"])
     assert (flags.hidden_units, flags.dropout) == ((256,), 0.4)
