@@ -1599,12 +1599,12 @@ class BottleneckStore:
         is_whole = features.shape == (self.base.bottleneck_size,) and np.isfinite(features).all()
         return (features, cues) if is_whole and made_from == list(record) else None
 
-    def save(self, job: Job, features: np.ndarray, cues: list[float]) -> None:
-        """Keep the features float32 [variants, n] of a job, and the cues."""
-        for name, values in zip(job.names.values(), features, strict=True):
+    def save(self, job: Job, texts: Sequence[str], cues: list[float]) -> None:
+        """Keep what was computed for a job: the texts of its files, and the cues."""
+        for name, text in zip(job.names.values(), texts, strict=True):
             path = self.folder / name
             with whole_file(path) as temporary:
-                temporary.write_text(",".join([f"{value:.9g}" for value in values.tolist()]))  # the same floats
+                temporary.write_text(text)
                 # In this order, a run killed in between leaves no file, and never one that the record doesn't fit.
                 path.unlink(missing_ok=True)
                 self.index.append([name, *job.record, cues])
@@ -1635,8 +1635,8 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     return [*measured, short, long] if is_upright else [*measured, long, short]
 
 
-def extract(job: Job, network: Callable) -> tuple[np.ndarray, list[float]] | str:
-    """Return the features float32 [variants, n] and the CUES of an image, or why it can't be used.
+def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
+    """Return the features float32 [n] of each variant, the texts of their files, and the CUES; or what is wrong.
 
     network: function from pixels float32 [height, width, 3] to features [n].
     """
@@ -1645,16 +1645,18 @@ def extract(job: Job, network: Callable) -> tuple[np.ndarray, list[float]] | str
         pixels = decode_image(data, job.reading, job.size)
     except ImageError as error:
         return str(error)
-    features = []
+    features, texts = [], []
     for variant in job.names:
         if job.distortion:
             resized = job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}")
         else:
             resized = resize_bilinear(pixels, job.size)
         features.append(network(resized))
+        # As many digits as bring back the same floats. They are made here, since a cluster's driver has no time to.
+        texts.append(",".join([f"{value:.9g}" for value in features[-1].tolist()]))
     if not np.isfinite(features).all():
         return "the base model gives no finite features for it"
-    return np.array(features), cues_of(data, pixels)
+    return features, texts, cues_of(data, pixels)
 
 
 def extract_here(store: BottleneckStore, jobs: Sequence[Job], engine: Engine = Engine()) -> Iterator[tuple]:
@@ -1700,8 +1702,8 @@ def compute_bottlenecks(
                 if isinstance(result, str):
                     reasons[job.row] = result
                 else:
-                    features[job.row, list(job.names)], cues[job.row] = result
-                    store.save(job, *result)
+                    features[job.row, list(job.names)], texts, cues[job.row] = result
+                    store.save(job, texts, result[2])
                 bar.update(len(job.names))
     usable = [row for row in range(len(images)) if row not in reasons]
     if reasons:  # in place: the matrix is the largest thing in memory

@@ -183,11 +183,12 @@ def stub_worker(size: int) -> type:
 
     class Stub(retrain.ClusterWorker):
         def __init__(self, parcel):
-            self.features = np.random.default_rng(0).random((1, size), np.float32)
+            values = np.random.default_rng(0).random(size, np.float32)
+            self.result = [values], [",".join(map(str, values))], [0.0] * len(retrain.CUES)
             self.readers = self.computers = concurrent.futures.ThreadPoolExecutor(1)
 
         def compute(self, job):
-            return job.row, (self.features, [0.0] * len(retrain.CUES))
+            return job.row, self.result
 
     return Stub
 
