@@ -2098,22 +2098,23 @@ def keras_learner(
     start: the weights [inputs, outputs] and biases [outputs] that the first layers begin with; the others are random.
     """
     keras = import_tensorflow().keras
+    layers = keras.layers
     seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
     sample = training.features(slice(None, None, 1 + len(training.rows) // 8192)).astype(np.float64)
     power = (sample**2).sum()
     scale = math.sqrt(FEATURE_POWER * len(sample) / power) if power else 1.0
     dense = [
-        keras.layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
+        layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
         for units in (*settings.hidden_units, class_count)
     ]
-    model = keras.Sequential([keras.Input([sample.shape[1]]), keras.layers.Rescaling(scale)])
+    model = keras.Sequential([keras.Input([sample.shape[1]]), layers.Rescaling(scale)])
     for layer in dense[:-1]:
         model.add(layer)
         if settings.batch_norm:
-            model.add(keras.layers.BatchNormalization())
-        model.add(keras.layers.ReLU())
+            model.add(layers.BatchNormalization())
+        model.add(layers.ReLU())
         if settings.dropout:
-            model.add(keras.layers.Dropout(settings.dropout, seed=next(seeds)))
+            model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
     model.add(dense[-1])
     for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
         layer.set_weights([weights if i else weights / np.float32(scale), biases])
@@ -2126,17 +2127,17 @@ def keras_learner(
 
     def head_now() -> Head:
         """Fold scale and normalisation into the dense layers."""
-        layers: list[tuple[np.ndarray, np.ndarray]] = []
+        folded: list[tuple[np.ndarray, np.ndarray]] = []
         for layer in model.layers:
-            if isinstance(layer, keras.layers.Dense):
+            if isinstance(layer, layers.Dense):
                 weights, biases = layer.get_weights()
-                layers.append((weights if layers else weights * np.float32(scale), biases))
-            if isinstance(layer, keras.layers.BatchNormalization):
+                folded.append((weights if folded else weights * np.float32(scale), biases))
+            if isinstance(layer, layers.BatchNormalization):
                 gamma, beta, mean, variance = layer.get_weights()
                 gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
-                weights, biases = layers[-1]
-                layers[-1] = weights * gain, (biases - mean) * gain + beta
-        *hidden, (weights, biases) = layers
+                weights, biases = folded[-1]
+                folded[-1] = weights * gain, (biases - mean) * gain + beta
+        *hidden, (weights, biases) = folded
         return Head(weights, biases, tuple(hidden))
 
     return model.train_on_batch, head_now
