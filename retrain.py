@@ -1568,7 +1568,9 @@ class BottleneckStore:
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
-        self.folder, self.base, self.reading = Path(folder), base, reading
+        self.folder = Path(folder)
+        self.base = base
+        self.reading = reading
         self.recipe = f"{base.fingerprint[:16]} {dataclasses.astuple(reading)}"
         self.index = Journal(self.folder / f"index_{base.name}.jsonl")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1590,6 +1592,8 @@ class BottleneckStore:
         """
         path = self.folder / name
         *made_from, cues = self.records.get(name, [*record, [math.nan] * len(CUES)])
+        if made_from != list(record):
+            return None
         try:
             if name not in self.records and (record[2] != self.recipe or path.stat().st_mtime_ns < record[1]):
                 return None
@@ -1597,7 +1601,7 @@ class BottleneckStore:
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
         is_whole = features.shape == (self.base.bottleneck_size,) and np.isfinite(features).all()
-        return (features, cues) if is_whole and made_from == list(record) else None
+        return (features, cues) if is_whole else None
 
     def save(self, job: Job, texts: Sequence[str], cues: list[float]) -> None:
         """Keep what was computed for a job: the texts of its files, and the cues."""
@@ -1625,8 +1629,9 @@ class BottleneckStore:
 
 def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
-    image = PIL.Image.fromarray(pixels).convert("L")
-    luma = np.asarray(image.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2), np.float32) / 255
+    grey = PIL.Image.fromarray(pixels).convert("L")
+    small = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
+    luma = np.asarray(small, np.float32) / 255
     around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
     laplacian = around - 4 * luma[1:-1, 1:-1]
     measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
@@ -2060,11 +2065,11 @@ def training_batches(
 
 def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Iterator[tuple]:
     """Yield the batches of both together; the known ones make up a share of the loss, whatever their size."""
-    for (batch, *few), (_, *many) in zip(new, known, strict=True):
-        total = len(few[2]) + len(many[2])
-        few[2] *= np.float32((1 - share) * total / len(few[2]))
-        many[2] *= np.float32(share * total / len(many[2]))
-        yield batch, *map(np.concatenate, zip(few, many, strict=True))
+    for (batch, *ours), (_, *theirs) in zip(new, known, strict=True):
+        count = len(ours[2]) + len(theirs[2])
+        ours[2] *= np.float32((1 - share) * count / len(ours[2]))
+        theirs[2] *= np.float32(share * count / len(theirs[2]))
+        yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
 
 
 def softmax_learner(
@@ -2193,7 +2198,9 @@ def train_head(
         return head, [score(head, training, np.arange(len(training.rows)), 0, "train")] if interval else []
     chance = np.random.default_rng(settings.random_seed)
     if settings.hidden_units or settings.optimizer != "sgd":
-        start = [*base.hidden, *([(base.weights, base.biases)] if coarse else [])] if base else []
+        start = list(base.hidden) if base else []
+        if base and coarse:
+            start.append((base.weights, base.biases))
         learn, head_now = keras_learner(training, class_count, settings, start)
     else:
         learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, chance)
@@ -4474,13 +4481,13 @@ def train_as_asked(
     refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
     alone = train_head(*given, settings)
     both = refine(*given, second, after_step)
-    trained = {"stage one": base, "without stage one": alone, "both stages": both}
-    held_out = data.testing if len(data.testing.rows) else data.validation
-    for name, (head, _) in trained.items():
+    held_out, histories = data.testing if len(data.testing.rows) else data.validation, {}
+    for name, (head, history) in {"stage one": base, "without stage one": alone, "both stages": both}.items():
+        histories[name] = history
         if len(held_out.rows) and (same or name != "stage one"):
             right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
-    return both[0], {name: history for name, (_, history) in trained.items()}, refine, second
+    return both[0], histories, refine, second
 
 
 def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> dict:
