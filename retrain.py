@@ -1636,8 +1636,8 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     laplacian = around - 4 * luma[1:-1, 1:-1]
     measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
     short, long = sorted(PIL.Image.open(io.BytesIO(data)).size)
-    is_upright = pixels.shape[0] > pixels.shape[1]
-    return [*measured, short, long] if is_upright else [*measured, long, short]
+    is_tall = pixels.shape[0] > pixels.shape[1]
+    return [*measured, short, long] if is_tall else [*measured, long, short]
 
 
 def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
