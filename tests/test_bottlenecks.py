@@ -93,10 +93,7 @@ def raw_features(graph_path: Path, images: list[Path]) -> np.ndarray:
 
 
 def check_features(folder: Path, graph_path: Path) -> None:
-    """Assert that there is a bottleneck file for each image, and that all hold what the graph gives for it.
-
-    They are read as the classic script does.
-    """
+    """Assert that there is a bottleneck file for each image, which the classic script reads as the graph's features."""
     images = sorted(folder.glob("pictures/*/*"))
     found = contents(folder)
     assert set(found) == {f"{image.parent.name}/{image.name}{ENDING}" for image in images}
