@@ -1554,7 +1554,7 @@ class Job:
     distortion: Distortion | None
     reading: Reading
     size: tuple[int, int]  # height and width that the network takes
-    data: bytes = b""  # of the image, where another process has read it
+    data: bytes | None = None  # of the image, where another process has read it
 
 
 class BottleneckStore:
@@ -1646,7 +1646,7 @@ def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], l
     network: function from pixels float32 [height, width, 3] to features [n].
     """
     try:
-        data = job.data or read_anywhere(job.path)
+        data = read_anywhere(job.path) if job.data is None else job.data
         pixels = decode_image(data, job.reading, job.size)
     except ImageError as error:
         return str(error)
@@ -1784,8 +1784,9 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
 
 def with_data(job: Job) -> Job:
     """Return a job with the bytes of its image, or as it is if they can't be read: `extract` will tell why."""
-    with contextlib.suppress(ImageError):
-        job = dataclasses.replace(job, data=job.data or read_anywhere(job.path))
+    if job.data is None:
+        with contextlib.suppress(ImageError):
+            job = dataclasses.replace(job, data=read_anywhere(job.path))
     return job
 
 
