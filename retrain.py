@@ -1549,7 +1549,7 @@ class Job:
     row: int  # of the image
     path: Path | UPath  # absolute
     key: str
-    record: tuple[int, int, str]  # size and time before the image is read: if it changes meanwhile, it is redone
+    record: tuple[int, int, str]  # size, time and recipe, from before it is read: if it changes meanwhile, it is redone
     names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
     distortion: Distortion | None
     reading: Reading
