@@ -52,8 +52,8 @@ import urllib.parse
 import uuid
 import warnings
 import zlib
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,6 @@ import PIL.Image
 if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
     from matplotlib.axes import Axes
     from ray import ObjectRef
-    from tensorboardX.proto.summary_pb2 import Summary
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
     from tqdm import tqdm
@@ -1381,39 +1380,44 @@ class Distortion:
     def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
         """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
         chance = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
+
+        def factor(percent: int) -> np.float32:
+            return np.float32(chance.uniform(1 - percent / 100, 1 + percent / 100))
+
         if self.random_rotation:  # the corners get the mean color
-            turned = PIL.Image.fromarray(pixels).rotate(
-                chance.uniform(-self.random_rotation, self.random_rotation),
-                PIL.Image.Resampling.BILINEAR,
-                fillcolor=tuple(int(mean) for mean in pixels.mean(axis=(0, 1))),
-            )
-            pixels = np.asarray(turned)
+            angle = chance.uniform(-self.random_rotation, self.random_rotation)
+            mean_color = tuple(int(mean) for mean in pixels.mean(axis=(0, 1)))
+            image = PIL.Image.fromarray(pixels)
+            pixels = np.asarray(image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=mean_color))
         enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
-        resized = resize_bilinear(pixels, (int(size[0] * enlarged), int(size[1] * enlarged)))
-        top, left = (chance.integers(have - want + 1) for have, want in zip(resized.shape, size, strict=False))
-        cropped = resized[top : top + size[0], left : left + size[1]]
+        height, width = size
+        resized = resize_bilinear(pixels, (int(height * enlarged), int(width * enlarged)))
+        top = chance.integers(resized.shape[0] - height + 1)
+        left = chance.integers(resized.shape[1] - width + 1)
+        variant = resized[top : top + height, left : left + width]
         if self.flip_left_right and chance.integers(2):
-            cropped = cropped[:, ::-1]
-        brightness = chance.uniform(1 - self.random_brightness / 100, 1 + self.random_brightness / 100)
-        cropped = cropped * np.float32(brightness)
+            variant = variant[:, ::-1]
+        variant = variant * factor(self.random_brightness)
         if self.random_color:
-            share = self.random_color / 100
-            saturation, contrast = chance.uniform(1 - share, 1 + share, 2).astype(np.float32)
-            grey, mean = cropped.mean(axis=2, keepdims=True), cropped.mean()
-            cropped = mean + (grey + (cropped - grey) * saturation - mean) * contrast
-        return np.ascontiguousarray(cropped)
+            saturation, contrast = factor(self.random_color), factor(self.random_color)
+            grey, mean = variant.mean(axis=2, keepdims=True), variant.mean()
+            variant = mean + (grey + (variant - grey) * saturation - mean) * contrast
+        return np.ascontiguousarray(variant)
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Job:
     """What is missing of one image, and all that a process on another machine needs to know to compute it."""
 
     row: int  # of the image
-    path: Path | UPath
+    path: Path | UPath  # absolute
     key: str
-    record: tuple[int, int, str]  # size and time before the image is read: if it changes meanwhile, it is redone
-    distortion: Distortion | None
+    record: tuple[int, int, str]  # size, time and recipe, from before it is read: if it changes meanwhile, it is redone
     names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
+    distortion: Distortion | None
+    reading: Reading
+    size: tuple[int, int]  # height and width that the network takes
+    data: bytes | None = None  # of the image, where another process has read it
 
 
 class BottleneckStore:
@@ -1427,138 +1431,106 @@ class BottleneckStore:
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
-        self.folder, self.base, self.reading = Path(folder), base, reading
+        self.folder = Path(folder)
+        self.base = base
+        self.reading = reading
         self.recipe = f"{base.fingerprint[:16]} {dataclasses.astuple(reading)}"
         self.index = Journal(self.folder / f"index_{base.name}.jsonl")
-        self.skipped_path = self.folder / f"skipped_{base.name}.tsv"
-        self.records: dict[str, list] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        for place in [self.folder, *self.folder.glob("*"), *self.folder.glob("*-????????/*")]:
-            if place.is_dir():
-                remove_leftovers(place)
-        for entry in self.index.read():
-            with contextlib.suppress(ValueError, TypeError):  # it is no record
-                name, *record = entry
-                self.records[name] = record
+        for place, _, _ in os.walk(self.folder):
+            remove_leftovers(Path(place))
+        self.records = {name: record for name, *record in self.index.read()}
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
-        stem, ending = image.place + image.key, f"_{self.base.name}{variant}.txt"
-        if len(os.fsencode(image.path.name + ending)) > 255:  # longer than file systems allow
-            digest = hashlib.sha1(os.fsencode(image.path.name), usedforsecurity=False).hexdigest()
-            stem = f"{image.place}{image.path.parent.name}/{digest}"
-        return stem + ending
+        name, ending = image.path.name, f"_{self.base.name}{variant}.txt"
+        if len(os.fsencode(name + ending)) > 255:  # longer than file systems allow
+            name = hashlib.sha1(os.fsencode(name), usedforsecurity=False).hexdigest()
+        return f"{image.place}{image.path.parent.name}/{name}{ending}"
 
     def load(self, name: str, record: tuple[int, int, str]) -> tuple[np.ndarray, list[float]] | None:
         """Return the features float32 [n] and the cues that are kept under a name, or None if they aren't good (now).
 
-        record: what such a file made now would be recorded with. Cues that weren't kept are NaN.
+        record: what such a file made now would be recorded with. The cues of a classic file are NaN.
         """
-        kept, path = self.records.get(name), self.folder / name
-        try:
-            if kept is None and (record[2] != self.recipe or path.stat().st_mtime_ns < record[1]):
-                return None
-            if kept is not None and kept[:3] != list(record):
-                return None
-            values = parse_bottleneck(path.read_text("ascii"), self.base.bottleneck_size)
-        except (OSError, ValueError):
+        path = self.folder / name
+        *made_from, cues = self.records.get(name, [*record, [math.nan] * len(CUES)])
+        if made_from != list(record):
             return None
-        cues = kept[3] if kept and len(kept) > 3 else []
-        return values, cues if len(cues) == len(CUES) else [math.nan] * len(CUES)
-
-    def save(self, job: Task, texts: dict[int, bytes], cues: list[float]) -> None:
-        """Keep the features that were computed for a job; texts: see bottleneck_text, by variant."""
-        for variant, text in texts.items():
-            name, entry = job.names[variant], [*job.record, cues]
-            path = os.path.join(self.folder, name)
-            with whole_file(path) as temporary:
-                temporary.write_bytes(text)
-                # The old file goes and the record comes before the new file: a run killed in between leaves no file,
-                # never one that the record doesn't fit.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                self.index.append([name, *entry])
-                self.records[name] = entry
-
-    def write_skipped(self, skipped: dict[Path | UPath, str]) -> None:
-        """List the files that were skipped, with their reasons, beside the bottlenecks."""
-        if not skipped:
-            self.skipped_path.unlink(missing_ok=True)
-            return
-        with whole_file(self.skipped_path) as temporary:
-            lines = [f"{printable(path)}\t{printable(reason)}\n" for path, reason in skipped.items()]
-            temporary.write_text("".join(lines), "utf-8")
-
-
-def bottleneck_text(values: np.ndarray) -> bytes:
-    """Return what a bottleneck file holds for features float32 [n]: as many digits as bring back the same floats."""
-    return ",".join([f"{value:.9g}" for value in values.tolist()]).encode("ascii")
-
-
-def parse_bottleneck(text: str, size: int) -> np.ndarray:
-    """Return float32 [size] from the text of a bottleneck file. Raises ValueError unless it is so many numbers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # numpy only warns of text that is no number
         try:
-            values = np.fromstring(text.strip(), np.float64, sep=",")
-        except DeprecationWarning as warning:
-            raise ValueError(str(warning)) from warning
-    if values.shape != (size,) or not np.isfinite(values).all():
-        raise ValueError(f"{values.size} values where {size} finite ones are expected")
-    return values.astype(np.float32)
+            if name not in self.records and (record[2] != self.recipe or path.stat().st_mtime_ns < record[1]):
+                return None
+            features = np.array(path.read_text("ascii").split(","), np.float32)
+        except (OSError, ValueError):  # there is none, or it is damaged
+            return None
+        is_whole = features.shape == (self.base.bottleneck_size,) and np.isfinite(features).all()
+        return (features, cues) if is_whole else None
+
+    def save(self, job: Job, texts: Sequence[str], cues: list[float]) -> None:
+        """Keep what was computed for a job: the texts of its files, and the cues."""
+        for name, text in zip(job.names.values(), texts, strict=True):
+            path = self.folder / name
+            with whole_file(path) as temporary:
+                temporary.write_text(text)
+                # In this order, a run killed in between leaves no file, and never one that the record doesn't fit.
+                path.unlink(missing_ok=True)
+                self.index.append([name, *job.record, cues])
+
+    def tell_skipped(self, skipped: dict[Path | UPath, str]) -> None:
+        """List the files that were skipped, with their reasons, beside the bottlenecks, and print the first three."""
+        path = self.folder / f"skipped_{self.base.name}.tsv"
+        if not skipped:
+            path.unlink(missing_ok=True)
+            return
+        lines = [f"{printable(image)}\t{printable(reason)}\n" for image, reason in skipped.items()]
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(lines), "utf-8")
+        for line in lines[:3]:
+            log.warning("%s", line.strip().replace("\t", ": "))
+        log.warning("%d of the files could not be used (listed in %s).", len(skipped), path)
 
 
 def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
-    grey = PIL.Image.fromarray(pixels).convert("L").resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
-    luma = np.asarray(grey, np.float32) / 255
+    grey = PIL.Image.fromarray(pixels).convert("L")
+    small = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
+    luma = np.asarray(small, np.float32) / 255
     around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
     laplacian = around - 4 * luma[1:-1, 1:-1]
-    sides = sorted(PIL.Image.open(io.BytesIO(data)).size)
-    width, height = sides if pixels.shape[0] > pixels.shape[1] else reversed(sides)
-    return [*(round(float(value), 6) for value in (luma.mean(), luma.std(), laplacian.var())), width, height]
+    measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
+    short, long = sorted(PIL.Image.open(io.BytesIO(data)).size)
+    is_tall = pixels.shape[0] > pixels.shape[1]
+    return [*measured, short, long] if is_tall else [*measured, long, short]
 
 
-def content_of(path: Path | UPath) -> bytes | str:
-    """Return the bytes of an image, or why it can't be read."""
-    try:
-        return read_anywhere(path)
-    except ImageError as error:
-        return str(error)
+def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
+    """Return the features float32 [n] of each variant, the texts of their files, and the CUES; or what is wrong.
 
-
-def extract(job: Task, data: bytes | str, network: Callable, reading: Reading, size: tuple[int, int]) -> str | tuple:
-    """Return ({variant: features float32 [n]}, {variant: their text}, cues) of an image, or why it can't be used.
-
-    data: see content_of; network: function from pixels float32 [*size, 3] to features.
+    network: function from pixels float32 [height, width, 3] to features [n].
     """
-    if isinstance(data, str):
-        return data
     try:
-        pixels = decode_image(data, reading, size)
+        data = read_anywhere(job.path) if job.data is None else job.data
+        pixels = decode_image(data, job.reading, job.size)
     except ImageError as error:
         return str(error)
-    features = {}
+    features, texts = [], []
     for variant in job.names:
         if job.distortion:
-            resized = job.distortion.apply(pixels, size, f"{job.key}_distorted_{variant}")
+            resized = job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}")
         else:
-            resized = resize_bilinear(pixels, size)
-        features[variant] = np.array(network(resized))
-        if not np.isfinite(features[variant]).all():
-            return "the base model gives no finite features for it"
-    return features, {variant: bottleneck_text(values) for variant, values in features.items()}, cues_of(data, pixels)
+            resized = resize_bilinear(pixels, job.size)
+        features.append(network(resized))
+        # As many digits as bring back the same floats. They are made here, since a cluster's driver has no time to.
+        texts.append(",".join([f"{value:.9g}" for value in features[-1].tolist()]))
+    if not np.isfinite(features).all():
+        return "the base model gives no finite features for it"
+    return features, texts, cues_of(data, pixels)
 
 
-def extract_here(
-    store: BottleneckStore, jobs: Sequence[Task], engine: Engine = Engine()
-) -> Generator[tuple, None, None]:
+def extract_here(store: BottleneckStore, jobs: Sequence[Job], engine: Engine = Engine()) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
-
-    def work(network: Callable, job: Task) -> str | tuple:
-        return extract(job, content_of(job.path), network, store.reading, store.base.input_size)
-
-    return on_all_cores([functools.partial(work, run) for run in networks(store.base, engine, len(jobs))], jobs)
+    at_once = networks(store.base, engine, len(jobs))
+    return on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
 
 
 def compute_bottlenecks(
@@ -1566,75 +1538,61 @@ def compute_bottlenecks(
     images: Sequence[Image],
     distortion: Distortion | None = None,
     count: int = 1,
-    extract_all: Callable[[BottleneckStore, Sequence[Task]], Generator[tuple, None, None]] = extract_here,
+    extract_all: Callable[[BottleneckStore, Sequence[Job]], Iterator[tuple]] = extract_here,
 ) -> tuple[np.ndarray, np.ndarray, dict[Path | UPath, str]]:
     """Return features float32 [images, count, n] and CUES float32 [images, 5], kept or computed, and {path: reason}.
 
     The latter is of unusable images, which have no row. Without a distortion count is 1, the image itself; with one,
     its variants. extract_all: yields (job, result of extract) for every job, in any order.
     """
-    doing, size = "Distortions" if distortion else "Bottlenecks", store.base.bottleneck_size
-    features = empty_matrix((len(images), count, size), store.folder)
+    features = empty_matrix((len(images), count, store.base.bottleneck_size), store.folder)
     cues = np.full((len(images), len(CUES)), np.nan, np.float32)
-    recipe = store.recipe + (f" {dataclasses.astuple(distortion)}" if distortion else "")
-    jobs = []
+    doing, recipe = "Bottlenecks", store.recipe
+    if distortion:
+        doing, recipe = "Distortions", f"{recipe} {dataclasses.astuple(distortion)}"
+    jobs, wanted, reasons = [], 0, {}
     for row, image in enumerate(images):
         record, missing = (*stamp_of(image), recipe), {}
         for variant in range(count):
             name = store.name(image, f"_distorted_{variant}" if distortion else "")
-            if (found := store.load(name, record)) is None:
-                missing[variant] = name
-            else:
+            if found := store.load(name, record):
                 features[row, variant], cues[row] = found
+            else:
+                missing[variant] = name
         if missing:
-            jobs.append(Task(row, image.path, image.key, record, distortion, missing))
-    skipped: dict[Path | UPath, str] = {}
-    wanted = sum(len(job.names) for job in jobs)
+            how = distortion, store.reading, store.base.input_size
+            jobs.append(Job(row, image.path.absolute(), image.key, record, missing, *how))
+            wanted += len(missing)
     if jobs:
         log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
-        with progress_bar(doing, wanted, " images") as bar, contextlib.closing(extract_all(store, jobs)) as results:
-            for job, result in results:
+        with progress_bar(doing, wanted, " images") as bar:
+            for job, result in extract_all(store, jobs):
                 if isinstance(result, str):
-                    skipped[job.path] = result
+                    reasons[job.row] = result
                 else:
-                    values, texts, cues[job.row] = result
-                    features[job.row, list(values)] = list(values.values())
+                    features[job.row, list(job.names)], texts, cues[job.row] = result
                     store.save(job, texts, result[2])
                 bar.update(len(job.names))
-    usable = [row for row, image in enumerate(images) if image.path not in skipped]
-    for new, row in enumerate(usable):  # in place: the matrix is the largest thing in memory
-        if new != row:
+    usable = [row for row in range(len(images)) if row not in reasons]
+    if reasons:  # in place: the matrix is the largest thing in memory
+        for new, row in enumerate(usable):
             features[new], cues[new] = features[row], cues[row]
-    return features[: len(usable)], cues[: len(usable)], dict(sorted(skipped.items(), key=lambda item: str(item[0])))
+    skipped = {images[row].path: reasons[row] for row in sorted(reasons)}
+    return features[: len(usable)], cues[: len(usable)], skipped
 
 
 # ======================================================================================================================
 # Cluster: bottlenecks on all nodes of a Ray cluster
 # ======================================================================================================================
 
-# So many images travel together at most, and so many bytes of them: they are computed again when a node is lost.
+# So many images travel together at most, and so many bytes of them.
 LARGEST_BLOCK, BLOCK_BYTES = 64, 64 << 20
-# How often a block is tried again whose process died, and then each of its images: more often than it takes Ray to
-# find out that a node is lost, half a minute.
-TRIES_OF_BLOCK, TRIES_OF_IMAGE = 2, 15
-
-
-def without_frames(record: logging.LogRecord) -> bool:
-    """Turn the errors in a log record into text, for whoever keeps records, and return True.
-
-    The errors of lost blocks hold the processes that they are about, and those their processors.
-    """
-    record.msg, record.args = record.getMessage(), ()
-    if record.exc_info:
-        record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
-    return True
+# How often an image is tried again whose process dies while it has that for itself.
+RETRIES = 2
 
 
 def import_ray() -> types.ModuleType:
-    """Import Ray with Ray Data, which only --ray_address needs; keep what they have to say in their own log files.
-
-    Raises UserError if they are missing.
-    """
+    """Import Ray with Ray Data, which only --ray_address needs, and keep it quiet; UserError if it is missing."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
@@ -1642,10 +1600,8 @@ def import_ray() -> types.ModuleType:
         import ray.data
     except ImportError as error:
         raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
-    logger = logging.getLogger("ray.data")
-    logger.handlers[:] = [handler for handler in logger.handlers if handler.name != "console"]
-    for handler in logger.handlers:
-        handler.addFilter(without_frames)
+    # Whoever kept its records of lost blocks would keep the processes that these are about, and their processors.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
     return ray
 
@@ -1659,32 +1615,26 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """
     ray = import_ray()
     options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
+    environment = {
+        "py_modules": [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")],
+        # As predict.py does; else pandas takes our folder `bottleneck` for the package.
+        "worker_process_setup_hook": lambda: sys.modules.setdefault("bottleneck", None),  # type: ignore[arg-type]
+    }
     on_sigterm = signal.getsignal(signal.SIGTERM)
-
-    def hide_folder() -> None:  # as predict.py does; else pandas takes our folder `bottleneck` for the package
-        sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
-
-    modules = [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]
     try:
         if ":" in address:  # Ray itself would go on trying for minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
         with quiet_stderr():  # where it tells that it will be quiet
-            ray.init(
-                address,
-                runtime_env={"py_modules": modules, "worker_process_setup_hook": hide_folder},
-                logging_level=logging.CRITICAL,
-                log_to_driver=False,
-                **options,
-            )
+            ray.init(address, runtime_env=environment, **quiet, **options)
     except Exception as error:  # Ray raises just that when a local cluster is slow to start
         raise UserError(
             f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
             "`ray start --head`, or use --ray_address local."
         ) from error
     finally:
-        if threading.current_thread() is threading.main_thread():  # Ray's own would end us without a sentence
-            signal.signal(signal.SIGTERM, on_sigterm)
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end us without a sentence
     try:
         yield
     except ray.exceptions.RayError as error:
@@ -1695,63 +1645,72 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
         ray.shutdown()
 
 
+def with_data(job: Job) -> Job:
+    """Return a job with the bytes of its image, or as it is if they can't be read: `extract` will tell why."""
+    if job.data is None:
+        with contextlib.suppress(ImageError):
+            job = dataclasses.replace(job, data=read_anywhere(job.path))
+    return job
+
+
 class ClusterReader:
     """A process of this machine that reads images for the workers: an actor, since Ray soon ends those of tasks."""
 
     def __call__(self, block: Any) -> Any:
-        """Return an Arrow table of pickled (job, content) for one of pickled (job, None)."""
-        jobs = [pickle.loads(item)[0] for item in block["item"].to_pylist()]
-        return block.set_column(0, "item", [[pickle.dumps((job, content_of(job.path))) for job in jobs]])
+        """Return an Arrow table of pickled jobs with the bytes of their images for one of jobs without."""
+        jobs = map(pickle.loads, block["item"].to_pylist())
+        return block.set_column(0, "item", [[pickle.dumps(with_data(job)) for job in jobs]])
 
 
 class ClusterWorker:
     """A process on some node of a Ray cluster that computes what extract does; no file of ours stays there."""
 
     def __init__(self, parcel: ObjectRef):
-        """Load the network. parcel: reference to base model, name of its file, bytes, engine, reading."""
-        self.base, network_file, data, kind, self.reading = import_ray().get(parcel)
+        """Load the network. parcel: reference to base model, engine, name of the network's file, its bytes."""
+        base, kind, network_file, data = import_ray().get(parcel)
         engine = choose_engine(kind, cpu_threads=1)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
             path = Path(folder, network_file)
             path.write_bytes(data)
-            at_once = networks(dataclasses.replace(self.base, **{network_file: path}), engine, LARGEST_BLOCK)
+            base = dataclasses.replace(base, **{network_file: path})
+            at_once = networks(base, engine, LARGEST_BLOCK)
         self.network = at_once[0]
-        self.network(np.zeros([*self.base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
+        self.network(np.zeros([*base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
         self.computers = concurrent.futures.ThreadPoolExecutor(len(at_once))
         self.readers = concurrent.futures.ThreadPoolExecutor(8)  # a far store answers late, but many at once
 
-    def read(self, item: bytes) -> tuple[Task, bytes | str]:
-        """Return a job with the content of its image, which has come along or is read."""
-        job, data = pickle.loads(item)
-        return job, content_of(job.path) if data is None else data
-
-    def compute(self, read: tuple[Task, bytes | str]) -> bytes:
-        """Return the pickled row and result of extract."""
-        job, data = read
-        return pickle.dumps((job.row, extract(job, data, self.network, self.reading, self.base.input_size)))
+    def compute(self, job: Job) -> tuple:
+        """Return the row and the result of extract."""
+        return job.row, extract(job, self.network)
 
     def __call__(self, block: Any) -> Any:
         """Return an Arrow table of pickled results for one of pickled jobs."""
-        items = block["item"].to_pylist()
+        jobs = [pickle.loads(item) for item in block["item"].to_pylist()]
         try:
-            results = list(self.computers.map(self.compute, self.readers.map(self.read, items)))
+            read = self.readers.map(with_data, jobs)
+            results = list(self.computers.map(self.compute, read))
         except Exception as error:  # it ends the run there, where it would be taken for a lost block here
-            results = [pickle.dumps((0, UserError(f"a worker of the cluster failed ({error!r}).")))] * len(items)
-        return block.set_column(0, "item", [results])
+            results = [(0, UserError(f"a worker of the cluster failed ({error!r})."))] * len(jobs)
+        return block.set_column(0, "item", [[pickle.dumps(result) for result in results]])
 
 
-def on_cluster(jobs: Sequence[Task], together: int, parcel: ObjectRef, read_here: bool, gpus: float) -> Iterator[tuple]:
-    """Yield (row, result) of jobs as they are finished; those of blocks that were lost are left out.
+def map_on_cluster(
+    jobs: Sequence[Job], largest: int, retries: int, parcel: ObjectRef, read_here: bool, on_gpus: bool
+) -> Iterator[tuple]:
+    """Yield (row, result) of jobs as they are finished; those of blocks whose process dies are left out.
 
-    together: how many jobs make a block; read_here: whether this machine reads the images and sends their bytes; gpus:
-    for each process.
+    largest: how many jobs may make a block; retries: how often a lost one is tried again; read_here: whether this
+    machine reads the images and sends their bytes.
     """
-    ray, in_blocks = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
+    ray, as_tables = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
+    resources = ray.cluster_resources()
+    processes, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
+    weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
+    together = max(1, min(largest, len(jobs) // (4 * processes), BLOCK_BYTES // weight))
     blocks = math.ceil(len(jobs) / together)
-    resources = ray.available_resources()
-    free = int(min(resources.get("CPU", 1), resources.get("GPU", 1) / gpus if gpus else math.inf))
-    items = [{"item": pickle.dumps((job, None))} for job in jobs]
-    data = ray.data.from_items(items, override_num_blocks=blocks)
+    if on_gpus:  # every core feeds some GPU, but no more than eight processes crowd one
+        processes = max(1, min(processes, int(8 * gpus)))
+    data = ray.data.from_items([{"item": pickle.dumps(job)} for job in jobs], override_num_blocks=blocks)
     if read_here:
         here = ray.get_runtime_context().get_node_id()
         data = data.map_batches(
@@ -1759,66 +1718,54 @@ def on_cluster(jobs: Sequence[Task], together: int, parcel: ObjectRef, read_here
             compute=ray.data.ActorPoolStrategy(size=min(2, blocks)),
             num_cpus=0,  # it mostly waits for the disk
             scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False),
-            **in_blocks,
+            **as_tables,
         )
     data = data.map_batches(
         ClusterWorker,
         fn_constructor_args=[parcel],
         compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            initial_size=max(1, min(free, blocks)),
-            max_tasks_in_flight_per_actor=1 if together == 1 else None,  # none waits for one that another may kill
+            initial_size=min(processes, blocks),
+            max_tasks_in_flight_per_actor=1 if largest == 1 else None,  # none waits for one that another may kill
         ),
         num_cpus=1,
-        num_gpus=gpus or None,
-        max_restarts=-1,
-        max_task_retries=TRIES_OF_IMAGE if together == 1 else TRIES_OF_BLOCK,
-        **in_blocks,
+        num_gpus=min(1, gpus / processes) if on_gpus else None,
+        max_task_retries=retries,
+        **as_tables,
     )
-    for block in data.iter_batches(**in_blocks):
+    for block in data.iter_batches(**as_tables):
         yield from map(pickle.loads, block["item"].to_pylist())
 
 
 def extract_on_cluster(
-    store: BottleneckStore, jobs: Sequence[Task], shared_files: bool, engine: str = "auto"
-) -> Generator[tuple, None, None]:
+    store: BottleneckStore, jobs: Sequence[Job], shared_files: bool, engine: str = "auto"
+) -> Iterator[tuple]:
     """Yield (job, result of extract) as they are finished, on all nodes of the Ray cluster that we are connected to.
 
     shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. A process that dies,
-    or is lost with its node, is replaced by Ray, and its block is done again. What is missing in the end is done once
-    more, each image alone: one that is still missing then has killed whatever process it met.
+    or is lost with its node, is replaced by Ray. What is missing in the end is done once more, each image alone: one
+    that is still missing then has killed whatever process it met.
     """
     ray, base = import_ray(), store.base
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.max_errored_blocks = False, -1
-    resources = ray.cluster_resources()
-    cores, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
-    if engine != "tensorflow" and base.lite_path and not (engine == "auto" and gpus):
-        share, parcel = 0, (base, "lite_path", base.lite_path.read_bytes(), "litert", store.reading)
-    else:  # every core feeds some GPU, but no more than eight processes crowd one
-        share = min(1, max(1 / 8, gpus / cores)) if gpus else 0
-        parcel = (base, "graph_path", base.graph_path.read_bytes(), "tensorflow", store.reading)
-    reference = ray.put(parcel)
+    has_gpus = "GPU" in ray.cluster_resources()
+    kind, file = "litert", "lite_path"
+    if engine == "tensorflow" or not base.lite_path or (engine == "auto" and has_gpus):
+        kind, file = "tensorflow", "graph_path"
+    parcel = ray.put((base, kind, file, getattr(base, file).read_bytes()))
     read_here = not shared_files and isinstance(jobs[0].path, Path)
-    weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
-    together = max(1, min(LARGEST_BLOCK, len(jobs) // (4 * cores), BLOCK_BYTES // weight))
-    waiting = {job.row: dataclasses.replace(job, path=job.path.absolute()) for job in jobs}
-    by_row = {job.row: job for job in jobs}
-    for size in (together, 1):
-        for row, result in on_cluster(list(waiting.values()), size, reference, read_here, share):
+    waiting = {job.row: job for job in jobs}
+    how = parcel, read_here, kind == "tensorflow" and has_gpus
+    for largest, retries in ((LARGEST_BLOCK, 0), (1, RETRIES)):
+        for row, result in map_on_cluster(list(waiting.values()), largest, retries, *how):
             if isinstance(result, UserError):
                 raise result
-            if waiting.pop(row, None):
-                yield by_row[row], result
+            yield waiting.pop(row), result
         if not waiting:
             return
-        deadline = time.monotonic() + 10  # they may be others' for hours
         gc.collect()  # Ray Data's errors of lost blocks hold themselves and idle processes, and those the processors
-        while ray.available_resources().get("CPU", 0) < 1 and time.monotonic() < deadline:
-            time.sleep(0.2)
-            gc.collect()
-    for row in waiting:
-        yield by_row[row], "the process that decodes it dies, again and again"
+    for job in waiting.values():
+        yield job, "the process that decodes it dies, again and again"
 
 
 # ======================================================================================================================
@@ -1880,8 +1827,8 @@ class Head:
 
     def cooled(self, temperature: float) -> Head:
         """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
-        cooled = self.weights / np.float32(temperature), self.biases / np.float32(temperature)
-        return dataclasses.replace(self, weights=cooled[0], biases=cooled[1])
+        divisor = np.float32(temperature)
+        return dataclasses.replace(self, weights=self.weights / divisor, biases=self.biases / divisor)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -1913,109 +1860,93 @@ class TrainingSettings:
     refine_learning_rate: float | None = None
     rehearsal: float = 0.5
 
-    @property
-    def is_classic(self) -> bool:
-        """Whether it is the classic script's: a softmax layer, trained by plain gradient descent."""
-        return self.head == "softmax" and not self.hidden_units and self.optimizer == "sgd"
-
-    def of_stage_one(self) -> TrainingSettings:
-        rate, steps = self.coarse_learning_rate, self.coarse_training_steps
-        return dataclasses.replace(self, learning_rate=rate, how_many_training_steps=steps)
-
-    def of_stage_two(self, same_classes: bool) -> TrainingSettings:
-        rate, steps = self.refine_learning_rate, self.refine_training_steps
+    def stages(self, same_classes: bool) -> tuple[TrainingSettings, TrainingSettings]:
+        """Return the settings of stage one and of stage two."""
+        rate = self.refine_learning_rate
         if rate is None:  # gently, to keep what stage one knows; a new output layer has all to learn
             rate = self.coarse_learning_rate * (0.3 if same_classes else 1)
+        one, two = self.coarse_training_steps, self.refine_training_steps
+        coarse = dataclasses.replace(self, learning_rate=self.coarse_learning_rate, how_many_training_steps=one)
         # Batch normalisation stays as stage one left it, folded into the layers.
-        return dataclasses.replace(self, learning_rate=rate, how_many_training_steps=steps, batch_norm=False)
+        return coarse, dataclasses.replace(self, learning_rate=rate, how_many_training_steps=two, batch_norm=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How well the head did on one batch of one split, and how its numbers were distributed then."""
+    """How well the head did on one batch of one split."""
 
     step: int
     split: str
     accuracy: float
     cross_entropy: float
-    histograms: dict[str, tuple[np.ndarray, np.ndarray]]  # counts [bins], edges [bins + 1]
 
 
 def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
     """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if they are infinite."""
-    probabilities = head.probabilities(rows.features(batch))
-    if not all(np.isfinite(values).all() for values in (probabilities, *head.variables().values())):
-        raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
     classes = rows.classes[batch]
-    accuracy = float((probabilities.argmax(axis=1) == classes).mean())
-    cross_entropy = float(-np.log(np.maximum(probabilities[np.arange(len(batch)), classes], 1e-30)).mean())
+    probabilities = head.probabilities(rows.features(batch))
+    for values in (probabilities, *head.variables().values()):
+        if not np.isfinite(values).all():
+            raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
+    own = probabilities[np.arange(len(batch)), classes]
+    cross_entropy = -np.log(np.maximum(own, 1e-30)).mean()
+    accuracy = (probabilities.argmax(axis=1) == classes).mean()
     line = f"{datetime.datetime.now()}: Step {step}:"
     if split == "train":
         step_log.info("%s Train accuracy = %.1f%%", line, accuracy * 100)
         step_log.info("%s Cross entropy = %f", line, cross_entropy)
     else:
         step_log.info("%s Validation accuracy = %.1f%% (N=%d)", line, accuracy * 100, len(batch))
-    numbers = {name.split("/final_")[0]: values for name, values in head.variables().items()}
-    numbers["activations"] = probabilities
-    # In float64, since thirty float32 bins don't fit between numbers that are nearly equal.
-    histograms = {name: np.histogram(values.astype(np.float64), bins=30) for name, values in numbers.items()}
-    return Scores(step, split, accuracy, cross_entropy, histograms)
+    return Scores(step, split, float(accuracy), float(cross_entropy))
 
 
-def batch_drawer(classes: np.ndarray, size: int, random: np.random.Generator) -> Callable[[], np.ndarray]:
-    """Return a function that draws a batch of rows, int [size], with replacement: a class first, then one of its rows.
+def draw_batches(classes: np.ndarray, size: int, chance: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield batches of rows, int [size], for ever, drawn with replacement: a class first, then one of its rows.
 
     So the classes count alike, however many images each has. A size of -1 gives all rows every time.
     """
     if size == -1:
-        return lambda: np.arange(len(classes))
+        yield from itertools.repeat(np.arange(len(classes)))
     by_class = np.argsort(classes, kind="stable")
     present, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
-
-    def draw() -> np.ndarray:
-        drawn = random.integers(len(present), size=size)
-        return by_class[starts[drawn] + random.integers(counts[drawn])]
-
-    return draw
+    while True:
+        drawn = chance.integers(len(present), size=size)
+        yield by_class[starts[drawn] + chance.integers(counts[drawn])]
 
 
-def batch_mixer(
-    sources: Sequence[tuple[Rows, float]], class_count: int, settings: TrainingSettings, random: np.random.Generator
-) -> Callable[[], tuple]:
-    """Return a function that draws a batch of each source, which counts in the loss by its share, whatever its size.
+def training_batches(
+    rows: Rows, class_count: int, settings: TrainingSettings, chance: np.random.Generator
+) -> Iterator[tuple]:
+    """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], weights [batch]."""
+    weights = np.ones(class_count, np.float32)
+    if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches balance the classes
+        counts = np.maximum(np.bincount(rows.classes, minlength=class_count), 1)
+        weights = (len(rows.classes) / (class_count * counts)).astype(np.float32)
+    for batch in draw_batches(rows.classes, settings.train_batch_size, chance):
+        classes = rows.classes[batch]
+        yield batch, rows.features(batch), classes, weights[classes]
 
-    The function returns the batch of the first source, int [batch], and of all of them together the features float32
-    [rows, n], classes int [rows] and weights float32 [rows].
-    """
-    drawers = [batch_drawer(rows.classes, settings.train_batch_size, random) for rows, _ in sources]
-    # How much an image of each class counts; drawn batches see to that themselves, by drawing a class first.
-    counts = [np.ones(class_count, np.float32) for _ in sources]
-    if settings.class_weights == "balanced" and settings.train_batch_size == -1:
-        found = [np.bincount(rows.classes, minlength=class_count) for rows, _ in sources]
-        counts = [(each.sum() / (class_count * np.maximum(each, 1))).astype(np.float32) for each in found]
 
-    def draw() -> tuple:
-        batches = [drawer() for drawer in drawers]
-        total, drawn = sum(map(len, batches)), []
-        for (rows, share), batch, count in zip(sources, batches, counts, strict=True):
-            classes = rows.classes[batch]
-            drawn.append((rows.features(batch), classes, count[classes] * np.float32(share * total / len(batch))))
-        return batches[0], *(drawn[0] if len(drawn) == 1 else map(np.concatenate, zip(*drawn, strict=True)))
-
-    return draw
+def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Iterator[tuple]:
+    """Yield the batches of both together; the known ones make up a share of the loss, whatever their size."""
+    for (batch, *ours), (_, *theirs) in zip(new, known, strict=True):
+        count = len(ours[2]) + len(theirs[2])
+        ours[2] *= np.float32((1 - share) * count / len(ours[2]))
+        theirs[2] *= np.float32(share * count / len(theirs[2]))
+        yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
 
 
 def softmax_learner(
-    feature_count: int, class_count: int, learning_rate: float, random: np.random.Generator
+    feature_count: int, class_count: int, learning_rate: float, chance: np.random.Generator
 ) -> tuple[Callable, Callable[[], Head]]:
     """Return two functions: one that learns from a batch as the classic script does, and one that gives the head.
 
     The first takes features float32 [batch, n], classes int [batch] and weights float32 [batch], and goes a step down
     the gradient of the batch's mean cross entropy. The layer begins as a truncated normal of standard deviation 0.001.
     """
-    weights = random.standard_normal((feature_count, class_count), np.float32)
+    weights = chance.standard_normal((feature_count, class_count), np.float32)
     while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
-        weights[outside] = random.standard_normal(outside.sum(), np.float32)
+        weights[outside] = chance.standard_normal(outside.sum(), np.float32)
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
 
     def learn(features: np.ndarray, classes: np.ndarray, counts: np.ndarray) -> None:
@@ -2036,39 +1967,46 @@ def keras_learner(
     start: the weights [inputs, outputs] and biases [outputs] that the first layers begin with; the others are random.
     """
     keras = import_tensorflow().keras
+    layers = keras.layers
     seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
     sample = training.features(slice(None, None, 1 + len(training.rows) // 8192)).astype(np.float64)
-    scale = math.sqrt(FEATURE_POWER * len(sample) / ((sample**2).sum() or FEATURE_POWER * len(sample)))
-    model = keras.Sequential([keras.Input([sample.shape[1]]), keras.layers.Rescaling(scale)])
+    power = (sample**2).sum()
+    scale = math.sqrt(FEATURE_POWER * len(sample) / power) if power else 1.0
     dense = [
-        keras.layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
+        layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
         for units in (*settings.hidden_units, class_count)
     ]
+    model = keras.Sequential([keras.Input([sample.shape[1]]), layers.Rescaling(scale)])
     for layer in dense[:-1]:
         model.add(layer)
         if settings.batch_norm:
-            model.add(keras.layers.BatchNormalization())
-        model.add(keras.layers.ReLU())
+            model.add(layers.BatchNormalization())
+        model.add(layers.ReLU())
         if settings.dropout:
-            model.add(keras.layers.Dropout(settings.dropout, seed=next(seeds)))
+            model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
     model.add(dense[-1])
     for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
         layer.set_weights([weights if i else weights / np.float32(scale), biases])
-    optimizer = keras.optimizers.get("sgd" if settings.optimizer == "momentum" else settings.optimizer)
+    has_momentum = settings.optimizer == "momentum"
+    optimizer = keras.optimizers.get("sgd" if has_momentum else settings.optimizer)
     optimizer.learning_rate = settings.learning_rate
-    optimizer.momentum = 0.9 if settings.optimizer == "momentum" else 0
+    if has_momentum:
+        optimizer.momentum = 0.9
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     def head_now() -> Head:
         """Fold scale and normalisation into the dense layers."""
-        layers = [tuple(layer.get_weights()) for layer in dense]
-        layers[0] = layers[0][0] * np.float32(scale), layers[0][1]
-        normalisations = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
-        for i, layer in enumerate(normalisations):
-            gamma, beta, mean, variance = layer.get_weights()
-            gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
-            layers[i] = layers[i][0] * gain, (layers[i][1] - mean) * gain + beta
-        *hidden, (weights, biases) = layers
+        folded: list[tuple[np.ndarray, np.ndarray]] = []
+        for layer in model.layers:
+            if isinstance(layer, layers.Dense):
+                weights, biases = layer.get_weights()
+                folded.append((weights if folded else weights * np.float32(scale), biases))
+            if isinstance(layer, layers.BatchNormalization):
+                gamma, beta, mean, variance = layer.get_weights()
+                gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
+                weights, biases = folded[-1]
+                folded[-1] = weights * gain, (biases - mean) * gain + beta
+        *hidden, (weights, biases) = folded
         return Head(weights, biases, tuple(hidden))
 
     return model.train_on_batch, head_now
@@ -2087,13 +2025,18 @@ def train_logistic(training: Rows, validation: Rows, class_count: int, settings:
     features -= mean
     scale = np.sqrt(np.square(features).mean()) or np.float32(1)
     balance = "balanced" if settings.class_weights == "balanced" else None
-    model = LogisticRegression(C=LOGISTIC_C, max_iter=1000, class_weight=balance).fit(features / scale, classes)
+    model = LogisticRegression(C=LOGISTIC_C, max_iter=1000, class_weight=balance)
+    model.fit(features / scale, classes)
     slopes, offsets = model.coef_, model.intercept_  # [classes, n], [classes]
     if len(model.classes_) == 2:  # where scikit-learn gives the second class's logit less the first's
-        slopes, offsets = np.concatenate([-slopes, slopes]) / 2, np.concatenate([-offsets, offsets]) / 2
-    weights, biases = np.zeros((features.shape[1], class_count)), np.full(class_count, -100.0)
-    weights[:, model.classes_], biases[model.classes_] = slopes.T / scale, offsets  # -100: no row, never answered
-    return Head(weights.astype(np.float32), (biases - mean @ weights).astype(np.float32))
+        slopes = np.concatenate([-slopes, slopes]) / 2
+        offsets = np.concatenate([-offsets, offsets]) / 2
+    weights = np.zeros((features.shape[1], class_count))
+    biases = np.full(class_count, -100.0)  # a class without a row is never answered
+    weights[:, model.classes_] = slopes.T / scale
+    biases[model.classes_] = offsets
+    biases -= mean @ weights
+    return Head(weights.astype(np.float32), biases.astype(np.float32))
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
@@ -2113,84 +2056,62 @@ def train_head(
     of what is learnt from, so that the few teach without the many being forgotten; with other classes, only the hidden
     layers are carried over. Raises UserError when the training goes astray.
     """
+    interval, steps, history = settings.eval_step_interval, settings.how_many_training_steps, []
     if settings.head == "logistic":
         head = train_logistic(training, validation, class_count, settings)
-        every = np.arange(len(training.rows))
-        return head, [score(head, training, every, 0, "train")] if settings.eval_step_interval else []
-    random, steps = np.random.default_rng(settings.random_seed), settings.how_many_training_steps
-    if settings.is_classic:
-        learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, random)
-    else:
-        start = (*base.hidden, *([(base.weights, base.biases)] if coarse else ())) if base else ()
+        return head, [score(head, training, np.arange(len(training.rows)), 0, "train")] if interval else []
+    chance = np.random.default_rng(settings.random_seed)
+    if settings.hidden_units or settings.optimizer != "sgd":
+        start = list(base.hidden) if base else []
+        if base and coarse:
+            start.append((base.weights, base.biases))
         learn, head_now = keras_learner(training, class_count, settings, start)
-    sources = [(training, 1 - settings.rehearsal), (coarse, settings.rehearsal)] if coarse else [(training, 1.0)]
-    draw = batch_mixer(sources, class_count, settings, random)
+    else:
+        learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, chance)
+    batches = training_batches(training, class_count, settings, chance)
+    if coarse:
+        batches = rehearsed(batches, training_batches(coarse, class_count, settings, chance), settings.rehearsal)
     # With random numbers of its own, so that evaluating more often doesn't change what is learnt.
-    draw_to_validate = batch_drawer(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
-    interval, frequency, history = settings.eval_step_interval, settings.intermediate_store_frequency, []
+    validated = draw_batches(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
     shows_bar = interval > 0 and sys.stderr.isatty()  # off a terminal, the classic lines tell
     with progress_bar("Training", steps, "step", disable=not shows_bar) as bar:
         for step in range(steps):
-            batch, features, classes, counts = draw()
-            learn(features, classes, counts)
+            batch, *learnt = next(batches)
+            learn(*learnt)
             if interval and (step % interval == 0 or step == steps - 1):
                 history.append(score(head_now(), training, batch, step, "train"))
                 if len(validation.rows):
-                    history.append(score(head_now(), validation, draw_to_validate(), step, "validation"))
-            if frequency and step and step % frequency == 0:
+                    history.append(score(head_now(), validation, next(validated), step, "validation"))
+            if step and settings.intermediate_store_frequency and step % settings.intermediate_store_frequency == 0:
                 after_step(step, head_now())
             bar.update()
     return head_now(), history
 
 
-def summary_of(scores: Scores) -> Summary:
-    """Return the TensorBoard summary of an evaluation: accuracy, cross entropy and histograms."""
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    summary = Summary()
-    summary.value.add(tag="accuracy", simple_value=scores.accuracy)
-    summary.value.add(tag="cross_entropy", simple_value=scores.cross_entropy)
-    for name, (counts, edges) in scores.histograms.items():
-        histogram = summary.value.add(tag=f"final_training_ops/{name}").histo
-        histogram.min, histogram.max, histogram.num = edges[0], edges[-1], counts.sum()
-        middles = (edges[:-1] + edges[1:]) / 2
-        histogram.sum, histogram.sum_squares = counts @ middles, counts @ middles**2
-        histogram.bucket_limit.extend(edges[1:])
-        histogram.bucket.extend(counts)
-    return summary
-
-
 def write_summaries(history: Sequence[Scores], folder: Path) -> None:
     """Write the history for TensorBoard, into `folder`/train and `folder`/validation, in place of an earlier run's."""
+    from tensorboardX import SummaryWriter
+
     for split in ("train", "validation"):
-        write_events(folder / split, [(scores.step, summary_of(scores)) for scores in history if scores.split == split])
-
-
-def write_events(folder: Path, summaries: Iterable[tuple[int, Summary]]) -> None:
-    """Write (step, TensorBoard summary) into a folder, in place of an earlier run's. Raises UserError if it can't."""
-    from tensorboardX.writer import FileWriter
-
-    try:
-        for old in folder.glob("events.out.tfevents.*"):
+        for old in (folder / split).glob("events.out.tfevents.*"):
             old.unlink()
-        writer = FileWriter(str(folder))
-        for step, summary in summaries:
-            writer.add_summary(summary, step)
-        writer.close()
-    except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
+        with SummaryWriter(str(folder / split)) as writer:
+            for scores in history:
+                if scores.split == split:
+                    writer.add_scalar("accuracy", scores.accuracy, scores.step)
+                    writer.add_scalar("cross_entropy", scores.cross_entropy, scores.step)
 
 
 def write_checkpoint(head: Head, path: Path) -> None:
     """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
-    tf = import_tensorflow()
-    variables = dict(sorted(head.variables().items()))
+    tf, variables = import_tensorflow(), head.variables()
+    names = sorted(variables)
     with writing_by_tensorflow(path):
         tf.raw_ops.SaveV2(
             prefix=str(path),
-            tensor_names=[f"final_training_ops/{name}" for name in variables],
-            shape_and_slices=[""] * len(variables),
-            tensors=list(variables.values()),
+            tensor_names=[f"final_training_ops/{name}" for name in names],
+            shape_and_slices=[""] * len(names),
+            tensors=[variables[name] for name in names],
         )
         tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
@@ -3905,34 +3826,25 @@ RESULT = logging.WARNING + 1
 
 
 class Console(logging.Handler):
-    """Prints messages on stdout, and warnings and errors, as such, on stderr.
-
-    On a terminal a progress bar stands for the lines of each step, unless --logging_verbosity is DEBUG.
-    """
+    """Prints messages on stdout, and warnings and errors, as such, on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == step_log.name and (log.level > logging.INFO or (sys.stdout.isatty() and log.level > 10)):
-            return
-        serious = record.levelno >= logging.WARNING and record.levelno != RESULT
-        text = f"{record.levelname}: {record.getMessage()}" if serious else record.getMessage()
-        print(printable(text), file=sys.stderr if serious else sys.stdout, flush=True)
+        text = printable(record.getMessage())
+        if record.levelno < logging.WARNING or record.levelno == RESULT:
+            print(text, flush=True)
+        else:
+            print(f"{record.levelname}: {text}", file=sys.stderr, flush=True)
 
 
 def set_up_logging(verbosity: str) -> None:
-    """Print what is at least as serious as `verbosity`."""
-    log.handlers[:] = [Console()]
+    """Print what is at least as serious as `verbosity`; on a terminal a progress bar stands for the lines of steps."""
+    console = Console()
+    if verbosity != "DEBUG" and (verbosity != "INFO" or sys.stdout.isatty()):
+        console.addFilter(lambda record: record.name != step_log.name)
+    log.handlers[:] = [console]
     log.propagate = False
     log.setLevel(verbosity)
     step_log.setLevel(logging.INFO)
-
-
-def log_to_file(folder: str) -> None:
-    """Write all that is told, and the lines of each step, into training.log as well."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(Path(folder) / "training.log", "w", "utf-8", errors="backslashreplace"))
-    except OSError as error:
-        raise UserError(f"--summaries_dir {folder}: it can't be written into ({error.strerror}).") from error
 
 
 def find_class_folders(flags: argparse.Namespace) -> None:
@@ -4017,17 +3929,16 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     return leave_out(images, flags.exclude) if flags.exclude else images, labels
 
 
-def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
-    """Return the base model that the flags ask for, and a sentence if it is not the one hoped for, or ''.
-
-    images: those of --image_dir, some of which calibrate an 8-bit base model.
-    """
+def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> BaseModel:
+    """Return the base model that the flags ask for; some images of --image_dir calibrate an 8-bit one."""
     model_dir, note = Path(flags.model_dir), ""
     if flags.tfhub_module:
         recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
     else:
         asked = flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model
         recipe, note = find_recipe(*asked)
+    if note:
+        log.warning(note)
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
@@ -4035,9 +3946,8 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
         if not flags.split_file:
             inside = assign_splits(inside, flags.testing_percentage, flags.validation_percentage)
         training = [image for image in inside if image.split == "training"]
-        reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
-        samples = functools.partial(calibration_images, training, reading)
-    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), note
+        samples = functools.partial(calibration_images, training, from_flags(Reading, flags))
+    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples)
 
 
 def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
@@ -4066,60 +3976,71 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The usable images of --image_dir, with their features float32 [images, n] and what they are used for.
-
-    rows: by split, in training with the distorted variants, if any; known: training and validation, without those.
-    coarse: the rows of stage one, if there are two; coarse_labels: `labels`, if stage one has the same classes.
-    """
+    """The usable images of --image_dir, and what they are used for."""
 
     images: list[Image]
-    features: np.ndarray
     labels: list[str]
-    rows: dict[str, Rows]
-    known: Rows
-    coarse: Rows | None
-    coarse_labels: list[str]
+    features: np.ndarray  # float32 [images, n]
+    cues: np.ndarray  # float32 [images, 5], see CUES
+    training: Rows  # with the distorted variants, if any
+    validation: Rows
+    testing: Rows
+    known: Rows  # training and validation, without those variants
+    coarse: Rows | None  # of stage one, if there are two
+    coarse_labels: list[str]  # `labels` themselves, if stage one has the same
 
 
-def dataset_of(flags: argparse.Namespace, images: Sequence[Image], features: np.ndarray, labels: list[str]) -> Dataset:
-    """Return what the usable images and their features float32 [images, n] are for, as the flags say."""
-    images = split_images(flags, images, labels)
-    theirs = list(dict.fromkeys(image.label for image in images if image.split == "coarse"))
-    coarse_labels = labels if set(theirs) == set(labels) else theirs
+def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
+    """Return the usable images and their features, kept or computed, here or on a cluster. Raises UserError."""
+    engine = "litert" if flags.quantize else flags.engine
+    if flags.ray_address:
+        extract_all = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=engine)
+    else:
+        extract_all = functools.partial(extract_here, engine=choose_engine(engine, flags.cpu_threads))
+    compute = functools.partial(compute_bottlenecks, extract_all=extract_all)
+    store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
+    found, cues, skipped = compute(store, images)
+    store.tell_skipped(skipped)
+    images = split_images(flags, [image for image in images if image.path not in skipped], labels)
+    features = found[:, 0]
+    splits = np.array([image.split for image in images])
 
-    def rows_of(*splits: str, labels: list[str] = labels) -> Rows:
-        rows = np.array([row for split in splits for row, image in enumerate(images) if image.split == split], np.intp)
-        return Rows(features, rows, np.array([labels.index(images[row].label) for row in rows], np.intp))
+    def rows_of(*wanted: str, labels: list[str] = labels) -> Rows:
+        rows = np.concatenate([np.flatnonzero(splits == split) for split in wanted])
+        classes = [labels.index(images[row].label) for row in rows]
+        return Rows(features, rows, np.array(classes, np.intp))
 
-    rows = {split: rows_of(split) for split in ("training", "validation", "testing")}
-    coarse = None
+    coarse, coarse_labels = None, labels
     if flags.coarse_image_dir:
+        theirs = dict.fromkeys(image.label for image in images if image.split == "coarse")
+        if set(theirs) != set(labels):
+            coarse_labels = list(theirs)
         coarse = without_copies(rows_of("coarse", labels=coarse_labels), features, images)
         if not len(coarse.rows):
             raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
-    images = [image for image in images if image.split != "coarse"]  # which come first
-    known = rows_of("training", "validation")
-    return Dataset(images, features[: len(images)], labels, rows, known, coarse, coarse_labels)
+    training, distortion = rows_of("training"), from_flags(Distortion, flags)
+    if distortion != Distortion():
+        chosen = [images[row] for row in training.rows]
+        variants, _, gone = compute(store, chosen, distortion, flags.distortions_per_image)
+        if gone:
+            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+        training = with_variants(training, variants, store.folder)
+    count = int((splits != "coarse").sum())  # which come first
+    rows = training, rows_of("validation"), rows_of("testing"), rows_of("training", "validation")
+    return Dataset(images[:count], labels, features[:count], cues[:count], *rows, coarse, coarse_labels)
 
 
-def add_distortions(flags: argparse.Namespace, data: Dataset, store: BottleneckStore, compute: Callable) -> None:
-    """Add distorted variants to the training rows, if the flags ask for them; compute: see compute_bottlenecks.
+def with_variants(training: Rows, variants: np.ndarray, folder: Path) -> Rows:
+    """Return the training rows, each followed by its distorted variants, float32 [rows, count, n].
 
-    Every image gets the same number of rows, so drawing a row of a class still draws an image first. Raises UserError
-    for images that can't be read any more.
+    Every image gets the same number of rows, so drawing a row of a class still draws an image first.
     """
-    distortion, training = from_flags(Distortion, flags), data.rows["training"]
-    if distortion == Distortion():
-        return
-    images, count = [data.images[row] for row in training.rows], flags.distortions_per_image
-    variants, _, gone = compute(store, images, distortion, count)  # [images, count, n]
-    if gone:
-        raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-    matrix = empty_matrix((len(images), 1 + count, variants.shape[2]), store.folder)
-    for i, row in enumerate(training.rows):
-        matrix[i, 0], matrix[i, 1:] = training.matrix[row], variants[i]
-    rows = np.arange(len(images) * (1 + count))
-    data.rows["training"] = Rows(matrix.reshape(len(rows), -1), rows, np.repeat(training.classes, 1 + count))
+    images, count, size = variants.shape
+    matrix = empty_matrix((images, 1 + count, size), folder)
+    matrix[:, 0] = training.features()
+    matrix[:, 1:] = variants
+    rows = np.arange(images * (1 + count))
+    return Rows(matrix.reshape(-1, size), rows, np.repeat(training.classes, 1 + count))
 
 
 def train_as_asked(
@@ -4129,41 +4050,43 @@ def train_as_asked(
 
     Returns it with the scores of each training by name, and with what trained it: train_head or the like, and settings.
     """
-    training, validation, count = data.rows["training"], data.rows["validation"], len(data.labels)
+    given = data.training, data.validation, len(data.labels)
     if data.coarse is None:
-        head, history = train_head(training, validation, count, settings, after_step)
+        head, history = train_head(*given, settings, after_step)
         return head, {"head": history}, train_head, settings
+    counts = len(data.coarse.rows), len(data.training.rows)
+    log.info("Stage one trains on %d coarse images, stage two on %d others.", *counts)
     same = data.coarse_labels == data.labels
-    seen = validation if same else Rows(validation.matrix, validation.rows[:0], validation.classes[:0])
-    log.info("Stage one trains on %d coarse images, stage two on %d others.", len(data.coarse.rows), len(training.rows))
-    base = train_head(data.coarse, seen, len(data.coarse_labels), settings.of_stage_one())
+    first, second = settings.stages(same)
+    seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
+    base = train_head(data.coarse, seen, len(data.coarse_labels), first)
     refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
-    trained = {"stage one": base, "without stage one": train_head(training, validation, count, settings)}
-    second = settings.of_stage_two(same)
-    trained["both stages"] = refine(training, validation, count, second, after_step)
-    held_out = data.rows["testing"] if len(data.rows["testing"].rows) else validation
-    for name, (head, _) in trained.items() if len(held_out.rows) else ():
-        if same or name != "stage one":
-            accuracy = (head.logits(held_out.features()).argmax(axis=1) == held_out.classes).mean()
-            log.info("  %s: %.1f%% of the %d held-out images", name, 100 * accuracy, len(held_out.rows))
-    return trained["both stages"][0], {name: history for name, (_, history) in trained.items()}, refine, second
+    alone = train_head(*given, settings)
+    both = refine(*given, second, after_step)
+    held_out, histories = data.testing if len(data.testing.rows) else data.validation, {}
+    for name, (head, history) in {"stage one": base, "without stage one": alone, "both stages": both}.items():
+        histories[name] = history
+        if len(held_out.rows) and (same or name != "stage one"):
+            right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
+            log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
+    return both[0], histories, refine, second
 
 
-def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> tuple[float | None, int]:
-    """Try the head on the test images and print the classic lines; return the accuracy and the number of images."""
-    testing = data.rows["testing"]
+def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> dict:
+    """Try the head on the test images and print the classic lines; return what output_graph.json holds of it."""
+    testing = data.testing
     if not len(testing.rows):
-        return None, 0
-    batch = batch_drawer(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed))()
+        return {"test_accuracy": None, "test_images": 0}
+    batch = next(draw_batches(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed)))
     predicted = head.logits(testing.features(batch)).argmax(axis=1)
-    accuracy = float((predicted == testing.classes[batch]).mean())
-    log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", accuracy * 100, len(batch))
+    right = predicted == testing.classes[batch]
+    log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", 100 * right.mean(), len(batch))
     if flags.print_misclassified_test_images:
         log.info("=== MISCLASSIFIED TEST IMAGES ===")
-        for row, own, guess in zip(testing.rows[batch], testing.classes[batch], predicted, strict=True):
-            if own != guess:
-                log.info("%70s  %s", printable(data.images[row].path), data.labels[guess])
-    return accuracy, len(batch)
+        for i in np.flatnonzero(~right):
+            path = data.images[testing.rows[batch[i]]].path
+            log.info("%70s  %s", printable(path), data.labels[predicted[i]])
+    return {"test_accuracy": float(right.mean()), "test_images": len(batch)}
 
 
 def write_all(
@@ -4177,10 +4100,17 @@ def write_all(
     remove_leftovers(files.graph.parent)
     graph = graph_with_head(base_graph, head, flags.final_tensor_name)
     lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
-    model = {"architecture": base.name, "base_model_sha256": base.fingerprint, "input_size": base.input_size}
-    asked = {name: getattr(flags, name) for name in ("final_tensor_name", "ignore_exif_orientation", "exact_decode")}
-    quantized = {"quantized": flags.quantize}  # the .tflite; the graph never is
-    write_outputs(files, graph, lite, labels, Path(flags.output_labels), model | asked | quantized | facts)
+    facts = {
+        "architecture": base.name,
+        "base_model_sha256": base.fingerprint,
+        "input_size": base.input_size,
+        "final_tensor_name": flags.final_tensor_name,
+        "ignore_exif_orientation": flags.ignore_exif_orientation,
+        "exact_decode": flags.exact_decode,
+        "quantized": flags.quantize,  # the .tflite; the graph never is
+        **facts,
+    }
+    write_outputs(files, graph, lite, labels, Path(flags.output_labels), facts)
     if flags.checkpoint_path:
         write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
@@ -4190,110 +4120,57 @@ def write_all(
     log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
 
 
-def learn(
-    flags: argparse.Namespace,
-    base: BaseModel,
-    store: BottleneckStore,
-    compute: Callable,
-    images: Sequence[Image],
-    features: np.ndarray,
-    cues: np.ndarray,
-    labels: list[str],
-) -> None:
-    """Train the head on the features float32 [images, n] of usable images, say how good it is, and write it.
-
-    cues: see CUES, float32 [images, 5]; compute: compute_bottlenecks, where it is to be done.
-    """
-    data = dataset_of(flags, images, features, labels)
-    add_distortions(flags, data, store, compute)
-    base_graph = base.graph_path.read_bytes()
-    check_final_tensor_name(base_graph, flags.final_tensor_name)
-
-    def after_step(step: int, head: Head) -> None:
-        path = Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb"
-        with whole_file(path) as temporary:
-            temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
-
-    trained = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
-    head, histories, train, settings = trained
-    history = [*histories.values()][-1]
-    accuracy, count = final_test(flags, head, data)
-    facts: dict[str, Any] = {"test_accuracy": accuracy, "test_images": count, "temperature": 1.0, "familiar": None}
-    if flags.no_report:
-        write_all(flags, base, base_graph, head, labels, facts)
-        if Path(flags.output_report).is_file():
-            log.warning("The report that lies there (%s) is of an earlier run.", flags.output_report)
-    else:
-        diagnostics = diagnose(
-            data.images,
-            data.features,
-            cues[: len(data.images)],
-            data.known,
-            data.rows["testing"],
-            head,
-            labels,
-            settings,
-            histories,
-            flags.coverage,
-            train,
-        )
-        log_diagnostics(diagnostics, Path(flags.output_report).with_suffix(".tsv"))
-        head = head.cooled(diagnostics.temperature)
-        facts["temperature"] = diagnostics.temperature
-        facts["familiar"] = diagnostics.familiar and diagnostics.familiar.as_facts()
-        write_all(flags, base, base_graph, head, labels, facts)
-        write_report(
-            diagnostics, Path(flags.output_report), {"Base model": base.name, "Folder": shown(flags.image_dir)}
-        )
-        if flags.summaries_dir:
-            write_evaluation_summaries(diagnostics, data.features, Path(flags.summaries_dir) / "evaluation")
-    if flags.summaries_dir:
-        write_summaries(history, Path(flags.summaries_dir))
-
-
 def run(flags: argparse.Namespace) -> None:
-    """Go through the rooms: the crawl, the classifier, on this machine or with a Ray cluster."""
+    """Go through the rooms: the crawl, then the classifier."""
     find_class_folders(flags)
     if not flags.crawl_only:
         check_outputs(flags)
     if flags.crawl:
         collect(flags)
-    if flags.crawl_only:
-        return
-    if flags.summaries_dir:
-        log_to_file(flags.summaries_dir)
-    cores = Engine(cpu_threads=flags.cpu_threads).cores
-    with ray_cluster(flags.ray_address, cores) if flags.ray_address else contextlib.nullcontext():
+    if not flags.crawl_only:
         make_classifier(flags)
 
 
 def make_classifier(flags: argparse.Namespace) -> None:
-    """Go through the rooms images, base model, bottlenecks, and with what is usable head, diagnostics and export."""
+    """Go through the rooms images, base model, bottlenecks, head, diagnostics, report and export."""
+    logs = Path(flags.summaries_dir) if flags.summaries_dir else None
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+        log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
     images, labels = list_all(flags)
-    base, note = open_base_model(flags, images)
-    kind = "litert" if flags.quantize else flags.engine
-    if flags.ray_address:
-        extract = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=kind)
-    else:
-        extract = functools.partial(extract_here, engine=choose_engine(kind, flags.cpu_threads))
-    compute = functools.partial(compute_bottlenecks, extract_all=extract)
-    store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
-    features, cues, skipped = compute(store, images)
-    store.write_skipped(skipped)
-    try:
-        usable = [image for image in images if image.path not in skipped]
-        learn(flags, base, store, compute, usable, features[:, 0], cues, labels)
-    finally:
-        for path, reason in list(skipped.items())[:3]:
-            log.warning("%s: %s", printable(path), printable(reason))
-        if skipped:
-            log.warning("%d of the files could not be used (listed in %s).", len(skipped), store.skipped_path)
-    if note:
-        log.warning(note)
-    script, graph = Path(__file__).with_name("predict.py"), flags.output_graph
-    script = Path(script.name) if script.parent == Path.cwd() else script
-    chosen = "" if graph == at_home("output_graph.pb") else f" --graph {graph}"
-    log.info("Name images with: python3 %s%s --image FILE", script, chosen)
+    base = open_base_model(flags, images)
+    base_graph = base.graph_path.read_bytes()
+    check_final_tensor_name(base_graph, flags.final_tensor_name)
+    cores = Engine(cpu_threads=flags.cpu_threads).cores
+    with ray_cluster(flags.ray_address, cores) if flags.ray_address else contextlib.nullcontext():
+        data = dataset_of(flags, base, images, labels)
+
+    def after_step(step: int, head: Head) -> None:
+        with whole_file(Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb") as temporary:
+            temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
+
+    head, histories, train, settings = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
+    facts = final_test(flags, head, data) | {"temperature": 1.0, "familiar": None}
+    found, report = None, Path(flags.output_report)
+    if not flags.no_report:
+        found = diagnose(
+            data.images, data.features, data.cues, data.known, data.testing, head, labels, settings, histories,
+            flags.coverage, train,
+        )  # fmt: skip
+        log_diagnostics(found, report.with_suffix(".tsv"))
+        head = head.cooled(found.temperature)
+        facts |= {"temperature": found.temperature, "familiar": found.familiar and found.familiar.as_facts()}
+    write_all(flags, base, base_graph, head, labels, facts)
+    if found:
+        write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
+    if logs:
+        write_summaries([*histories.values()][-1], logs)
+    if logs and found:
+        write_evaluation_summaries(found, data.features, logs / "evaluation")
+    script = Path(__file__).with_name("predict.py")
+    shown_script = script.name if script.parent == Path.cwd() else script
+    chosen = "" if flags.output_graph == at_home("output_graph.pb") else f" --graph {flags.output_graph}"
+    log.info("Name images with: python3 %s%s --image FILE", shown_script, chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

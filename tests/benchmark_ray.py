@@ -22,7 +22,6 @@ import functools
 import itertools
 import multiprocessing
 import os
-import pickle
 import shutil
 import statistics
 import sys
@@ -63,8 +62,8 @@ def clocked_worker(clock: Path) -> type:
     """Return a ClusterWorker that appends to a file of this machine when each picture was computed."""
 
     class Clocked(retrain.ClusterWorker):
-        def compute(self, read):
-            result = super().compute(read)
+        def compute(self, job):
+            result = super().compute(job)
             with open(clock, "ab") as file:
                 file.write(np.float64(time.time()).tobytes())
             return result
@@ -131,7 +130,7 @@ def plain_process(base: retrain.BaseModel, images: list[retrain.Image], barrier,
     start = time.time()
     for image in images:
         pixels = retrain.read_image(image.path, retrain.Reading(), base.input_size)
-        retrain.bottleneck_text(network(retrain.resize_bilinear(pixels, base.input_size)))
+        network(retrain.resize_bilinear(pixels, base.input_size))
     times.put((start, time.time()))
 
 
@@ -185,16 +184,11 @@ def stub_worker(size: int) -> type:
     class Stub(retrain.ClusterWorker):
         def __init__(self, parcel):
             values = np.random.default_rng(0).random(size, np.float32)
-            self.values, self.text = values, retrain.bottleneck_text(values)
+            self.result = [values], [",".join(map(str, values))], [0.0] * len(retrain.CUES)
             self.readers = self.computers = concurrent.futures.ThreadPoolExecutor(1)
 
-        def read(self, item):
-            return item  # the next step needs the job only
-
-        def compute(self, read):
-            job, _ = pickle.loads(read)
-            result = {0: self.values}, {0: self.text}, [0.0] * len(retrain.CUES)
-            return pickle.dumps((job.row, result))
+        def compute(self, job):
+            return job.row, self.result
 
     return Stub
 
@@ -206,7 +200,7 @@ def flood(base: retrain.BaseModel, count: int, size: int, folder: Path, shared_f
     picture.write_bytes(b"x" * 1000)
     images = repeated([retrain.Image(picture, "many")], count, folder)
     sizes = []
-    text = retrain.bottleneck_text(np.random.default_rng(0).random(size, np.float32))
+    text = b"0.12345678," * size
     alone = plain_files(folder / "plain", text, count // 10)
     print(f"the file system alone, one thread: {alone:.0f} files/s", flush=True)
     shutil.rmtree(folder / "plain")

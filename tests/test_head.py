@@ -148,7 +148,7 @@ def test_logistic_head_from_photographs_to_predictions(train, capsys):
 
 def test_classes_count_alike_when_drawn():
     classes = np.array([0] * 5 + [2] * 500)  # and none of class 1
-    drawn = retrain.batch_drawer(classes, 20_000, np.random.default_rng(0))()
+    drawn = next(retrain.draw_batches(classes, 20_000, np.random.default_rng(0)))
     assert (classes[drawn] == 0).mean() == pytest.approx(0.5, abs=0.02)
     counts = np.bincount(drawn, minlength=505)
     assert counts.min() > 0
@@ -224,7 +224,6 @@ def test_scores_are_those_of_the_head():
     for scores in history[-2:]:
         assert scores.accuracy == accuracy(head, rows)
         assert scores.cross_entropy == pytest.approx(cross_entropy(head.weights, head.biases, rows), abs=1e-5)
-        assert scores.histograms["weights"][0].sum() == head.weights.size
 
 
 def test_nothing_to_test_with(train, capsys):
@@ -260,20 +259,11 @@ def test_tensorboard_reads_the_summaries(trained, split):
     found = {}
     for event in events(trained / "retrain_logs" / split):
         for value in event.summary.value:
-            found.setdefault(value.tag, {})[event.step] = value
-    scopes = [f"final_training_ops/{name}" for name in ("weights", "biases", "activations")]
-    assert set(found) == {"accuracy", "cross_entropy", *scopes}
+            found.setdefault(value.tag, {})[event.step] = value.simple_value
+    assert set(found) == {"accuracy", "cross_entropy"}
     assert all(sorted(by_step) == [*range(0, 300, 10), 299] for by_step in found.values())
-    last = {tag: by_step[299] for tag, by_step in found.items()}
-    assert last["accuracy"].simple_value > 0.9
-    assert 0 < last["cross_entropy"].simple_value < found["cross_entropy"][0].simple_value
-    for scope in scopes:
-        histogram = last[scope].histo
-        assert len(histogram.bucket) == len(histogram.bucket_limit) > 1
-        assert sum(histogram.bucket) == histogram.num > 0
-        assert histogram.min < histogram.max
-    assert last[scopes[0]].histo.num == 16 * 3 and last[scopes[1]].histo.num == 3
-    assert last[scopes[2]].histo.min >= 0 and last[scopes[2]].histo.max <= 1
+    assert found["accuracy"][299] > 0.9
+    assert 0 < found["cross_entropy"][299] < found["cross_entropy"][0]
 
 
 def test_next_run_replaces_the_summaries_and_nothing_else(train, tmp_path):

@@ -35,7 +35,7 @@ def made_up(folder: Path, names: list[str], count: int = 20, file_name: str = "i
     rows = np.arange(len(classes))
     held_out = HeldOut(rows, classes, logits, rows // 2, rows % 5)
     curve = LearningCurve([20, 40], [held_out.accuracy, held_out.accuracy], (0.0, 0.03))
-    history = [Scores(step, split, 0.8, 0.5, {}) for step in range(0, 50, 10) for split in ("train", "validation")]
+    history = [Scores(step, split, 0.8, 0.5) for step in range(0, 50, 10) for split in ("train", "validation")]
     doubts = [Doubt(0, 1, 0.9, 0.05, f"looks like {names[1]}"), Doubt(3, 0, 0.0, 0.0, "blurred")]
     pairs = [NearDuplicate(1, 2, 0.99, True)]
     return Diagnostics(

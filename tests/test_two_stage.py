@@ -65,20 +65,21 @@ def test_stage_two_rehearses_what_stage_one_knows(base):
 def test_rehearsed_rows_count_by_their_share(size):
     few, many, random = separable(2), separable(40), np.random.default_rng(0)
     settings = TrainingSettings(train_batch_size=size)
-    batch, features, classes, weights = retrain.batch_mixer([(few, 0.75), (many, 0.25)], 3, settings, random)()
+    sources = [retrain.training_batches(rows, 3, settings, random) for rows in (few, many)]
+    batch, features, classes, weights = next(retrain.rehearsed(*sources, 0.25))
     assert len(features) == len(classes) == len(weights) == (126 if size == -1 else 200)
     np.testing.assert_array_equal(features[: len(batch)], few.matrix[batch])
     assert weights.mean() == pytest.approx(1) and weights[: len(batch)].sum() / weights.sum() == pytest.approx(0.75)
 
 
-def test_the_learning_rate_of_stage_two():
+def test_the_settings_of_the_stages():
     settings = TrainingSettings(coarse_learning_rate=0.1, coarse_training_steps=5, refine_training_steps=7)
-    assert (settings.of_stage_one().learning_rate, settings.of_stage_one().how_many_training_steps) == (0.1, 5)
-    assert settings.of_stage_two(same_classes=True).learning_rate == pytest.approx(0.03)
-    assert settings.of_stage_two(same_classes=False).learning_rate == 0.1
-    assert settings.of_stage_two(same_classes=True).how_many_training_steps == 7
+    first, second = settings.stages(same_classes=True)
+    assert (first.learning_rate, first.how_many_training_steps) == (0.1, 5)
+    assert (second.learning_rate, second.how_many_training_steps) == (pytest.approx(0.03), 7)
+    assert settings.stages(same_classes=False)[1].learning_rate == 0.1
     given = TrainingSettings(coarse_learning_rate=0.1, refine_learning_rate=0.5)
-    assert given.of_stage_two(same_classes=True).learning_rate == 0.5
+    assert given.stages(same_classes=True)[1].learning_rate == 0.5
 
 
 def test_from_photographs_to_predictions(train, coarse, image_dir, tmp_path, capsys):
@@ -120,11 +121,6 @@ def test_copies_of_held_out_images_are_left_out(train, coarse, image_dir, capsys
     left_out = int(re.search(r"(\d+) coarse \w+ are left out", said.err)[1])
     assert left_out >= len(held_out) > 0
     assert f"Stage one trains on {110 - left_out} coarse images" in said.out
-
-
-def test_a_coarse_folder_that_is_none(train, capsys):
-    assert train("--coarse_image_dir", "nowhere", "--logging_verbosity", "ERROR") == 1
-    assert "--coarse_image_dir nowhere: there is no such folder" in capsys.readouterr().err
 
 
 def test_the_defaults_are_those_published():

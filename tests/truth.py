@@ -400,11 +400,10 @@ def stages(sets: Sets, repeats: int) -> None:
                 noisy[wrong] = random.permutation(noisy[wrong])
                 coarse, training = Rows(features, many, noisy), Rows(features, few, classes[few])
                 asked, nothing = settings(seed, 300), Rows(features, few[:0], few[:0])
-                base, _ = retrain.train_head(coarse, nothing, count, asked.of_stage_one())
+                first, second = asked.stages(True)
+                base, _ = retrain.train_head(coarse, nothing, count, first)
                 alone, _ = retrain.train_head(training, nothing, count, asked)
-                both, _ = retrain.train_head(
-                    training, nothing, count, asked.of_stage_two(True), base=base, coarse=coarse
-                )
+                both, _ = retrain.train_head(training, nothing, count, second, base=base, coarse=coarse)
                 right = [
                     head.logits(features[held_out]).argmax(axis=1) == classes[held_out] for head in (base, alone, both)
                 ]
