@@ -1427,10 +1427,12 @@ class BottleneckStore:
 
     Like `make`, it takes a file to be good as long as the image and the base model are those that it was made from. An
     index beside the files records, in a line of JSON for each: its name, the image's size and time of change, the
-    recipe, and the cues. Files without a record are the classic script's: they are good if younger than their image.
+    recipe, and the cues. Files without a record are the classic script's, if they were there before this run: they are
+    good if younger than their image.
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
+        self.started = time.time_ns() - 10**7  # the clock of file systems may be some milliseconds behind
         self.folder = Path(folder)
         self.base = base
         self.reading = reading
@@ -1458,8 +1460,10 @@ class BottleneckStore:
         if made_from != list(record):
             return None
         try:
-            if name not in self.records and (record[2] != self.recipe or path.stat().st_mtime_ns < record[1]):
-                return None
+            if name not in self.records:
+                written = path.stat().st_mtime_ns  # after the start: by a run beside this one, which knows how
+                if record[2] != self.recipe or not record[1] <= written < self.started:
+                    return None
             features = np.array(path.read_text("ascii").split(","), np.float32)
         except (OSError, ValueError):  # there is none, or it is damaged
             return None

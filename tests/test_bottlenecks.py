@@ -161,16 +161,17 @@ def test_damaged_files_are_done_again(compute, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_classic_file_is_used_if_younger_than_its_image(image_dir, compute, tmp_path):
-    classic = ",".join(["0.5"] * 16)
-    paths = [tmp_path / f"bottleneck/green/green_{i:02}.jpg{ENDING}" for i in (1, 2)]
+def test_classic_file_is_used_if_younger_than_its_image_and_older_than_the_run(image_dir, compute, tmp_path):
+    """One that is younger is of a run beside this one, which may have computed it otherwise."""
+    classic, now = ",".join(["0.5"] * 16), time.time()
+    paths = [tmp_path / f"bottleneck/green/green_{i:02}.jpg{ENDING}" for i in (1, 2, 3)]
     paths[0].parent.mkdir(parents=True)
-    for path, age in zip(paths, (60, -60), strict=True):
+    for path, written in zip(paths, (now - 60, now - 180, now + 60), strict=True):
         path.write_text(classic)
-        made = (image_dir / "green" / path.name.removesuffix(ENDING)).stat().st_mtime
-        os.utime(path, (made + age, made + age))
+        os.utime(path, (written, written))
+        os.utime(image_dir / "green" / path.name.removesuffix(ENDING), (now - 120, now - 120))
     assert compute() == IMAGES - 1
-    assert [path.read_text() == classic for path in paths] == [True, False]
+    assert [path.read_text() == classic for path in paths] == [True, False, False]
 
 
 @pytest.mark.parametrize("kept", [1, 30, -1], ids=["one byte", "half", "without its line end"])
