@@ -951,9 +951,6 @@ class BaseModel:
     bottleneck_size: int
 
 
-# ... found, or downloaded
-
-
 def find_recipe(
     architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False
 ) -> tuple[Recipe, str]:
@@ -986,9 +983,8 @@ def find_graph(
 ) -> Path:
     """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
 
-    name: the graph's, below `model_dir` and in the archive; model_url: '', or what to ask instead of `urls`; load:
-    raises UserError for a file that is no such graph; md5: of what `urls` are to give. Raises UserError if there is
-    none.
+    name: the graph's, below `model_dir` and in the archive; model_url: what to ask instead of `urls`, or ''; load:
+    raises UserError for a file that is no such graph; md5: of what `urls` give. Raises UserError if there is none.
     """
     graph_path, archive_path, failures = model_dir / name, model_dir / archive, []
     if graph_path.is_file():
@@ -1030,11 +1026,11 @@ def read_member(archive: Path, name: str) -> bytes:
 
 
 def download(url: str, path: Path) -> None:
-    """Download a file to `path`, in three tries if it breaks off or the server fails. Raises requests' errors."""
+    """Download a file to `path`, in three tries if the server answers at all. Raises requests' errors."""
     import requests
 
     log.info("Downloading %s", url)
-    for pause in (1, 4, None):
+    for tries_left in (2, 1, 0):
         try:
             with requests.get(url, stream=True, timeout=TIMEOUTS) as response, open(path, "wb") as file:
                 response.raise_for_status()
@@ -1044,18 +1040,12 @@ def download(url: str, path: Path) -> None:
                         bar.update(file.write(block))
             return
         except requests.RequestException as error:
-            broke_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
-            failed = error.response is not None and error.response.status_code >= 500
-            if pause is None or not (broke_off or failed):
+            if not tries_left or isinstance(error, (requests.ConnectionError, requests.Timeout)):
                 raise
-            time.sleep(pause)
 
 
 def md5_of(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-# ... each kind
 
 
 def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
@@ -1128,8 +1118,9 @@ class TorchReader(pickle.Unpickler):
     """Reads what a file of PyTorch's older format says of its tensors; whatever else it asks for is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {"OrderedDict": OrderedDict, "FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
-        return known[name] if name != "_rebuild_tensor_v2" else lambda *facts: facts
+        known: dict[str, Any] = {"OrderedDict": OrderedDict, "_rebuild_tensor_v2": lambda *facts: facts}
+        known |= {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+        return known[name]
 
     def persistent_load(self, storage: tuple) -> tuple:
         return storage
@@ -1141,11 +1132,11 @@ def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         # A magic number, a version, the machine; then the tensors, and the keys of the storages that follow.
         *_, tensors, keys = (TorchReader(file).load() for _ in range(5))
-        by_key = {key: (name, kind, shape) for name, ((_, kind, key, *_), _, shape, *_) in tensors.items()}
+        owners = {storage[2]: name for name, (storage, *_) in tensors.items()}
         for key in keys:
-            name, kind, shape = by_key[key]
-            count = int.from_bytes(file.read(8), "little")
-            weights[name] = np.frombuffer(file.read(count * kind.itemsize), kind).reshape(shape)
+            (_, kind, *_), _, shape, *_ = tensors[owners[key]]
+            file.read(8)  # how many there are
+            weights[owners[key]] = np.fromfile(file, kind, math.prod(shape)).reshape(shape)
     return weights
 
 
@@ -1250,22 +1241,19 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
             module = tf.saved_model.load(str(folder), tags)
     except Exception as error:  # of the file system, of protobuf, of missing operators
         raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
-    calls = module.__call__.concrete_functions if callable(module) else ()
-    functions = [(module, call.structured_input_signature) for call in calls]
-    for name in HUB_SIGNATURES:
-        if function := module.signatures.get(name):
-            functions.append((function, function.structured_input_signature))
+    traced = module.__call__.concrete_functions if callable(module) else ()
+    functions = [(module, call.structured_input_signature) for call in traced]
+    found = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
+    functions += [(function, function.structured_input_signature) for function in found]
     reason = f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
     for function, signature in functions:
         specs = [spec for spec in tf.nest.flatten(signature) if isinstance(spec, tf.TensorSpec)]
-        shape = specs[0].shape if len(specs) == 1 else tf.TensorShape(None)
-        if shape.rank != 4 or shape[3] not in (3, None) or specs[0].dtype != tf.float32:
-            told = ", ".join(f"{spec.dtype.name} {spec.shape}" for spec in specs)
-            reason = f"it takes {told} where one batch of images is expected"
+        if len(specs) != 1 or specs[0].shape.rank != 4 or specs[0].dtype != tf.float32:
+            reason = f"it takes {specs} where one batch of images is expected"
             continue
-        if None in shape[1:3] and not image_size:
+        height, width = (side or image_size for side in specs[0].shape[1:3])
+        if not height or not width:
             raise UserError(f"--tfhub_module {handle}: it takes images of any size; choose one with --image_size.")
-        height, width = (side or image_size for side in shape[1:3])
         if image_size and (height, width) != (image_size, image_size):
             raise UserError(f"--image_size {image_size}: the module takes images of {height} x {width} only.")
 
@@ -1278,9 +1266,6 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
         except ValueError as error:
             reason = first_line(error)
     raise UserError(f"--tfhub_module {handle}: it is no image feature model ({reason}).")
-
-
-# ... made into one kind of graph
 
 
 def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
@@ -1309,9 +1294,6 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
         (made,) = tf.import_graph_def(frozen.graph.as_graph_def(), given, [frozen.outputs[0].name], name="network")
         tf.reshape(made, [-1, features.shape[1]], BOTTLENECK_NODE)
     return graph.as_graph_def()
-
-
-# ... converted, and kept
 
 
 def load_base_model(
@@ -1400,13 +1382,10 @@ def log_gain_of_quantizing() -> None:
         log.info("--quantize: this processor has no VNNI instructions, so it gains nothing in speed here.")
 
 
-# ... run
-
-
-def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable[[np.ndarray], np.ndarray]]:
+def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
     """Return functions from resized pixels float32 [height, width, 3] to features [n], one for each thread to start.
 
-    engine: as --engine has it; cpu_threads: how many cores to use, 0 for all; count: how many images there are.
+    engine, cpu_threads: as the flags have them; count: how many images there are.
     """
     if cpu_threads:  # TensorFlow asks once, when it first computes something
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
@@ -1434,11 +1413,11 @@ class TensorFlowModel:
         os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # or one process takes all the memory of a GPU
         self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
         self.running = threading.Lock()
-        self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]] = deque()
+        self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future]] = deque()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Return the features float32 [n] of resized pixels float32 [height, width, 3]. Raises UserError."""
-        answer: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
+        answer: concurrent.futures.Future = concurrent.futures.Future()
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
             while not answer.done():

@@ -11,7 +11,6 @@ from test_export import FEATURES, FINAL, bytes_of, predicted, session_run
 import retrain
 
 FULL, NOTOP = retrain.VGG16_FILES
-ENDS = {"avg_pool": 512, "block5_pool": 25088}
 
 
 def vgg16(include_top: bool):
@@ -25,21 +24,14 @@ def vgg16(include_top: bool):
     return model
 
 
-@pytest.fixture(scope="module")
-def notop():
-    return vgg16(include_top=False)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory, notop) -> Path:
-    """A --model_dir with weights in the format of the file that Keras offers."""
-    folder = tmp_path_factory.mktemp("vgg16")
-    notop.save(folder / NOTOP)
-    return folder
+def kept_features(layer: str, paths: list[Path]) -> np.ndarray:
+    """Return what the bottleneck files of images hold, float32 [paths, n]."""
+    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_{layer}.txt") for path in paths]
+    return np.array([[float(value) for value in path.read_text().split(",")] for path in kept])
 
 
 def keras_features(model, layer: str, paths: list[Path]) -> np.ndarray:
-    """Return what Keras itself makes of pictures, float32 [paths, n]."""
+    """Return what Keras itself makes of images, float32 [paths, n]."""
     keras = retrain.import_tensorflow().keras
     pixels = [retrain.read_image(path, retrain.Reading(), (224, 224)) for path in paths]
     resized = np.stack([retrain.resize_bilinear(each, (224, 224)) for each in pixels])
@@ -50,7 +42,7 @@ def keras_features(model, layer: str, paths: list[Path]) -> np.ndarray:
 
 @pytest.fixture
 def few(image_dir) -> list[Path]:
-    """Leave three pictures of each of two classes in the folder."""
+    """Leave three images of each of two classes in the folder."""
     for path in image_dir.glob("*/*"):
         if path.parent.name == "blue" or not path.stem.endswith(("_00", "_01", "_02")):
             path.unlink()
@@ -59,19 +51,24 @@ def few(image_dir) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "flags, layer",
-    [
-        ((), "avg_pool"),
-        (("--bottleneck_layer", "block5_pool"), "block5_pool"),
-    ],
+    "flags, layer, size", [((), "avg_pool", 512), (("--bottleneck_layer", "block5_pool"), "block5_pool", 25088)]
 )
-def test_from_photographs_to_predictions(train, few, weights, notop, tmp_path, flags, layer):
-    usual = ("--architecture", "vgg16", "--model_dir", weights, "--learning_rate", 0.0001, "--saved_model_dir", "saved")
+def test_from_photographs_to_predictions(train, few, tmp_path, flags, layer, size):
+    model = vgg16(include_top=False)
+    model.save(tmp_path / NOTOP)
+    usual = (
+        "--architecture",
+        "vgg16",
+        "--model_dir",
+        tmp_path,
+        "--learning_rate",
+        0.0001,
+        "--saved_model_dir",
+        "saved",
+    )
     assert train(*usual, *flags) == 0
-    expected = keras_features(notop, layer, few)
-    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_{layer}.txt") for path in few]
-    features = np.array([[float(value) for value in path.read_text().split(",")] for path in kept])
-    assert features.shape == (6, ENDS[layer])
+    expected, features = keras_features(model, layer, few), kept_features(layer, few)
+    assert features.shape == (6, size)
     np.testing.assert_allclose(features, expected, atol=1e-3)
     assert expected.std() > 1
     np.testing.assert_allclose(session_run(Path("output_graph.pb"), FEATURES, bytes_of(few)), expected, atol=1e-3)
@@ -93,9 +90,7 @@ def test_fc2_from_the_full_weights(train, few, tmp_path, monkeypatch):
     model.save(tmp_path / FULL)
     assert train("--architecture", "vgg16", "--bottleneck_layer", "fc2", "--model_dir", tmp_path) == 0
     expected = keras_features(model, "fc2", few)
-    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_fc2.txt") for path in few]
-    features = [[float(value) for value in path.read_text().split(",")] for path in kept]
-    np.testing.assert_allclose(features, expected, atol=1e-3)
+    np.testing.assert_allclose(kept_features("fc2", few), expected, atol=1e-3)
     assert expected.std() > 0.1
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(few))
     np.testing.assert_allclose(predicted(tmp_path, few), scores, atol=1e-3)
