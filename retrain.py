@@ -954,10 +954,9 @@ class BaseModel:
 def find_recipe(
     architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False
 ) -> tuple[Recipe, str]:
-    """Return the recipe of an --architecture, and for the end of the run a sentence if it is not the one hoped for.
+    """Return the recipe of an --architecture, and what to say at the end of the run if it is not the one hoped for.
 
-    auto is Inception-v3 if it can be had, else EfficientNet-Lite2. layer: of vgg16, or '' for the usual one; trusted:
-    whether a graph from elsewhere may hold any operation. Raises UserError if it can't be had.
+    layer: of vgg16, or '' for the usual one; trusted: see read_graph. Raises UserError if it can't be had.
     """
     if architecture == "auto":
         try:
@@ -1397,10 +1396,8 @@ def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list
 
 
 def has_gpu() -> bool:
-    """Tell whether TensorFlow sees a GPU."""
-    devices = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-    if sys.platform == "linux" and not any(map(os.path.exists, devices)):
-        return False  # TensorFlow takes seconds to be imported
+    if sys.platform == "linux" and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))):
+        return False  # TensorFlow, which takes seconds to be imported, need not be asked
     return bool(import_tensorflow().config.list_physical_devices("GPU"))
 
 

@@ -339,7 +339,6 @@ def test_defaults_lie_beside_the_script_and_what_is_typed_where_the_user_is(tmp_
         (("--output_graph", "pictures/green/x.pb"), "lies among the images of --image_dir"),
         (("--bottleneck_dir", "pictures/cache"), "lies among the images of --image_dir"),
         (("--output_labels", "pictures"), "a folder of that name lies there"),
-        (("--saved_model_dir", "new", "--output_graph", "new/x.pb"), "it lies in --saved_model_dir, which is replaced"),
         (("--output_graph", "x.pb", "--no_report=false", "--output_report", "x.html"), "would both write x.json"),
         (("--exclude", "x.txt", "--output_labels", "x.txt"), "would replace x.txt, which --exclude reads"),
     ],
