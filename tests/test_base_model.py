@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import http.server
 import io
@@ -30,8 +31,9 @@ def tf():
 
 @pytest.fixture(autouse=True)
 def fresh_log(monkeypatch):
-    """Let no test write into the captured output of an earlier one."""
+    """Let no test write into the captured output of an earlier one, but pytest see what is logged."""
     monkeypatch.setattr(retrain.log, "handlers", [])
+    monkeypatch.setattr(retrain.log, "propagate", True)
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +78,16 @@ def inception(model_dir: Path, cache_dir: Path | None = None, samples=None) -> r
 # Folding
 
 
-def placeholder_for_contents(graph, nodes) -> None:
-    """Let the bytes of the image be a Placeholder, as in some copies of the graph."""
-    node = nodes["DecodeJpeg/contents"]
-    dtype = node.attr["dtype"].type
-    node.Clear()
-    node.name, node.op, node.attr["dtype"].type = "DecodeJpeg/contents", "Placeholder", dtype
-
-
 @pytest.fixture(params=["Const", "Placeholder"])
 def graph_path(request, small_graph, tmp_path) -> Path:
-    """The small base model, with its contents node of either kind."""
-    if request.param == "Const":
-        return small_graph
-    return changed(small_graph, tmp_path / "placeholder" / GRAPH_FILE, placeholder_for_contents)
+    """The small base model; the bytes of the image may be a constant, or as in some copies of the graph."""
+
+    def change(graph, nodes) -> None:
+        nodes["DecodeJpeg/contents"].op = request.param
+        if request.param == "Placeholder":
+            del nodes["DecodeJpeg/contents"].attr["value"]
+
+    return changed(small_graph, tmp_path / "model" / GRAPH_FILE, change)
 
 
 def test_folding_keeps_the_features(tf, graph_path, jpegs):
@@ -142,18 +140,12 @@ def own_graph(small_graph, tmp_path) -> Path:
 def conversions(monkeypatch) -> list[Path]:
     """The conversions that were made, in their order."""
     made, convert = [], retrain.convert_to_lite
-
-    def counted(graph_path, lite_path, samples=None):
-        made.append(lite_path)
-        convert(graph_path, lite_path, samples)
-
-    monkeypatch.setattr(retrain, "convert_to_lite", counted)
+    monkeypatch.setattr(retrain, "convert_to_lite", lambda *paths: made.append(paths[1]) or convert(*paths))
     return made
 
 
-def features_of(base: retrain.BaseModel) -> np.ndarray:
-    """Return the features of some pixels."""
-    return retrain.LiteModel(base.lite_path)(np.random.default_rng(0).uniform(0, 255, (33, 33, 3)).astype(np.float32))
+def some_pixels(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0, 255, (33, 33, 3)).astype(np.float32)
 
 
 def test_graph_and_conversion_are_kept_under_the_fingerprint(own_graph, tmp_path, conversions):
@@ -182,15 +174,14 @@ def test_beside_a_read_only_graph_the_cache_folder_is_used(own_graph, tmp_path, 
 
 
 def test_quantized_features_are_near_and_kept_for_later_runs(own_graph, conversions):
-    random = np.random.default_rng(1)
     plain = inception(own_graph.parent)
-    images = [random.uniform(0, 255, (33, 33, 3)).astype(np.float32) for _ in range(30)]
+    images = [some_pixels(seed) for seed in range(1, 31)]
     made = inception(own_graph.parent, samples=lambda size: images)
     again = inception(own_graph.parent, samples=lambda size: pytest.fail("it was calibrated again"))
     assert made == again and conversions == [plain.lite_path, made.lite_path]
     assert made.name == "inception_v3_int8" and made.graph_path == plain.graph_path
     assert made.fingerprint == retrain.sha256_of(made.lite_path)  # another calibration gives other features
-    exact, rough = features_of(plain), features_of(made)
+    exact, rough = (retrain.LiteModel(base.lite_path)(some_pixels()) for base in (plain, made))
     assert rough.dtype == np.float32 and 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
     assert b"INT8" in lite_types(made.lite_path) and b"INT8" not in lite_types(plain.lite_path)
 
@@ -313,24 +304,15 @@ def archive_of(graph: bytes) -> bytes:
     return tar_gz({"LICENSE": b"Apache", GRAPH_FILE: graph, "cropped_panda.jpg": b"x"})
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Answers each path with the next of its replies, the last of them for ever: bytes, a status, or 'broken'."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies: dict[str, list] = {}
-        self.asked: list[str] = []
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers each path with the next of its replies, the last of them for ever: bytes, a status, or half the bytes."""
+
     def do_GET(self):
         self.server.asked.append(self.path)
         replies = self.server.replies.get(self.path, [404])
         reply = replies.pop(0) if len(replies) > 1 else replies[0]
         if isinstance(reply, int):
-            self.send_error(reply)
-            return
+            return self.send_error(reply)
         content, length = (reply[1], 2 * len(reply[1])) if isinstance(reply, tuple) else (reply, len(reply))
         self.send_response(200)
         self.send_header("Content-Length", str(length))
@@ -346,10 +328,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """A server on this machine; the addresses of Inception-v3 and the MobileNets are its."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server() as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.replies, server.asked, server.address = {}, [], f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        urls = [f"{server.address}/{name}" for name in ("archive", "graph")]
-        monkeypatch.setattr(retrain, "INCEPTION_URLS", urls)
+        monkeypatch.setattr(retrain, "INCEPTION_URLS", [f"{server.address}/{name}" for name in ("archive", "graph")])
         monkeypatch.setattr(retrain, "MOBILENET_URL", f"{server.address}/")
         yield server
         server.shutdown()
@@ -413,8 +395,7 @@ def test_when_no_address_helps_a_sentence_says_what_to_do(server, model):
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://127.0.0.1/x", "http://", "http://127.0.0.1:9/x"])
-def test_an_address_that_is_none_gets_one_sentence(model, url, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def test_an_address_that_is_none_gets_one_sentence(server, model, url):
     with pytest.raises(UserError, match="There is no base model"):
         retrain.inception_recipe(model, url)
 
@@ -426,19 +407,15 @@ def test_a_server_that_says_nothing_is_not_waited_for_again(server, model, monke
         retrain.inception_recipe(model, f"http://127.0.0.1:{listening.server_address[1]}/")
 
 
-@pytest.mark.parametrize("archived", [False, True])
-def test_another_address_may_give_another_graph(server, small_graph, model, archived):
+@pytest.mark.parametrize("form", [bytes, archive_of])
+def test_another_address_may_give_another_graph_if_none_lies_there(server, small_graph, model, caplog, form):
     graph = small_graph.read_bytes()
-    server.replies["/own"] = [archive_of(graph) if archived else graph]
-    retrain.inception_recipe(model, f"{server.address}/own")
-    assert (model / GRAPH_FILE).read_bytes() == graph
-    assert server.asked == ["/own"]
-
-
-def test_model_url_is_told_of_when_a_graph_lies_there(server, model_dir, monkeypatch, caplog):
-    monkeypatch.setattr(retrain.log, "propagate", True)
-    retrain.inception_recipe(model_dir, f"{server.address}/own")
-    assert "--model_url is not used, since" in caplog.text and server.asked == []
+    server.replies["/own"] = [form(graph)]
+    for _ in range(2):
+        assert "--model_url is not used" not in caplog.text
+        retrain.inception_recipe(model, f"{server.address}/own")
+    assert "--model_url is not used, since" in caplog.text
+    assert (model / GRAPH_FILE).read_bytes() == graph and server.asked == ["/own"]
 
 
 def test_an_archive_that_lies_there_is_unpacked(server, release, model):
@@ -456,21 +433,19 @@ def test_an_archive_that_lies_there_is_unpacked(server, release, model):
 # Which base model: at one's word, or what can be had
 
 
-def test_auto_takes_inception_that_lies_there_or_can_be_had(server, release, model):
-    server.replies["/archive"] = [archive_of(release)]
-    for _ in range(2):
-        recipe, note = retrain.find_recipe("auto", "", model)
-        assert (recipe.name, note) == ("inception_v3", "")
-    assert server.asked == ["/archive"]
-
-
-def test_auto_falls_back_on_efficientnet_and_says_so(server, model):
+def test_auto_takes_inception_or_else_efficientnet_and_says_so(server, release, model):
     recipe, note = retrain.find_recipe("auto", "", model)
     assert recipe.name == "efficientnet_lite2"
     assert note.startswith("The base model is EfficientNet-Lite2") and len(note) < 200
     assert GRAPH_FILE in note and "--model_dir" in note and "add --architecture efficientnet_lite2" in note
     with pytest.raises(UserError):
         retrain.find_recipe("inception_v3", "", model)
+    server.replies["/archive"] = [archive_of(release)]
+    server.asked.clear()
+    for _ in range(2):  # downloaded, and lying there
+        recipe, note = retrain.find_recipe("auto", "", model)
+        assert (recipe.name, note) == ("inception_v3", "")
+    assert server.asked == ["/archive"]
 
 
 # MobileNet
@@ -550,47 +525,29 @@ def test_efficientnets_own_layer_knows_imagenet(shared, tf, number, least):
 # Engines
 
 
-def test_a_failed_batch_is_told_to_everybody_who_waits(small_graph, monkeypatch):
-    model = retrain.TensorFlowModel(inception(small_graph.parent))
-    gate, failures = threading.Event(), []
+def test_a_failed_batch_is_told_to_everybody_who_waits(small_graph):
+    model, gate = retrain.TensorFlowModel(inception(small_graph.parent)), threading.Event()
 
     def fails(batch):
         gate.wait(10)
         raise RuntimeError("the graph failed")
 
     model.run = fails
-
-    def ask():
-        try:
-            model(np.zeros((33, 33, 3), np.float32))
-        except UserError as error:
-            failures.append(str(error))
-
-    threads = [threading.Thread(target=ask) for _ in range(40)]
-    for thread in threads:
-        thread.start()
-    gate.set()
-    for thread in threads:
-        thread.join()
-    assert len(failures) == 40 and set(failures) == {
-        "TensorFlow can't run the base model (the graph failed); try --engine litert."
-    }
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        answers = [pool.submit(model, some_pixels()) for _ in range(40)]
+        gate.set()
+    told = {repr(answer.exception()) for answer in answers}
+    assert told == {repr(UserError("TensorFlow can't run the base model (the graph failed); try --engine litert."))}
 
 
 def test_both_engines_give_the_same_features(small_graph):
     base = inception(small_graph.parent)
-    pixels = np.random.default_rng(0).uniform(0, 255, (33, 33, 3)).astype(np.float32)
-    both = [retrain.networks(base, kind, 1, 1)[0](pixels) for kind in ("litert", "tensorflow")]
+    both = [retrain.networks(base, kind, 1, 1)[0](some_pixels()) for kind in ("litert", "tensorflow")]
     np.testing.assert_allclose(*both, atol=1e-4)
 
 
-def test_an_error_without_a_message_is_told_by_its_kind(small_graph, tmp_path, monkeypatch, tf):
-    def fails(self):
-        raise ValueError
-
-    monkeypatch.setattr(tf.lite.TFLiteConverter, "convert", fails)
-    with pytest.raises(ValueError, match="ValueError"):
-        retrain.convert_to_lite(inception(small_graph.parent).graph_path, tmp_path / "x.tflite")
+def test_an_error_without_a_message_is_told_by_its_kind():
+    assert retrain.first_line(ValueError()) == "ValueError"
 
 
 # Without TensorFlow
