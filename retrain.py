@@ -1133,9 +1133,11 @@ def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
         *_, tensors, keys = (TorchReader(file).load() for _ in range(5))
         owners = {storage[2]: name for name, (storage, *_) in tensors.items()}
         for key in keys:
-            (_, kind, *_), _, shape, *_ = tensors[owners[key]]
+            (_, kind, *_), _, shape, strides, *_ = tensors[owners[key]]
             file.read(8)  # how many there are
-            weights[owners[key]] = np.fromfile(file, kind, math.prod(shape)).reshape(shape)
+            values = np.fromfile(file, kind, math.prod(shape))
+            steps = [kind.itemsize * stride for stride in strides]
+            weights[owners[key]] = np.lib.stride_tricks.as_strided(values, shape, steps)
     return weights
 
 

@@ -308,7 +308,7 @@ def test_full_disk_leaves_the_old_outputs(train, tmp_path, capsys, monkeypatch):
         (("--write_split_file", "link.pb"), "--output_graph and --write_split_file would both write link.pb"),
         (("--output_labels", "list.tsv", "--exclude", "list.tsv"), "--output_labels would replace list.tsv, which"),
         (("--output_labels", "pictures/green/new.txt"), "--output_labels pictures/green/new.txt: it lies among the im"),
-        (("--bottleneck_dir", "unseen"), "--bottleneck_dir unseen: it lies among the images of --image_dir"),
+        (("--bottleneck_dir", "pictures"), "--bottleneck_dir unseen: it lies among the images of --image_dir"),
     ],
     ids=lambda given: " ".join(map(str, given)) if isinstance(given, tuple) else "",
 )
