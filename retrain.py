@@ -1145,7 +1145,7 @@ def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
     """Return the function from pixels [n, height, width, 3], 0 to 255, to features [n, 1280], of PyTorch's weights."""
     tf = import_tensorflow()
 
-    def convolved(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
+    def layer(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
         # Batch normalisation is folded into the convolution before it.
         scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
         biases = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
@@ -1154,21 +1154,22 @@ def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
             x = tf.nn.depthwise_conv2d(x, kernel.transpose(2, 3, 0, 1), [1, stride, stride, 1], "SAME")
         else:
             x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "SAME")
-        return tf.nn.bias_add(x, biases)
+        x = tf.nn.bias_add(x, biases)
+        return x if convolution.endswith("_project_conv") else tf.nn.relu6(x)
 
     def network(pixels: Tensor) -> Tensor:
-        x = tf.nn.relu6(convolved((pixels - 127) / 128, "_conv_stem", "_bn0", stride=2))
+        x = layer((pixels - 127) / 128, "_conv_stem", "_bn0", stride=2)
         strides, width = iter((1, 2, 2, 2, 1, 2, 1)), 0  # a stride for each stage, which begins where the width changes
         for i in range(sum(name.endswith("_project_conv.weight") for name in weights)):
-            block = f"_blocks.{i}."
+            block, y = f"_blocks.{i}.", x
             new_width = len(weights[f"{block}_project_conv.weight"])
-            stride, y = next(strides) if new_width != width else 1, x
+            stride = next(strides) if new_width != width else 1
             if f"{block}_expand_conv.weight" in weights:
-                y = tf.nn.relu6(convolved(y, f"{block}_expand_conv", f"{block}_bn0"))
-            y = tf.nn.relu6(convolved(y, f"{block}_depthwise_conv", f"{block}_bn1", stride))
-            y = convolved(y, f"{block}_project_conv", f"{block}_bn2")
+                y = layer(y, f"{block}_expand_conv", f"{block}_bn0")
+            y = layer(y, f"{block}_depthwise_conv", f"{block}_bn1", stride)
+            y = layer(y, f"{block}_project_conv", f"{block}_bn2")
             x, width = y + x if new_width == width else y, new_width
-        return tf.reduce_mean(tf.nn.relu6(convolved(x, "_conv_head", "_bn1")), [1, 2])
+        return tf.reduce_mean(layer(x, "_conv_head", "_bn1"), [1, 2])
 
     return network
 
@@ -1280,8 +1281,7 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *input_size, 3], tf.float32))
     features, *others = traced.outputs
     if others or features.dtype != tf.float32 or features.shape.rank != 2 or not features.shape[1]:
-        told = f"{features.dtype.name} {features.shape}"
-        raise ValueError(f"it gives {told} where features, float32 (None, size), are expected")
+        raise ValueError(f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected")
     with quiet_stderr():
         frozen = convert_variables_to_constants_v2(traced)
     with tf.Graph().as_default() as graph:
@@ -1297,19 +1297,16 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     return graph.as_graph_def()
 
 
-def load_base_model(
-    recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable[[tuple[int, int]], Iterable] | None = None
-) -> BaseModel:
+def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable | None = None) -> BaseModel:
     """Return the base model of a recipe; what is made is kept in `model_dir`, or in `cache_dir` if that is read-only.
 
     samples: None, or what an 8-bit base model is calibrated with, a function from its input size to resized pixels
     float32 [height, width, 3]. Raises UserError if LiteRT can't run that.
     """
-    stem = f"{recipe.name}.{recipe.fingerprint[:12]}"
-    graph_name, lite_name = f"{stem}.pb", f"{stem}.int8.tflite" if samples else f"{stem}.tflite"
+    stem, ending = f"{recipe.name}.{recipe.fingerprint[:12]}", ".int8.tflite" if samples else ".tflite"
     is_read_only = model_dir.exists() and not os.access(model_dir, os.W_OK)
-    folder = cache_dir if is_read_only and not (model_dir / lite_name).is_file() else model_dir
-    graph_path, lite_path = folder / graph_name, folder / lite_name
+    folder = cache_dir if is_read_only and not (model_dir / f"{stem}{ending}").is_file() else model_dir
+    graph_path, lite_path = folder / f"{stem}.pb", folder / f"{stem}{ending}"
     if not graph_path.is_file():
         log.info("Making a graph of %s, once.", recipe.name)
         graph = recipe.make()
@@ -1390,17 +1387,15 @@ def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list
     """
     if cpu_threads:  # TensorFlow asks once, when it first computes something
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
-    if base.lite_path and (engine == "litert" or (engine == "auto" and not has_gpu())):
+    # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
+    may_have_gpu = sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    if engine == "auto" and may_have_gpu and import_tensorflow().config.list_physical_devices("GPU"):
+        engine = "tensorflow"
+    if engine != "tensorflow" and base.lite_path:
         cores = min(core_count(), cpu_threads or core_count())
         return [LiteModel(base.lite_path) for _ in range(min(cores, count))]
     # Twice the batch: while one half waits for the network, the other reads the next images.
     return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
-
-
-def has_gpu() -> bool:
-    if sys.platform == "linux" and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))):
-        return False  # TensorFlow, which takes seconds to be imported, need not be asked
-    return bool(import_tensorflow().config.list_physical_devices("GPU"))
 
 
 class TensorFlowModel:
@@ -1420,11 +1415,11 @@ class TensorFlowModel:
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
             while not answer.done():
-                self.answer_some()
+                self.run_batch()
         return answer.result()
 
-    def answer_some(self) -> None:
-        """Give those who have waited the longest their features, or what went wrong."""
+    def run_batch(self) -> None:
+        """Answer those who have waited the longest."""
         taken = [self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))]
         # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
         batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)

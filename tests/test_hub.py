@@ -143,7 +143,7 @@ def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir,
         (
             lambda tf, net: save_call(tf, net, tf.identity, tf.TensorSpec([None, 8, 8, 3])),
             (),
-            "it gives float32 (None,",
+            "it gives float32 (None, 8, 8, 3)",
         ),
         (lambda tf, net: tf.saved_model.save(tf.Module(), str(net)), (), "it can't be called, and has none of the sig"),
         (MAKERS["TF2, any size"], (), "it takes images of any size; choose one with --image_size"),
