@@ -59,6 +59,12 @@ def signature(folder: Path, name: str):
     return serve, given
 
 
+def served(folder: Path, paths: list[Path]) -> np.ndarray:
+    """Return a SavedModel's scores of files, float32 [paths, labels]."""
+    serve, _ = signature(folder, "image_bytes")
+    return serve(image_bytes=np.array([path.read_bytes() for path in paths], object))["prediction"].numpy()
+
+
 def predicted(folder: Path, paths: list[Path]) -> np.ndarray:
     """Return predict.py's scores, float32 [paths, labels], in the order of the labels."""
     classifier = predict.load_classifier(str(folder / "output_graph.pb"), str(folder / "output_labels.txt"), len(paths))
@@ -173,13 +179,12 @@ def test_tflite_with_any_number_of_classes(base, tmp_path, class_count):
 
 
 def test_saved_model_serves_batches(trained, unseen):
-    serve, given = signature(trained / "saved_model", "image_bytes")
+    _, given = signature(trained / "saved_model", "image_bytes")
     assert (given.name, given.dtype.name, given.shape.as_list()) == ("image_bytes", "string", [None])
-    data = np.array([path.read_bytes() for path in unseen], object)
-    scores = serve(image_bytes=data)["prediction"].numpy()
+    scores = served(trained / "saved_model", unseen)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, predicted(trained, unseen), atol=1e-3)
-    np.testing.assert_allclose(serve(image_bytes=data[:1])["prediction"], scores[:1], atol=1e-5)
+    np.testing.assert_allclose(served(trained / "saved_model", unseen[:1]), scores[:1], atol=1e-5)
 
 
 def test_saved_model_takes_pixels_as_that_of_tf_hub_did(trained, unseen):
@@ -195,24 +200,18 @@ def test_saved_model_takes_pixels_as_that_of_tf_hub_did(trained, unseen):
 def test_saved_model_reads_other_formats(trained, tmp_path, kind, mode):
     path = tmp_path / "image"
     make_image((40, 180, 60), 77).convert(mode).save(path, kind)
-    serve, _ = signature(trained / "saved_model", "image_bytes")
-    scores = serve(image_bytes=np.array([path.read_bytes()], object))["prediction"]
-    np.testing.assert_allclose(scores, predicted(trained, [path]), atol=1e-3)
+    np.testing.assert_allclose(served(trained / "saved_model", [path]), predicted(trained, [path]), atol=1e-3)
 
 
 def test_saved_model_replaces_its_own_and_nothing_else(train, tmp_path, unseen):
-    def served() -> np.ndarray:
-        serve, _ = signature(tmp_path / "model/1", "image_bytes")
-        return serve(image_bytes=np.array([unseen[3].read_bytes()], object))["prediction"].numpy()
-
     flags = ("--saved_model_dir", "model/1", "--random_seed")
     assert train(*flags, 1) == 0
-    first = served()
+    first = served(tmp_path / "model/1", unseen)
     for name in ("notes.txt", "variables/mine"):
         (tmp_path / "model/1" / name).write_text("mine")
     there = {path.name for path in (tmp_path / "model").rglob("*")}
     assert train(*flags, 2, "--learning_rate", 0.3) == 0
-    assert np.abs(served() - first).max() > 0.01
+    assert np.abs(served(tmp_path / "model/1", unseen) - first).max() > 0.01
     assert {path.name for path in (tmp_path / "model").rglob("*")} == there
     assert (tmp_path / "model/1/notes.txt").read_text() == (tmp_path / "model/1/variables/mine").read_text() == "mine"
 

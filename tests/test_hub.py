@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_export import FEATURES, FINAL, bytes_of, predicted, session_run
+from test_export import FEATURES, FINAL, bytes_of, predicted, served, session_run
 
 import retrain
 
 SIDE, SIZE = 20, 7
+WEIGHTS, OFFSET = (
+    np.random.default_rng(seed).normal(size=shape).astype(np.float32) for seed, shape in enumerate([(3, 3, 3, 7), (7,)])
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +22,10 @@ def tf():
     return retrain.import_tensorflow()
 
 
-def filters(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Return random weights, float32."""
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def network(tf, pixels, weights, offset):
     """Return the features [n, SIZE] of pixels in [0, 1]: a convolution, batch normalisation, a mean."""
-    maps = tf.nn.conv2d(pixels, weights, strides=2, padding="SAME")
-    maps = tf.compat.v1.nn.fused_batch_norm(
-        maps, tf.ones([SIZE]), offset, tf.zeros([SIZE]), tf.ones([SIZE]), is_training=False
-    )[0]
+    maps, one, zero = tf.nn.conv2d(pixels, weights, 2, "SAME"), tf.ones([SIZE]), tf.zeros([SIZE])
+    maps, *_ = tf.compat.v1.nn.fused_batch_norm(maps, one, offset, zero, one, is_training=False)
     return tf.reduce_mean(tf.nn.relu(maps), [1, 2])
 
 
@@ -43,13 +39,13 @@ def save_call(tf, folder: Path, call, *specs) -> None:
 def make_tf2(tf, folder: Path, side: int | None = SIDE) -> Path:
     """Write a module of the TF2 format, called with images and whether it trains."""
     module = tf.Module()
-    module.weights, module.offset = tf.Variable(filters((3, 3, 3, SIZE))), tf.Variable(filters((SIZE,), 1))
+    module.kept = [tf.Variable(WEIGHTS), tf.Variable(OFFSET)]
 
+    @tf.function
     def call(images, training=False):
-        features = network(tf, images, module.weights, module.offset)
-        return features + 100 if training else features
+        return network(tf, images, *module.kept) + (100 if training else 0)
 
-    module.__call__ = tf.function(call)
+    module.__call__ = call
     for training in (True, False):
         module.__call__.get_concrete_function(tf.TensorSpec([None, side, side, 3], tf.float32), training=training)
     tf.saved_model.save(module, str(folder))
@@ -63,9 +59,8 @@ def make_tf1(tf, folder: Path, signature: str = "default") -> None:
     for tags in ([], ["train"]):
         with tf.Graph().as_default(), v1.Session() as session:
             images = v1.placeholder(tf.float32, [None, SIDE, SIDE, 3])
-            weights = v1.get_variable("weights", initializer=filters((3, 3, 3, SIZE)), use_resource=True)
-            offset = v1.get_variable("offset", initializer=filters((SIZE,), 1), use_resource=True)
-            features = network(tf, images, weights, offset)
+            variables = [v1.Variable(values, use_resource=True) for values in (WEIGHTS, OFFSET)]
+            features = network(tf, images, *variables)
             session.run(v1.global_variables_initializer())
             outputs = {"default": features + 100 if tags else features, "other": features * 2}
             signatures = {signature: v1.saved_model.predict_signature_def({"images": images}, outputs)}
@@ -79,12 +74,11 @@ def make_tf1(tf, folder: Path, signature: str = "default") -> None:
 
 def make_exported(tf, folder: Path) -> None:
     """Write what keras.Model.export writes: a SavedModel that has signatures only, and can't be called."""
-    weights, offset = tf.Variable(filters((3, 3, 3, SIZE))), tf.Variable(filters((SIZE,), 1))
     module = tf.Module()
-    module.kept = [weights, offset]
+    module.kept = [tf.Variable(WEIGHTS), tf.Variable(OFFSET)]
     spec = tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32, name="images")
-    module.serve = tf.function(lambda images: network(tf, images, weights, offset), input_signature=[spec])
-    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+    serve = tf.function(lambda images: network(tf, images, *module.kept), input_signature=[spec])
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})
 
 
 MAKERS = {
@@ -105,17 +99,14 @@ def test_from_photographs_to_predictions(tf, train, image_dir, tmp_path, kind, e
     paths = sorted(image_dir.glob("*/*_0[0-3].jpg"))
     pixels = [retrain.read_image(path, retrain.Reading(), (SIDE, SIDE)) for path in paths]
     resized = np.stack([retrain.resize_bilinear(each, (SIDE, SIDE)) for each in pixels]) / 255
-    expected = network(tf, resized, filters((3, 3, 3, SIZE)), filters((SIZE,), 1)).numpy()
+    expected = network(tf, resized, WEIGHTS, OFFSET).numpy()
     kept = [Path("bottleneck", path.parent.name, f"{path.name}_modules~some_net.txt") for path in paths]
-    features = [[float(value) for value in path.read_text().split(",")] for path in kept]
-    np.testing.assert_allclose(features, expected, atol=1e-4)
+    np.testing.assert_allclose([np.loadtxt(path, delimiter=",") for path in kept], expected, atol=1e-4)
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(session_run(Path("output_graph.pb"), FEATURES, bytes_of(paths)), expected, atol=1e-3)
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(paths))
     np.testing.assert_allclose(predicted(tmp_path, paths), scores, atol=1e-3)
-    served = tf.saved_model.load("saved").signatures["image_bytes"]
-    given = tf.constant([path.read_bytes() for path in paths])
-    np.testing.assert_allclose(served(image_bytes=given)["prediction"], scores, atol=1e-3)
+    np.testing.assert_allclose(served(Path("saved"), paths), scores, atol=1e-3)
 
 
 def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir, tmp_path, capsys):
@@ -185,8 +176,7 @@ def test_an_average_pool_before_a_narrow_convolution_is_no_stumbling_block(tf, t
     """As Keras' InceptionV3 has it in a tf.Module."""
 
     def call(images):
-        pooled = tf.nn.avg_pool2d(images, 3, 1, "SAME")
-        return tf.reduce_mean(tf.nn.conv2d(pooled, filters((1, 1, 3, SIZE)), 1, "SAME"), [1, 2])
+        return tf.reduce_mean(tf.nn.conv2d(tf.nn.avg_pool2d(images, 3, 1, "SAME"), WEIGHTS[:1, :1], 1, "SAME"), [1, 2])
 
     save_call(tf, tmp_path / "net", call, tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32))
     assert train("--tfhub_module", "net", "--model_dir", "kept", "--no_report") == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_export import FEATURES, FINAL, bytes_of, predicted, session_run
+from test_export import FEATURES, FINAL, bytes_of, predicted, served, session_run
 
 import retrain
 
@@ -28,7 +28,7 @@ def vgg16(include_top: bool):
 def kept_features(layer: str, paths: list[Path]) -> np.ndarray:
     """Return what the bottleneck files of images hold, float32 [paths, n]."""
     kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_{layer}.txt") for path in paths]
-    return np.array([[float(value) for value in path.read_text().split(",")] for path in kept])
+    return np.array([np.loadtxt(path, delimiter=",") for path in kept])
 
 
 def keras_features(model, layer: str, paths: list[Path]) -> np.ndarray:
@@ -56,17 +56,8 @@ def few(image_dir) -> list[Path]:
 def test_from_photographs_to_predictions(train, few, tmp_path, flags, layer, size):
     model = vgg16(include_top=False)
     model.save(tmp_path / NOTOP)
-    usual = (
-        "--architecture",
-        "vgg16",
-        "--model_dir",
-        tmp_path,
-        "--learning_rate",
-        0.0001,
-        "--saved_model_dir",
-        "saved",
-    )
-    assert train(*usual, *flags) == 0
+    usual = ["--architecture", "vgg16", "--model_dir", tmp_path, "--saved_model_dir", "saved"]
+    assert train(*usual, *flags, "--learning_rate", 0.0001) == 0
     expected, features = keras_features(model, layer, few), kept_features(layer, few)
     assert features.shape == (6, size)
     np.testing.assert_allclose(features, expected, atol=1e-3)
@@ -74,10 +65,7 @@ def test_from_photographs_to_predictions(train, few, tmp_path, flags, layer, siz
     np.testing.assert_allclose(session_run(Path("output_graph.pb"), FEATURES, bytes_of(few)), expected, atol=1e-3)
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(few))
     np.testing.assert_allclose(predicted(tmp_path, few), scores, atol=1e-3)
-    tf = retrain.import_tensorflow()
-    served = tf.saved_model.load("saved").signatures["image_bytes"]
-    given = tf.constant([path.read_bytes() for path in few])
-    np.testing.assert_allclose(served(image_bytes=given)["prediction"], scores, atol=1e-3)
+    np.testing.assert_allclose(served(Path("saved"), few), scores, atol=1e-3)
 
 
 def test_fc2_from_the_full_weights(train, few, tmp_path, monkeypatch):
