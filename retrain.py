@@ -33,7 +33,6 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import pickle
 import platform
@@ -3274,31 +3273,20 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
 
 
 def write_lite(path: Path, lite_path: Path, head: Head) -> None:
-    """Write a .tflite from resized pixels to scores and bottleneck: the base model's file, with another beginning.
+    """Write a .tflite from resized pixels to scores and bottleneck: the base model's, with the head appended.
 
-    The offsets in a flatbuffer lead forward. So the network is described anew, with the head, and the weights are
-    those in the old file, which follows: that takes a second where converting the whole graph again would take ten.
+    Editing the flatbuffer takes a second where converting the whole graph again would take ten.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
-    old = np.memmap(lite_path, np.uint8, "r")
-    end = math.ceil(len(old) / 16) * 16
-    # A builder fills its memory from the end, and measures places from there. What lies where the old file will be is
-    # never touched, so it costs no memory.
-    builder = flatbuffers.Builder(0)
-    builder.head = (4 << 20) + sum(values.nbytes for values in head.variables().values())
-    builder.Bytes = mmap.mmap(-1, builder.head + end)
-    builder.minalign = 16
-    model, root = schema.ModelT.InitFromPackedBuf(old), schema.Model.GetRootAs(old)
-    for i in range(root.BuffersLength()):
-        place = end - root.Buffers(i)._tab.Pos
-        model.buffers[i] = types.SimpleNamespace(Pack=lambda builder, place=place: place)
+    model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))
     append_head(model, head)
+    size = lite_path.stat().st_size + sum(values.nbytes for values in head.variables().values())
+    builder = flatbuffers.Builder(size + (1 << 20))
     builder.Finish(model.Pack(builder), b"TFL3")
-    with open(path, "wb") as file, open(lite_path, "rb") as old_file:
-        file.write(builder.Bytes[builder.head : -end])
-        shutil.copyfileobj(old_file, file)
+    with open(path, "wb") as file:
+        file.write(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
 
 def append_head(model: Any, head: Head) -> None:
