@@ -957,9 +957,9 @@ def find_recipe(
 
     layer: of vgg16, or '' for the usual one; trusted: see read_graph. Raises UserError if it can't be had.
     """
-    if architecture == "auto":
+    if architecture == "auto" and not model_url:
         try:
-            return inception_recipe(model_dir, model_url, trusted), ""
+            return inception_recipe(model_dir, trusted=trusted), ""
         except UserError:
             return efficientnet_recipe("efficientnet_lite2"), (
                 "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: put "
@@ -1105,8 +1105,8 @@ def efficientnet_recipe(name: str) -> Recipe:
         found = importlib.util.find_spec(package)  # it is not run: all that is needed of it is a file
         paths = list(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
         if not paths or sha256_of(paths[0]) != sha256:
-            told = f"in version 0.1.0, are missing; install them with: {INSTALL} {package.replace('_', '-')}==0.1.0"
-            raise UserError(f"--architecture {name}: its weights, a package {told}")
+            remedy = f"{INSTALL} {package.replace('_', '-')}==0.1.0"
+            raise UserError(f"--architecture {name}: its weights, a package, are missing; install them with: {remedy}")
         return image_graph(efficientnet(read_torch_weights(paths[0])), (size, size))
 
     return Recipe(name, sha256, make)
@@ -1235,11 +1235,10 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
     with contextlib.suppress(OSError):  # there is none: loading tells
         for part in () if trusted else parse_saved_model(str(folder)).meta_graphs:
             check_ops(part.graph_def, folder, VARIABLE_OPS)
-    # A module of the TF1 format holds one graph to train, tagged so, and one without a tag.
-    tags: list | None = [] if (folder / "tfhub_module.pb").exists() else None
+    is_tf1 = (folder / "tfhub_module.pb").exists()  # it holds one graph to train, tagged so, and one without a tag
     try:
         with quiet_stderr():
-            module = tf.saved_model.load(str(folder), tags)
+            module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
     except Exception as error:  # of the file system, of protobuf, of missing operators
         raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
     traced = module.__call__.concrete_functions if callable(module) else ()
@@ -3307,14 +3306,20 @@ def append_head(model: Any, head: Head) -> None:
 
     def operator(code: int, inputs: Sequence[int], output: int, option_type: int, option: object) -> None:
         model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
-        at, given, made = len(model.operatorCodes) - 1, np.array(inputs, np.int32), np.array([output], np.int32)
-        network.operators.append(schema.OperatorT(at, given, made, option_type, option))
+        network.operators.append(
+            schema.OperatorT(
+                opcodeIndex=len(model.operatorCodes) - 1,
+                inputs=np.array(inputs, np.int32),
+                outputs=np.array([output], np.int32),
+                builtinOptionsType=option_type,
+                builtinOptions=option,
+            )
+        )
 
-    (bottleneck,) = network.outputs
-    last, relu = bottleneck, schema.ActivationFunctionType.RELU
-    layers = [(f"hidden_{i}", *layer, relu) for i, layer in enumerate(head.hidden)]
-    layers.append(("logits", head.weights, head.biases, schema.ActivationFunctionType.NONE))
-    for name, weights, biases, activation in layers:
+    (bottleneck,), activations = network.outputs, schema.ActivationFunctionType
+    last = bottleneck
+    layers = [(f"hidden_{i}", *layer, activations.RELU) for i, layer in enumerate(head.hidden)]
+    for name, weights, biases, activation in [*layers, ("logits", head.weights, head.biases, activations.NONE)]:
         inputs = [last, constant(f"{name}_weights", weights.T), constant(f"{name}_biases", biases)]
         connected = schema.FullyConnectedOptionsT(activation)
         last = tensor(name, [1, len(biases)])

@@ -421,8 +421,9 @@ def test_auto_takes_inception_or_else_efficientnet_and_says_so(server, release, 
     assert recipe.name == "efficientnet_lite2"
     assert note.startswith("The base model is EfficientNet-Lite2") and len(note) < 200
     assert GRAPH_FILE in note and "--model_dir" in note and "add --architecture efficientnet_lite2" in note
-    with pytest.raises(UserError):
-        retrain.find_recipe("inception_v3", "", model)
+    for asked in (("inception_v3", "", model), ("auto", "", model, f"{server.address}/own")):
+        with pytest.raises(UserError):
+            retrain.find_recipe(*asked)
     server.replies["/archive"] = [archive_of(release)]
     server.asked.clear()
     for _ in range(2):  # downloaded, and lying there
