@@ -47,7 +47,7 @@ def make_tf2(tf, folder: Path, side: int | None = SIDE) -> Path:
 
     module.__call__ = call
     for training in (True, False):
-        module.__call__.get_concrete_function(tf.TensorSpec([None, side, side, 3], tf.float32), training=training)
+        call.get_concrete_function(tf.TensorSpec([None, side, side, 3], tf.float32), training=training)
     tf.saved_model.save(module, str(folder))
     return folder
 
