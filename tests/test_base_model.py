@@ -211,14 +211,14 @@ def test_quantized_runs_name_their_files_and_say_so(train, tmp_path, model_dir):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--architecture", "mobilenet_0.25_128_quantized"], "--architecture mobilenet_0.25_128 --quantize"),
-        (["--quantize", "--engine", "tensorflow"], "leave --engine tensorflow out"),
-        (["--architecture", "starter"], "is not known; choose auto, inception_v3, efficientnet_lite0"),
+        ("--architecture mobilenet_0.25_128_quantized", "--architecture mobilenet_0.25_128 --quantize"),
+        ("--quantize --engine tensorflow", "leave --engine tensorflow out"),
+        ("--architecture starter", "is not known; choose auto, inception_v3, efficientnet_lite0"),
     ],
 )
 def test_flags_that_do_not_fit_are_told(capsys, flags, said):
     with pytest.raises(SystemExit):
-        retrain.main(flags)
+        retrain.main(flags.split())
     assert said in capsys.readouterr().err
 
 
@@ -235,18 +235,10 @@ def test_a_processor_without_vnni_is_told(monkeypatch, words, told):
 # Files that are no such graph
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        (b"<!DOCTYPE html><html><body>Please log in</body></html>", "is no TensorFlow graph"),
-        (b"", "is no graph of the Inception-v3 kind"),
-        (bytes(range(256)), "is no TensorFlow graph"),
-    ],
-    ids=["HTML", "empty", "bytes"],
-)
-def test_a_file_that_is_no_graph_gets_one_sentence(tmp_path, content, said):
+@pytest.mark.parametrize("content", [b"<html>Please log in</html>", b"", bytes(range(256))], ids=["HTML", "", "bytes"])
+def test_a_file_that_is_no_graph_gets_one_sentence(tmp_path, content):
     (tmp_path / GRAPH_FILE).write_bytes(content)
-    with pytest.raises(UserError, match=f"{GRAPH_FILE} .*{said}"):
+    with pytest.raises(UserError, match=f"{GRAPH_FILE} .*is no (TensorFlow graph|graph of the Inception-v3 kind)"):
         inception(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [GRAPH_FILE]
 
@@ -261,10 +253,7 @@ def value_of(node):
         *((lambda nodes, name=name: setattr(nodes[name], "name", "x"), f"'{name}'") for name in retrain.EXPECTED_NODES),
         (lambda nodes: setattr(nodes["conv/batchnorm/beta"], "name", "x"), "a damaged graph"),
         (lambda nodes: setattr(value_of(nodes["conv/batchnorm/beta"]), "tensor_content", b"odd"), "a damaged graph"),
-        (
-            lambda nodes: value_of(nodes["pool_3/_reshape/shape"]).CopyFrom(value_of(nodes["Mul/y"])),
-            "a damaged graph",
-        ),
+        (lambda nodes: value_of(nodes["pool_3/_reshape/shape"]).CopyFrom(value_of(nodes["Mul/y"])), "a damaged graph"),
     ],
 )
 def test_a_graph_whose_nodes_are_missing_or_do_not_fit_together_is_refused(small_graph, tmp_path, spoil, said):
@@ -328,9 +317,8 @@ def server(monkeypatch):
 @pytest.fixture
 def release(small_graph, monkeypatch) -> bytes:
     """The small graph, which stands for the release."""
-    content = small_graph.read_bytes()
-    monkeypatch.setattr(retrain, "GRAPH_MD5", hashlib.md5(content).hexdigest())
-    return content
+    monkeypatch.setattr(retrain, "GRAPH_MD5", retrain.md5_of(small_graph))
+    return small_graph.read_bytes()
 
 
 @pytest.fixture
