@@ -4369,8 +4369,7 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
         if not flags.split_file:
             inside = assign_splits(inside, flags.testing_percentage, flags.validation_percentage)
         training = [image for image in inside if image.split == "training"]
-        reading = Reading(flags.ignore_exif_orientation, flags.exact_decode)
-        samples = functools.partial(calibration_images, training, reading)
+        samples = functools.partial(calibration_images, training, from_flags(Reading, flags))
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), note
 
 
