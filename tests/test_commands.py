@@ -251,7 +251,6 @@ def test_defaults_lie_beside_the_script_and_what_is_typed_where_the_user_is(tmp_
         ("--output_graph pictures/green/x.pb", "it is, or lies in, what --image_dir names"),
         ("--bottleneck_dir pictures/cache", "it is, or lies in, what --image_dir names"),
         ("--output_labels pictures", "a folder of that name lies there"),
-        ("--saved_model_dir new --output_graph new/x.pb", "it is, or lies in, what --saved_model_dir names"),
         (
             "--output_graph x.pb --no_report=false --output_report x.html",
             "--output_report x.json: it is, or lies in, what --output_g",

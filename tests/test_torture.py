@@ -34,13 +34,9 @@ def test_damaged_images_are_used_or_named(bench):
     torture.images(bench)
 
 
-def test_a_killed_run_goes_on_and_gives_the_same(bench, lives):
-    torture.killed(bench, lives, 2)
-
-
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stopped_run_says_so_in_one_line(bench, lives, name, code):
-    torture.stopped(bench, lives, name, code, 1)
+@pytest.mark.parametrize("name, code, count", [("SIGKILL", -9, 2), ("SIGINT", 130, 1), ("SIGTERM", 143, 1)])
+def test_a_stopped_run_says_so_in_one_line_and_goes_on(bench, lives, name, code, count):
+    torture.struck(bench, lives, name, code, count)
 
 
 def test_two_runs_at_once_give_what_each_gives_alone(bench, lives):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_export import FEATURES, FINAL, bytes_of, predicted, session_run
+from test_export import FEATURES, FINAL, bytes_of, predicted, served, session_run
 
 import retrain
 
 FULL, NOTOP = retrain.VGG16_FILES
-ENDS = {"avg_pool": 512, "block5_pool": 25088}
 
 
 def vgg16(include_top: bool):
@@ -25,21 +25,14 @@ def vgg16(include_top: bool):
     return model
 
 
-@pytest.fixture(scope="module")
-def notop():
-    return vgg16(include_top=False)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory, notop) -> Path:
-    """A --model_dir with weights in the format of the file that Keras offers."""
-    folder = tmp_path_factory.mktemp("vgg16")
-    notop.save(folder / NOTOP)
-    return folder
+def kept_features(layer: str, paths: list[Path]) -> np.ndarray:
+    """Return what the bottleneck files of images hold, float32 [paths, n]."""
+    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_{layer}.txt") for path in paths]
+    return np.array([np.loadtxt(path, delimiter=",") for path in kept])
 
 
 def keras_features(model, layer: str, paths: list[Path]) -> np.ndarray:
-    """Return what Keras itself makes of pictures, float32 [paths, n]."""
+    """Return what Keras itself makes of images, float32 [paths, n]."""
     keras = retrain.import_tensorflow().keras
     pixels = [retrain.read_image(path, retrain.Reading(), (224, 224)) for path in paths]
     resized = np.stack([retrain.resize_bilinear(each, (224, 224)) for each in pixels])
@@ -50,37 +43,29 @@ def keras_features(model, layer: str, paths: list[Path]) -> np.ndarray:
 
 @pytest.fixture
 def few(image_dir) -> list[Path]:
-    """Leave three pictures of each of two classes in the folder."""
-    for path in image_dir.glob("*/*"):
-        if path.parent.name == "blue" or not path.stem.endswith(("_00", "_01", "_02")):
-            path.unlink()
-    (image_dir / "blue").rmdir()
+    """Leave three images of each of two classes in the folder."""
+    shutil.rmtree(image_dir / "blue")
+    for path in set(image_dir.glob("*/*")) - set(image_dir.glob("*/*_0[012].jpg")):
+        path.unlink()
     return sorted(image_dir.glob("*/*"))
 
 
 @pytest.mark.parametrize(
-    "flags, layer",
-    [
-        ((), "avg_pool"),
-        (("--bottleneck_layer", "block5_pool"), "block5_pool"),
-    ],
+    "flags, layer, size", [((), "avg_pool", 512), (("--bottleneck_layer", "block5_pool"), "block5_pool", 25088)]
 )
-def test_from_photographs_to_predictions(train, few, weights, notop, tmp_path, flags, layer):
-    usual = ("--architecture", "vgg16", "--model_dir", weights, "--learning_rate", 0.0001, "--saved_model_dir", "saved")
-    assert train(*usual, *flags) == 0
-    expected = keras_features(notop, layer, few)
-    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_{layer}.txt") for path in few]
-    features = np.array([[float(value) for value in path.read_text().split(",")] for path in kept])
-    assert features.shape == (6, ENDS[layer])
+def test_from_photographs_to_predictions(train, few, tmp_path, flags, layer, size):
+    model = vgg16(include_top=False)
+    model.save(tmp_path / NOTOP)
+    usual = ["--architecture", "vgg16", "--model_dir", tmp_path, "--saved_model_dir", "saved"]
+    assert train(*usual, *flags, "--learning_rate", 0.0001) == 0
+    expected, features = keras_features(model, layer, few), kept_features(layer, few)
+    assert features.shape == (6, size)
     np.testing.assert_allclose(features, expected, atol=1e-3)
     assert expected.std() > 1
     np.testing.assert_allclose(session_run(Path("output_graph.pb"), FEATURES, bytes_of(few)), expected, atol=1e-3)
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(few))
     np.testing.assert_allclose(predicted(tmp_path, few), scores, atol=1e-3)
-    tf = retrain.import_tensorflow()
-    served = tf.saved_model.load("saved").signatures["image_bytes"]
-    given = tf.constant([path.read_bytes() for path in few])
-    np.testing.assert_allclose(served(image_bytes=given)["prediction"], scores, atol=1e-3)
+    np.testing.assert_allclose(served(Path("saved"), few), scores, atol=1e-3)
 
 
 def test_fc2_from_the_full_weights(train, few, tmp_path, monkeypatch):
@@ -93,9 +78,7 @@ def test_fc2_from_the_full_weights(train, few, tmp_path, monkeypatch):
     model.save(tmp_path / FULL)
     assert train("--architecture", "vgg16", "--bottleneck_layer", "fc2", "--model_dir", tmp_path) == 0
     expected = keras_features(model, "fc2", few)
-    kept = [Path("bottleneck", path.parent.name, f"{path.name}_vgg16_fc2.txt") for path in few]
-    features = [[float(value) for value in path.read_text().split(",")] for path in kept]
-    np.testing.assert_allclose(features, expected, atol=1e-3)
+    np.testing.assert_allclose(kept_features("fc2", few), expected, atol=1e-3)
     assert expected.std() > 0.1
     scores = session_run(Path("output_graph.pb"), FINAL, bytes_of(few))
     np.testing.assert_allclose(predicted(tmp_path, few), scores, atol=1e-3)

@@ -140,13 +140,6 @@ def differences(one: dict, other: dict) -> str:
     return ", ".join(name for name in sorted({*one, *other}) if one.get(name) != other.get(name))
 
 
-def encoded(image: PIL.Image.Image, form: str, **options) -> bytes:
-    """Return an image as the bytes of a file."""
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
 def seed_images() -> dict[str, bytes]:
     """Return whole images of every format and kind, by their names."""
     image, other = (make_image(colour, 7, (90, 70)) for colour in list(COLOURS.values())[:2])
@@ -154,23 +147,28 @@ def seed_images() -> dict[str, bytes]:
     turned = PIL.Image.Exif()
     turned[0x0112] = 6
     frames = {"save_all": True, "append_images": [other] * 5}
-    return {
-        "plain.jpg": encoded(image, "JPEG", quality=92),
-        "progressive.jpg": encoded(image, "JPEG", progressive=True),
-        "grey.jpg": encoded(image.convert("L"), "JPEG"),
-        "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
-        "turned.jpg": encoded(image, "JPEG", exif=turned.tobytes()),
-        "plain.png": encoded(image, "PNG"),
-        "alpha.png": encoded(image.convert("RGBA"), "PNG"),
-        "palette.png": encoded(image.convert("P"), "PNG"),
-        "16 bits.png": encoded(deep, "PNG"),
-        "animated.gif": encoded(image, "GIF", **frames),
-        "plain.bmp": encoded(image, "BMP"),
-        "lossless.webp": encoded(image, "WEBP", lossless=True),
-        "animated.webp": encoded(image, "WEBP", **frames),
-        "1x1.jpg": encoded(image.resize((1, 1)), "JPEG"),
-        "1x20000.png": encoded(image.resize((1, 20_000)), "PNG"),
-    }
+    files: dict[str, io.BytesIO] = {}
+
+    def add(name: str, image: PIL.Image.Image, **options) -> None:
+        files[name] = io.BytesIO()
+        image.save(files[name], PIL.Image.registered_extensions()[Path(name).suffix], **options)
+
+    add("plain.jpg", image, quality=92)
+    add("progressive.jpg", image, progressive=True)
+    add("grey.jpg", image.convert("L"))
+    add("cmyk.jpg", image.convert("CMYK"))
+    add("turned.jpg", image, exif=turned.tobytes())
+    add("plain.png", image)
+    add("alpha.png", image.convert("RGBA"))
+    add("palette.png", image.convert("P"))
+    add("16 bits.png", deep)
+    add("animated.gif", image, **frames)
+    add("plain.bmp", image)
+    add("lossless.webp", image, lossless=True)
+    add("animated.webp", image, **frames)
+    add("1x1.jpg", image.resize((1, 1)))
+    add("1x20000.png", image.resize((1, 20_000)))
+    return {name: file.getvalue() for name, file in files.items()}
 
 
 def damaged(data: bytes, other: bytes, chance: random.Random) -> bytes:
@@ -328,47 +326,32 @@ class Lives:
         return cwd, ended(process), time.monotonic() - struck, stretch
 
 
-def killed(t: Torture, lives: Lives, count: int) -> None:
-    """SIGKILL at random moments, each followed by the same command: its outputs are those of a run in peace."""
-
-    def judge(number: int) -> tuple[bool, str]:
-        cwd, done, _, stretch = lives.strike("SIGKILL", number)
-        lost = complaint(t.train(cwd)) or differences(outputs(cwd), lives.expected)
-        shutil.rmtree(cwd)
-        return done.returncode == -signal.SIGKILL, lost and f"in {stretch}: {lost}"
-
-    results = t.each(judge, range(count))
-    where = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in lives.spans.items())
-    figures = f"{sum(hit for hit, _ in results)} before their end; stretches: {where}"
-    t.note("SIGKILL, then the same command", len(results), [lost for _, lost in results], figures)
-
-
-def stopped(t: Torture, lives: Lives, name: str, code: int, count: int) -> None:
-    """SIGINT or SIGTERM at random moments: a prompt end, in one line, with the exit code of that signal."""
+def struck(t: Torture, lives: Lives, name: str, code: int, count: int) -> None:
+    """A signal at random moments: a prompt end, in one line if there can be any; then the same command goes well."""
 
     def judge(number: int) -> tuple[float, str]:
         cwd, done, seconds, stretch = lives.strike(name, number)
         lost = complaint(done, (0, code)) or ("" if seconds <= t.patience else f"{seconds:.1f} s")
-        if done.returncode == code and not lost:
+        if done.returncode == code > 0:
             usual = ("Bottlenecks:", "WARNING:")
             lines = [line for line in done.stderr.splitlines() if line and not line.startswith(usual)]
-            lost = "" if len(lines) == 1 and "retrain.py: stopped" in lines[0] else f"said {lines}"
-        lost = lost or ", ".join(leftovers(cwd))
+            told = len(lines) == 1 and "retrain.py: stopped" in lines[0]
+            lost = lost or ("" if told else f"said {lines}") or ", ".join(leftovers(cwd))
+        lost = lost or complaint(t.train(cwd)) or differences(outputs(cwd), lives.expected)
         shutil.rmtree(cwd)
         return seconds * (done.returncode == code), lost and f"in {stretch}: {lost}"
 
     results = t.each(judge, range(count))
     ends = [seconds for seconds, _ in results if seconds] or [0]
     figures = f"{len(ends)} before their end, slowest {max(ends):.2f} s"
-    t.note(f"{name}: one line, exit code {code}", len(results), [lost for _, lost in results], figures)
+    t.note(f"{name}, exit code {code}, then the same command", len(results), [lost for _, lost in results], figures)
 
 
 def death(t: Torture, lives: Lives | None = None) -> None:
-    """SIGKILL, SIGINT and SIGTERM at random moments."""
+    """SIGKILL, SIGINT and SIGTERM at random moments, each followed by the same command: outputs as in peace."""
     lives = lives or Lives(t)
-    killed(t, lives, t.count(100))
-    stopped(t, lives, "SIGINT", 130, t.count(50))
-    stopped(t, lives, "SIGTERM", 143, t.count(50))
+    for name, code, count in (("SIGKILL", -signal.SIGKILL, 100), ("SIGINT", 130, 50), ("SIGTERM", 143, 50)):
+        struck(t, lives, name, code, t.count(count))
 
 
 def full_disk(t: Torture) -> None:
