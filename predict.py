@@ -59,11 +59,9 @@ except ImportError as missing:
     # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if Path(sys.prefix) == environment:
-        sys.exit(f"{missing}: the installation in {environment} is broken; remove that folder and run retrain.sh again")
-    if not own_python.exists():
+    if Path(sys.prefix) == environment or not own_python.exists():
         remedy = f"run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
-        sys.exit(f"{missing}: {remedy}")
+        sys.exit(f"{missing}: {remedy}; if that does not help, remove {environment} first")
     if os.name == "nt":
         sys.exit(subprocess.call([own_python, *sys.argv]))
     os.execv(own_python, [str(own_python), *sys.argv])
@@ -384,7 +382,7 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
     were the same to the bit on 2,296 photographs.
     """
-    cmyk, space = image.mode == "CMYK", "CMYK" if image.mode == "CMYK" else "RGB"
+    space = "CMYK" if image.mode == "CMYK" else "RGB"
     height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
     try:
         pixels = simplejpeg.decode_jpeg(data, space, fastdct=True, min_height=height, min_width=width)
@@ -392,7 +390,7 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
         # It also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow tells those,
         # whose pixels it gives within a few levels, from truncated ones, for which it raises.
         return np.asarray(image.convert("RGB"))
-    if not cmyk:
+    if space == "RGB":
         return pixels
     inks = pixels.astype(np.uint16)
     if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
@@ -440,19 +438,21 @@ JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool
 # which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
 # calls an operation stateless says little, since ReadFile is. A graph made to crash one ends the process, no more.
 PURE_OPS = """
-Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchNormWithGlobalNormalization
-BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat ConcatV2 Const Conv2D
-Conv2DBackpropInput DecodeImage DecodeJpeg DecodePng DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu
-EnsureShape Equal Erf Erfc Exp ExpandDims ExtractImagePatches FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel
-Fill Floor FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater
-GreaterEqual Identity IdentityN If L2Loss LeakyRelu Less LessEqual Log LogicalAnd LogicalNot LogicalOr LogSoftmax LRN
-MatMul Max Maximum MaxPool Mean Merge Min Minimum MirrorPad Mul Neg NoOp NotEqual OneHot OnesLike Pack Pad PadV2
-PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod RandomStandardNormal RandomUniform Range
-Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeBicubic ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select
-SelectV2 Shape ShapeN Sigmoid Size Slice Softmax Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square
-SquaredDifference Squeeze StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform
-StatelessRandomUniformV2 StopGradient StridedSlice Sub Sum Switch Tanh Tile TopKV2 Transpose TruncatedNormal Unpack
-Where ZerosLike
+Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2
+BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics
+ClipByValue Concat ConcatV2 Const Conv2D Conv2DBackpropInput DecodeImage DecodeJpeg DecodePng
+DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Erfc Exp ExpandDims
+ExtractImagePatches FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv
+FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater
+GreaterEqual Identity IdentityN If L2Loss LeakyRelu Less LessEqual Log LogicalAnd LogicalNot
+LogicalOr LogSoftmax LRN MatMul Max Maximum MaxPool Mean Merge Min Minimum MirrorPad Mul Neg NoOp
+NotEqual OneHot OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow
+PreventGradient Prod RandomStandardNormal RandomUniform Range Rank RealDiv Reciprocal Relu Relu6
+Reshape ResizeBicubic ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select SelectV2 Shape
+ShapeN Sigmoid Size Slice Softmax Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square
+SquaredDifference Squeeze StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter
+StatelessRandomUniform StatelessRandomUniformV2 StopGradient StridedSlice Sub Sum Switch Tanh Tile
+TopKV2 Transpose TruncatedNormal Unpack Where ZerosLike
 """
 
 
@@ -950,12 +950,10 @@ def run(flags: argparse.Namespace) -> int:
     for name in ("csv", "json", "sort_into"):
         if getattr(flags, name):
             check_writable(name, Path(getattr(flags, name)), is_folder=name == "sort_into")
-    options = {"cpu_threads": flags.cpu_threads, "trusted": flags.trust_model}
-    load = functools.partial(load_classifier, flags.graph, flags.labels, **options)
+    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
+    classifier = load_classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
-        serve_page(load(images=1), flags.top_k)
-    paths = find_images(flags.images + flags.image or [at_home("test_images")])
-    classifier = load(images=len(paths))
+        serve_page(classifier, flags.top_k)
     predictions: list[Prediction] = []
     stopped = None
     with csv_rows(flags.csv, classifier.labels) if flags.csv else contextlib.nullcontext() as write_row:

@@ -19,7 +19,6 @@ from conftest import ROOT, GraphBuilder, make_image
 
 import predict
 
-LINE = r"[\w ]+ \(score = [01]\.\d{5}\)"
 RED, GREEN, BLUE = (200, 40, 40), (40, 180, 60), (40, 60, 210)
 
 
@@ -75,11 +74,9 @@ def test_classic_lines_of_one_image(folder, capsys, no_tensorflow):
     save("red.jpg")
     assert predict.main(["--image", "red.jpg"]) == 0
     said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert said.err == ""
-    assert len(lines) == 3 and all(re.fullmatch(LINE, line) for line in lines)
-    assert lines[0].startswith("red things (score = ")
-    scores = [float(line.split(" = ")[1].rstrip(")")) for line in lines]
+    lines = re.findall(r"^([\w ]+) \(score = ([01]\.\d{5})\)$", said.out, re.MULTILINE)
+    assert said.err == "" and len(lines) == len(said.out.splitlines()) == 3 and lines[0][0] == "red things"
+    scores = [float(score) for _, score in lines]
     assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=2e-5)
 
 
@@ -92,7 +89,6 @@ def test_default_is_the_folder_test_images(folder, capsys):
 @pytest.mark.parametrize(
     "asked, found",
     [
-        (["p/a.jpg"], ["p/a.jpg"]),
         (["p"], ["p/a.jpg", "p/b.png", "p/sub/c.jpg", "p/sub/sub/[d].jpg"]),
         (["p/**/*.jpg"], ["p/a.jpg", "p/sub/c.jpg", "p/sub/sub/[d].jpg"]),
         (["p/s*"], ["p/sub/c.jpg", "p/sub/sub/[d].jpg"]),
@@ -101,7 +97,6 @@ def test_default_is_the_folder_test_images(folder, capsys):
         (["p/a.jpg", "p/*.jpg", "p/a.jpg"], ["p/a.jpg"]),
         (["p/[ab]*", "p/e*"], ["p/a.jpg", "p/b.png", "p/e*"]),
     ],
-    ids=lambda names: " ".join(names),
 )
 def test_files_folders_and_globs(folder, asked, found):
     for name in ("a.jpg", "b.png", "sub/c.jpg", "sub/sub/[d].jpg", ".hidden/e.jpg"):
@@ -117,13 +112,11 @@ def test_files_folders_and_globs(folder, asked, found):
         (["--graph", "no.pb"], "no.pb: there is no such file"),
         (["--graph", "lone.tflite"], "the .json that belongs to it is not beside it"),
         (["--labels", "no.txt"], "no.txt"),
-        (["--labels", "."], "--labels ."),
         (["--labels", "latin.txt"], "latin.txt"),
         (["--labels", "few.txt"], "few.txt"),
         (["--graph", "words.pb", "--labels", "output_labels.txt"], "words.pb"),
         (["--graph", "red.jpg"], "red.jpg"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_files_that_are_missing_or_wrong(folder, capsys, flags, named):
     save("red.jpg")
@@ -221,11 +214,10 @@ def test_other_graph_than_the_tflites_is_run_itself(folder, trained, no_lite):
     assert (scores_of("red.jpg") == found).all()
 
 
-@pytest.mark.parametrize("spoilt", ["output_graph.tflite", "output_graph.json"])
-@pytest.mark.parametrize("data", [b"", b"{}"])
+@pytest.mark.parametrize("spoilt, data", [("tflite", b""), ("json", b""), ("json", b"{}")])
 def test_damaged_tflite_or_facts_are_not_used(folder, no_lite, spoilt, data):
     save("red.jpg")
-    Path(spoilt).write_bytes(data)
+    Path(f"output_graph.{spoilt}").write_bytes(data)
     assert scores_of("red.jpg").argmax() == 0
 
 
@@ -268,7 +260,6 @@ def test_what_is_not_found_is_told_with_the_likely_cause(folder, capsys):
     for arguments, said in (
         (["my", "photos"], "--image my, photos: there is no such image; put a name that has spaces into quotes."),
         (["empty"], "--image empty: there is no file in that folder, nor in those in it"),
-        (["nosuch.jpg"], "--image nosuch.jpg: there is no such image."),
         (["more/red/a.jpg", "--csv", "more"], f"--csv {Path('more').resolve()}: a folder of that name lies there"),
         (["more/red/a.jpg", "--json", os.devnull], f"--json {os.devnull}: a device of that name lies there"),
         (["more/red/a.jpg", "--json", "file/out"], f"--json {Path('file/out').resolve()}: {Path('file').resolve()} is"),
@@ -355,15 +346,13 @@ def test_unsure_says_why(folder, capsys, limits, reason):
 
 
 def test_folders_named_like_classes_give_the_accuracy(folder, capsys):
-    save("photos/Red-Things/a.jpg")
-    save("photos/green/b.jpg", GREEN)
-    save("photos/blue/c.jpg", RED)
-    save("photos/others/d.jpg", BLUE)
+    images = {"Red-Things/a.jpg": RED, "green/b.jpg": GREEN, "blue/c.jpg": RED, "others/d.jpg": BLUE}
+    for name, colour in images.items():
+        save(f"photos/{name}", colour)
     assert predict.main(["photos"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        "4 images: red things 2, green 1, blue 1.",
-        "Accuracy on the 3 in folders named like classes: 66.7%.",
-    ]
+    assert capsys.readouterr().out.endswith(
+        "\n4 images: red things 2, green 1, blue 1.\nAccuracy on the 3 in folders named like classes: 66.7%.\n"
+    )
 
 
 def test_images_are_sorted_into_folders_and_nothing_is_overwritten(folder):
@@ -414,9 +403,8 @@ def test_labels_are_those_of_the_training_or_given(folder, capsys):
 
 def test_names_are_derived_from_the_graphs():
     files = predict.OutputFiles("birds/ants.pb")
-    assert [path.name for path in (files.graph, files.lite, files.facts, files.labels, files.report)] == [
-        "ants.pb", "ants.tflite", "ants.json", "ants_labels.txt", "ants_report.html"
-    ]  # fmt: skip
+    names = [path.name for path in (files.graph, files.lite, files.facts, files.labels, files.report)]
+    assert names == ["ants.pb", "ants.tflite", "ants.json", "ants_labels.txt", "ants_report.html"]
     assert predict.OutputFiles("output_graph.tflite").graph.name == "output_graph.pb"
     assert predict.OutputFiles("output_graph.pb").labels.name == "output_labels.txt"
 
