@@ -212,7 +212,6 @@ def test_quantized_runs_name_their_files_and_say_so(train, tmp_path, model_dir):
     "flags, said",
     [
         ("--architecture mobilenet_0.25_128_quantized", "--architecture mobilenet_0.25_128 --quantize"),
-        ("--quantize --engine tensorflow", "leave --engine tensorflow out"),
         ("--architecture starter", "is not known; choose auto, inception_v3, efficientnet_lite0"),
     ],
 )
