@@ -16,10 +16,10 @@ import retrain
 
 SCRIPTS = {name: (ROOT / name).read_text("utf-8") for name in ("retrain.py", "predict.py")}
 ROOMS = "common ground, flags, images, base model, bottlenecks, cluster, head, diagnostics, report, export, crawl, main"
-# Where we are on the way to 3,600 lines, 240 functions and 32 classes of retrain.py, 700 lines of predict.py and 8,000
-# of tests, no denser than retrain.py was at commit 907270e: 10.79 tokens and 48.48 characters. They may only fall.
-MOST_LINES, MOST_FUNCTIONS, MOST_CLASSES, MOST_OF_PREDICT, MOST_OF_TESTS = 4735, 276, 32, 1170, 8960
-MOST_TOKENS, MOST_CHARACTERS = 11.6, 51.7
+# The goals are 3,600 lines of retrain.py, 700 of predict.py, and no more tokens and characters in a line of code than
+# retrain.py had at commit 907270e: 10.79 and 48.48. Where we are short of them, it may only get better.
+MOST_LINES, MOST_FUNCTIONS, MOST_CLASSES, MOST_OF_PREDICT, MOST_OF_TESTS = 4120, 240, 32, 990, 8000
+MOST_TOKENS, MOST_CHARACTERS = 11.4, 51.2
 
 
 def nodes_of(text: str, *kinds: type) -> list:
