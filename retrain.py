@@ -316,7 +316,7 @@ def add_base_model_flags(flag: Callable) -> None:
     flag("--trust_model", None, "run a network although it could read and write files; only for one that you trust")
     flag("--tfhub_module", "NAME", "use this network from TF-Hub or Kaggle, or in this folder with a SavedModel")
     flag("--image_size", "N", "pixels of a side that a --tfhub_module is given, if it takes any", 0, number(int, 0))
-    flag("--quantize", None, "compute with 8-bit integers: up to four times as fast on processors since 2020")
+    flag("--quantize", None, "compute with 8-bit integers: two to three times as fast on most processors since 2020")
     flag("--engine", None, "what runs the network; auto: the fastest", "auto", choices=("auto", "litert", "tensorflow"))
     flag("--cpu_threads", "N", "how many processor cores to use; 0 for all", 0, number(int, 0))
 
@@ -480,10 +480,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def from_flags(kind: type, flags: argparse.Namespace, prefix: str = "") -> Any:
+def from_flags(kind: type, flags: argparse.Namespace) -> Any:
     """Return a dataclass of settings, its fields as the flags of the same names say."""
-    names = [field.name for field in dataclasses.fields(kind) if hasattr(flags, prefix + field.name)]
-    return kind(**{name: getattr(flags, prefix + name) for name in names})
+    return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
 
 
 # ======================================================================================================================
@@ -2074,7 +2073,7 @@ def write_checkpoint(head: Head, path: Path) -> None:
 FOLDS = 5
 # An interval of the cross-validation is as wide as for so many times fewer images: its heads learn from four fifths of
 # them and share most of those. By it, and not without, 90 % hold the truth or more; see tests/truth.py.
-CROSS_VALIDATED = 1.3
+CROSS_VALIDATED = 1.5
 # Images that the heads of all trainings together may see, beyond which the learning curve loses its smallest sizes.
 MOST_SEEN, CURVE_SHARES = 6_000_000, (0.125, 0.25, 0.5)
 GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
