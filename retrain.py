@@ -1138,7 +1138,10 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     tf = import_tensorflow()
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-    traced = tf.function(network).get_concrete_function(tf.TensorSpec([None, *input_size, 3], tf.float32))
+    # Without autograph, which leaves files in the system's temporary folder.
+    traced = tf.function(network, autograph=False).get_concrete_function(
+        tf.TensorSpec([None, *input_size, 3], tf.float32)
+    )
     features, *others = traced.outputs
     if others or features.dtype != tf.float32 or features.shape.rank != 2 or not features.shape[1]:
         raise ValueError(f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected")
@@ -3168,10 +3171,13 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
         pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
         return {"prediction": network(pixels)}
 
+    def serve(image: Tensor) -> dict[str, Tensor]:
+        return {"prediction": network(image * 255)}
+
     image, file = tf.TensorSpec([None, *size, 3], tf.float32, "image"), tf.TensorSpec([None], tf.string)
     signatures = {
-        "serving_default": tf.function(lambda image: {"prediction": network(image * 255)}, input_signature=[image]),
-        "image_bytes": tf.function(serve_bytes, input_signature=[file]),
+        "serving_default": tf.function(serve, [image], autograph=False),
+        "image_bytes": tf.function(serve_bytes, [file], autograph=False),
     }
     with writing_by_tensorflow(folder):
         tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
