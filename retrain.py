@@ -308,7 +308,8 @@ def add_crawl_flags(flag: Callable) -> None:
 
 def add_base_model_flags(flag: Callable) -> None:
     names = "network that looks at the images: inception_v3; efficientnet_lite2, smaller, faster and better for few "
-    names += "images (also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; or auto: the first to be had"
+    names += "images (also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; auto: "
+    names += "inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
     flag("--architecture", "NAME", names, "auto")
     flag("--bottleneck_layer", "NAME", "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2")
     flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
@@ -416,6 +417,9 @@ def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
+
+    if not flags.output_report.endswith(".html"):
+        parser.error(f"--output_report: {flags.output_report!r} does not end in .html")
 
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
@@ -632,25 +636,26 @@ def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[
                 found[image] = cells_of[key]
     if rows and not found:
         raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
-    log.info("The %d lines of %s name %d images.", len(rows), path, len(found))
+    log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), len(found))
     return found
 
 
 def leave_out(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images that the list of --exclude doesn't name. Raises UserError for one that can't be used."""
     gone = named_in(path, "--exclude", images)
-    log.info("They are left out. If there were right ones among them, the accuracy will flatter.")
+    log.info("They are left out. If right ones are among them, the accuracy comes out too high.")
     return [image for image in images if image not in gone]
 
 
 def relabel(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
-    labels = {image.label for image in images}
+    labels = {image.label.strip(): image.label for image in images}
     wanted = {image: image.label for image in images}
     for image, cells in named_in(path, "--relabel", images).items():
-        wanted[image] = label_of(cells[1].strip()) if len(cells) > 1 else ""
-        if wanted[image] not in labels:
+        label = label_of(cells[1]).strip() if len(cells) > 1 else ""
+        if label not in labels:
             raise UserError(f"--relabel {path}: it gives {image.key} no label of a class; write that behind a tab.")
+        wanted[image] = labels[label]
     return [dataclasses.replace(image, label=label) for image, label in wanted.items()]
 
 
@@ -690,7 +695,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
         label = label_of(row[1])
         image = known.get(where) or Image(Path(where), label, place=place_of(Path(where).parent.parent))
         if label != image.label or label not in labels or not image.path.is_file():
-            raise UserError(f"{given}: {printable(row[0])} is no image of the class {row[1]!r}; mend the line.")
+            raise UserError(f"{given}: {printable(row[0])} is no image of the class {row[1]!r}; correct the line.")
         found[where] = dataclasses.replace(image, split=row[2])
     named = [image for image in found.values() if image]
     if len(named) < len(found):
@@ -702,15 +707,14 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
     """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["path", "label", "split"])
-        for image in images:
-            where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
-            table.writerow([where, image.label, image.split])
+    text = io.StringIO()
+    table = csv.writer(text, delimiter="\t", lineterminator="\n")
+    table.writerow(["path", "label", "split"])
+    for image in images:
+        where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
+        table.writerow([where, image.label, image.split])
+    with whole_file(path) as temporary:
+        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def stem_of(key: str) -> str:
@@ -760,7 +764,7 @@ def read_anywhere(path: Path | UPath) -> bytes:
 # Base model: found or downloaded, made into one kind of graph, converted, run
 # ======================================================================================================================
 
-# Inception-v3 as it was released in 2015: its graph, the archive that holds it, and where either can be had.
+# Inception-v3 as it was released in 2015: its graph, the archive that holds it, and where either can be downloaded.
 GRAPH_FILE, ARCHIVE_FILE = "classify_image_graph_def.pb", "inception-2015-12-05.tgz"
 GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
 INCEPTION_URLS = (
@@ -817,7 +821,7 @@ def find_recipe(
 ) -> tuple[Recipe, str]:
     """Return the recipe of an --architecture, and what to say at the end of the run if it is not the one hoped for.
 
-    layer: of vgg16, or '' for the usual one; trusted: see read_graph. Raises UserError if it can't be had.
+    layer: of vgg16, or '' for the usual one; trusted: see read_graph. Raises UserError if it is not available.
     """
     if architecture == "auto" and not model_url:
         try:
@@ -825,7 +829,7 @@ def find_recipe(
         except UserError:
             return efficientnet_recipe("efficientnet_lite2"), (
                 "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: put "
-                f"{GRAPH_FILE} into --model_dir, or add --architecture efficientnet_lite2."
+                f"{GRAPH_FILE} into {model_dir}, or add --architecture efficientnet_lite2."
             )
     if architecture in EFFICIENTNETS:
         recipe = efficientnet_recipe(architecture)
@@ -852,6 +856,7 @@ def find_graph(
             log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", graph_path)
         return graph_path
     graph_path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(model_dir)
     for source in [archive_path] if archive_path.is_file() else [model_url] if model_url else urls:
         try:
             with tempfile.TemporaryDirectory(prefix=".retrain-", suffix=".tmp", dir=model_dir) as folder:
@@ -869,10 +874,11 @@ def find_graph(
                 os.replace(graph, graph_path)
             return graph_path
         except Exception as error:  # of the network, of archives, of graphs
-            failures.append(f"{source} ({first_line(error):.120})")
+            why = "no connection" if "Max retries exceeded" in str(error) else first_line(error)
+            failures.append(f"{source} ({why})")
     raise UserError(
-        f"There is no base model: {name} is not in {model_dir} and could not be had from {' nor from '.join(failures)};"
-        f" download it on any machine and put it into {model_dir.resolve()}, or name another address with --model_url."
+        f"{name} is not in {model_dir} and can't be downloaded from {' nor from '.join(failures)}; "
+        f"download it on any machine and put it into {model_dir.resolve()}, or name another address with --model_url."
     )
 
 
@@ -909,7 +915,7 @@ def md5_of(path: Path) -> str:
 
 
 def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
-    """Return the recipe of Inception-v3. Raises UserError if its graph can't be had."""
+    """Return the recipe of Inception-v3. Raises UserError if its graph is not available."""
     path = find_graph(GRAPH_FILE, ARCHIVE_FILE, INCEPTION_URLS, model_url, model_dir, load_graph, GRAPH_MD5)
     return Recipe("inception_v3", sha256_of(path), lambda: load_graph(path, trusted))
 
@@ -1050,7 +1056,7 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
             model = vgg16.VGG16(layer == "fc2", source, input_shape=(224, 224, 3), pooling=pooling)
         except Exception as error:  # of all kinds, by the network, h5py and Keras
             raise UserError(
-                f"--architecture vgg16: its weights can't be had or are damaged ({first_line(error)}); download "
+                f"--architecture vgg16: its weights can't be downloaded or are damaged ({first_line(error)}); download "
                 f"{weights.name} on any machine and put it into {model_dir.resolve()}."
             ) from error
         if layer == "fc2":
@@ -1079,13 +1085,17 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
         except Exception as error:  # of the network, of the file system, of archives
             if isinstance(error, ImportError):
                 remedy = f"install tensorflow-hub with: {INSTALL} tensorflow-hub 'setuptools<82'"
-            raise UserError(f"--tfhub_module {handle}: it could not be had ({first_line(error)}); {remedy}.") from error
+            raise UserError(
+                f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)}); {remedy}."
+            ) from error
     elif not folder.is_dir():
         raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
     digest = hashlib.sha256(f"image_size {image_size}".encode())
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     name = re.sub(r"://|[/:\\?]", "~", handle)  # as the classic script has it in file names
+    if len(os.fsencode(name)) > 150:  # longer than the names of files allow, with what is added to it
+        name = f"{hashlib.sha1(os.fsencode(name), usedforsecurity=False).hexdigest()[:8]}~{name[-60:]}"
     return Recipe(name, digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
 
 
@@ -1218,9 +1228,12 @@ def lite_sizes(lite_path: Path) -> tuple[tuple[int, int], int]:
     """Return the input size and the number of features of a .tflite, without the memory and time of an interpreter."""
     from ai_edge_litert import schema_py_generated as schema
 
-    network = schema.Model.GetRootAs(lite_path.read_bytes()).Subgraphs(0)
-    _, height, width, _ = network.Tensors(network.Inputs(0)).ShapeAsNumpy().tolist()
-    _, count = network.Tensors(network.Outputs(0)).ShapeAsNumpy().tolist()
+    try:
+        network = schema.Model.GetRootAs(lite_path.read_bytes()).Subgraphs(0)
+        _, height, width, _ = network.Tensors(network.Inputs(0)).ShapeAsNumpy().tolist()
+        _, count = network.Tensors(network.Outputs(0)).ShapeAsNumpy().tolist()
+    except Exception:  # flatbuffers check nothing
+        raise UserError(f"{lite_path} is damaged; remove it, and it is made again.") from None
     return (height, width), count
 
 
@@ -1389,7 +1402,8 @@ class BottleneckStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for place, _, _ in os.walk(self.folder):
             remove_leftovers(Path(place))
-        self.records = {name: record for name, *record in self.index.read()}
+        entries = [entry for entry in self.index.read() if isinstance(entry, list) and len(entry) == 5]
+        self.records = {name: record for name, *record in entries}
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
@@ -1439,7 +1453,7 @@ class BottleneckStore:
             temporary.write_text("".join(lines), "utf-8")
         for line in lines[:3]:
             log.warning("%s", line.strip().replace("\t", ": "))
-        log.warning("%d of the files could not be used (listed in %s).", len(skipped), path)
+        log.warning("%d of the files could not be used; %s lists all, with the reasons.", len(skipped), path)
 
 
 def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
@@ -1726,7 +1740,7 @@ def extract_on_cluster(
 # ======================================================================================================================
 
 # Hidden layers are given features of this mean squared length. Inception-v3's have 120 to 670;
-# networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent go astray.
+# networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent diverges.
 FEATURE_POWER = 256
 LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smaller the weights; chosen by measurement
 # The classic lines of each evaluation; main decides where they are shown.
@@ -1840,7 +1854,7 @@ def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> S
     probabilities = head.probabilities(rows.features(batch))
     for values in (probabilities, *head.variables().values()):
         if not np.isfinite(values).all():
-            raise UserError(f"The training went astray by step {step}; try a smaller --learning_rate.")
+            raise UserError(f"The training diverged by step {step}; try a smaller --learning_rate.")
     own = probabilities[np.arange(len(batch)), classes]
     cross_entropy = -np.log(np.maximum(own, 1e-30)).mean()
     accuracy = (probabilities.argmax(axis=1) == classes).mean()
@@ -2007,7 +2021,7 @@ def train_head(
     after_step: is called with the head of each step that is to be stored. base: in stage two of two, the head of stage
     one to go on from; coarse: its rows, if they are of the same classes. Then they make up the share settings.rehearsal
     of what is learnt from, so that the few teach without the many being forgotten; with other classes, only the hidden
-    layers are carried over. Raises UserError when the training goes astray.
+    layers are carried over. Raises UserError when the training diverges.
     """
     interval, steps, history = settings.eval_step_interval, settings.how_many_training_steps, []
     if settings.head == "logistic":
@@ -2121,7 +2135,8 @@ class Proportion:
     def __str__(self) -> str:
         worth = "" if self.effective > 0.95 * self.count else f", about {self.effective:.0f} independent ones"
         interval = f"95 % confidence interval {100 * self.low:.0f} to {100 * self.high:.0f} %"
-        return f"{100 * self.value:.3g} % on {self.count} images{worth} ({interval})"
+        images = "image" if self.count == 1 else "images"
+        return f"{100 * self.value:.3g} % on {self.count} {images}{worth} ({interval})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2403,7 +2418,7 @@ def held_out_logits(
         held_out, rest = folds == fold, (folds != fold) & some
         head, _ = train(Rows(known.matrix, known.rows[rest], known.classes[rest]), nothing, class_count, settings)
         logits[held_out] = head.logits(known.features(held_out))
-    logits[~np.isfinite(logits).all(axis=1)] = 0  # a head that went astray knows nothing
+    logits[~np.isfinite(logits).all(axis=1)] = 0  # a head that diverged knows nothing
     return logits
 
 
@@ -2557,7 +2572,6 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     cues: float32 [rows, 5] of the validated rows. Then the images of the classes may have been taken under different
     circumstances, and the head may have learnt these. The share is of a world half of which is that class.
     """
-    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import PredefinedSplit, cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
@@ -2565,10 +2579,12 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     columns = [brightness, contrast, sharpness, width * height, width / height]
     names, classes = ["brightness", "contrast", "sharpness", "size", "aspect ratio"], validated.classes
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
-    shares = []
+    shares, own = [], np.bincount(classes)
     for chosen in (columns, *([column] for column in columns)):
         predicted = cross_val_predict(tree, np.stack(chosen, axis=1), classes, cv=PredefinedSplit(validated.folds))
-        shares.append(max(balanced_accuracy_score(classes == c, predicted == c) for c in np.unique(classes)))
+        right = np.bincount(classes[predicted == classes], minlength=len(own))
+        wrong = np.bincount(predicted, minlength=len(own)) - right  # of other classes, but named so
+        shares.append((right / own + 1 - wrong / (len(classes) - own))[own > 0].max() / 2)
     return names[int(np.argmax(shares[1:]))] if max(shares) > CUE_ALARM else "", float(max(shares))
 
 
@@ -2633,14 +2649,14 @@ def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
     judged, images, doubts, curve = found.believed, found.images, found.doubts, found.curve
     if found.test_duplicates:
         yield (
-            f"{found.test_duplicates} test images are near duplicates of training or validation images: they are no "
-            "test, and count in the line 'Final test accuracy' only."
+            f"Test images that are near duplicates of training or validation images: {found.test_duplicates}; they are "
+            "no test, and count in the line 'Final test accuracy' only."
         )
     if not found.validated:
         yield "There is no cross-validation: too few images."
     if judged:
         recalls = [(judged.recall(c), label) for c, label in enumerate(found.labels)]
-        behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value]
+        behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9]
         if behind:
             names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3]]
             yield f"Recognised less often than the others: {joined(names)}."
@@ -2648,7 +2664,8 @@ def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
         yield "Twice as many images would hardly help: by less than one point."
     elif curve:
         low, high = math.floor(100 * curve.gain[0]), math.ceil(100 * curve.gain[1])
-        yield f"Twice as many images, of new scenes, would change the accuracy by {low:+d} to {high:+d} points."
+        much = f"{low} to {high} points" if low > 0 else f"{high} points at most"
+        yield f"Twice as many images, of new scenes, would raise the accuracy by {much}."
     if found.validated and len(images) < SMALL and any(image.split != "training" for image in images):
         yield (
             f"Of only {len(images)} images none can be spared: with --testing_percentage 0 "
@@ -2669,7 +2686,7 @@ def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
         yield f"It errs too often to tell which images lie in the wrong folder; {list_path} lists where it differs."
     elif doubts:
         named = joined([f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3]])
-        yield f"Doubtful images: {len(doubts)}, such as {named}. {list_path} lists them, for --exclude or --relabel."
+        yield f"Doubtful images: {len(doubts)}, such as {named}. {list_path} lists all, for --exclude or --relabel."
 
 
 def large_scenes(found: Diagnostics) -> list[str]:
@@ -2932,7 +2949,7 @@ def drawn(name: str, draw: Callable, *values: Any) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         draw(axes, *values)
-        axes.legend(loc="lower right", fontsize=10)
+        axes.legend(fontsize=10)
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
 
@@ -2940,6 +2957,7 @@ def drawn(name: str, draw: Callable, *values: Any) -> str:
 def from_below(axes: Axes, values: Sequence[float]) -> None:
     """Let an axis of percentages go to 100 from well below the values, so that noise doesn't look like drama."""
     axes.set_ylim(max(0, 10 * math.floor(min([*values, 90]) / 10 - 1)), 101)
+    axes.locator_params(axis="y", integer=True)
     axes.set_ylabel("% right")
 
 
@@ -2981,7 +2999,7 @@ def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
     axes.vlines(middle, [100 * share.low for share in shares], [100 * share.high for share in shares], BLUE, alpha=0.4)
     sizes, values = [12 + 150 * share.count / len(scores) for share in shares], [100 * share.value for share in shares]
-    axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3)
+    axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3, clip_on=False)
     axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="score, %", ylabel="% right")
 
 
@@ -3021,11 +3039,15 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
 
 
 def check_final_tensor_name(base: BaseModel, name: str) -> None:
-    """Raise UserError for a --final_tensor_name that another node of the trained graph has."""
-    from tensorboardX.proto.node_def_pb2 import NodeDef
+    """Raise UserError for a --final_tensor_name that another node of the trained graph has, or a damaged base model."""
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.graph_pb2 import GraphDef
 
-    node = NodeDef(name=name).SerializeToString() + b"\x12"  # which begins what follows a name, the operation
-    if name.startswith(("input/", "final_training_ops/")) or node in base.graph_path.read_bytes():
+    try:
+        names = {node.name for node in GraphDef.FromString(base.graph_path.read_bytes()).node}
+    except DecodeError:
+        raise UserError(f"{base.graph_path} is damaged; remove it, and it is made again.") from None
+    if name in names or name.startswith(("input/", "final_training_ops/")):
         raise UserError(f"--final_tensor_name {name}: the graph has a node of that name; choose another.")
 
 
@@ -3816,10 +3838,14 @@ def check_outputs(flags: argparse.Namespace) -> None:
     for name, path in outputs:
         check_writable(name, path, name in folders)
         place = path.resolve()
-        others = [other for other, root in roots.items() if root and place.is_relative_to(Path(root).resolve())]
-        for other in (*others, taken.setdefault(place, name)):
-            if other != name:
-                raise UserError(f"--{name} {path}: it is, or lies in, what --{other} names; name another place.")
+        for other, given in roots.items():
+            root = Path(given or "/dev/null").resolve()
+            # Files beside the class folders are not read.
+            if place == root or (root in place.parents and (name in folders or place.parent != root)):
+                remedy = "name another place" if other in IMAGE_FOLDERS else f"give --{other} a copy of that list"
+                raise UserError(f"--{name} {path}: it is, or lies in, what --{other} names; {remedy}.")
+        if taken.setdefault(place, name) != name:
+            raise UserError(f"--{name} {path}: it is what --{taken[place]} names; name another place.")
 
 
 def collect(flags: argparse.Namespace) -> None:

@@ -180,6 +180,7 @@ def test_classic_flags_are_all_there_with_their_defaults():
         ("--train_batch_size -2", "argument --train_batch_size: -2 is out of range (1 or more, or -1)"),
         ("--testing_percentage 60 --validation_percentage 40", "together leave nothing to train on"),
         ("--split_file a.tsv --test_dir b", "--split_file says what every image does"),
+        ("--output_report page.txt", "'page.txt' does not end in .html"),
         ("--architecture alexnet", "'alexnet' is not known"),
         ("--architecture mobilenet_1.0_224_quantized", "is done by --architecture mobilenet_1.0_224 --quantize"),
         ("--bottleneck_layer fc2", "only --architecture vgg16 has layers to choose from, avg_pool, block5_pool, fc2"),
@@ -253,10 +254,10 @@ def test_defaults_lie_beside_the_script_and_what_is_typed_where_the_user_is(tmp_
         ("--output_labels pictures", "a folder of that name lies there"),
         (
             "--output_graph x.pb --no_report=false --output_report x.html",
-            "--output_report x.json: it is, or lies in, what --output_g",
+            "--output_report x.json: it is what --output_graph names",
         ),
         ("--exclude list.txt --output_labels list.txt", "it is, or lies in, what --exclude names"),
-        ("--write_split_file link.pb", "--write_split_file link.pb: it is, or lies in, what --output_graph names"),
+        ("--write_split_file link.pb", "--write_split_file link.pb: it is what --output_graph names"),
     ],
 )
 def test_an_output_that_must_not_be_written_is_told_before_the_work(train, tmp_path, error_of, command, sentence):

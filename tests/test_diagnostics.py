@@ -115,7 +115,9 @@ def test_scenes_of_classes_by_chance_promise_nothing():
     assert len(np.unique(found.groups)) == 30 and accuracy.effective == pytest.approx(30)
     assert accuracy.low < 0.5 < accuracy.high < 0.85
     assert found.test is None and found.test_duplicates == 150 and found.classic_accuracy > 0.9
-    assert found.source == "cross-validation" and "150 test images are near duplicates" in told(found)
+    assert found.source == "cross-validation" and "near duplicates of training or validation images: 150;" in told(
+        found
+    )
 
 
 def test_the_test_is_believed_once_it_is_worth_enough():
@@ -132,6 +134,11 @@ def test_a_head_that_went_astray_has_no_opinion():
     astray = retrain.Head(np.full((20, 3), np.nan, np.float32), np.zeros(3, np.float32))
     found = validate(features, classes, train=lambda *given: (astray, []))
     np.testing.assert_allclose(found.probabilities(0.1), 1 / 3)
+
+
+def test_no_class_is_behind_where_all_are_right():
+    features, classes = clusters(20, spread=0.1)
+    assert "less often" not in told(diagnose(features, classes))
 
 
 def test_two_images_are_too_few():

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_final_tensor_name(train, tmp_path, unseen, name):
     scores = session_run(tmp_path / "output_graph.pb", f"{name}:0", bytes_of(unseen))
     np.testing.assert_allclose(predicted(tmp_path, unseen), scores, atol=1e-3)
     assert json.loads((tmp_path / "output_graph.json").read_text())["final_tensor_name"] == name
+
+
+@pytest.mark.parametrize("ending", ["pb", "tflite"])
+def test_a_damaged_base_model_of_ours_gets_one_sentence(train, tmp_path, model_dir, error_of, capsys, ending):
+    folder = shutil.copytree(model_dir, tmp_path / "own")
+    assert train("--model_dir", folder, "--no_report") == 0
+    (tmp_path / "output_graph.pb").unlink()
+    (kept,) = folder.glob(f"inception_v3.*.{ending}")
+    kept.write_bytes(kept.read_bytes()[:3000])
+    capsys.readouterr()
+    assert f"{kept} is damaged; remove it" in error_of("--model_dir", folder)
 
 
 @pytest.mark.parametrize("name", ["Mul", "pool_3/_reshape", "input/x", "a b", "", "final_result:0"])

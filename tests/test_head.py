@@ -239,7 +239,7 @@ def test_too_large_learning_rate_gives_a_sentence(train, capsys, rate):
     code = train("--learning_rate", rate, "--how_many_training_steps", 200, "--logging_verbosity", "ERROR")
     said = capsys.readouterr().err.splitlines()
     assert (code, len(said)) == (1, 1)
-    assert re.fullmatch(r"retrain\.py: error: The training went astray.*smaller --learning_rate\.", said[0])
+    assert re.fullmatch(r"retrain\.py: error: The training diverged.*smaller --learning_rate\.", said[0])
     assert not Path("output_graph.pb").exists()
 
 

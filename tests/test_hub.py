@@ -150,7 +150,9 @@ def test_a_folder_that_is_no_image_feature_model_gets_one_sentence(tf, train, tm
     assert not list(tmp_path.glob("*.tflite"))
 
 
-@pytest.mark.parametrize("handle, said", [("nowhere/at/all", "no such folder"), ("https://x/1", "could not be had (")])
+@pytest.mark.parametrize(
+    "handle, said", [("nowhere/at/all", "no such folder"), ("https://x/1", "can't be downloaded (")]
+)
 def test_a_handle_that_leads_nowhere_gets_one_sentence(train, capsys, monkeypatch, handle, said):
     monkeypatch.setitem(sys.modules, "tensorflow_hub", types.SimpleNamespace(resolve=open))  # which fails
     assert train("--tfhub_module", handle, "--logging_verbosity", "ERROR") == 1

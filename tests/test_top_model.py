@@ -95,7 +95,7 @@ def test_a_too_large_learning_rate_gives_a_sentence(train, capsys):
     flags = ("--hidden_units", 8, "--learning_rate", 1e30, "--logging_verbosity", "ERROR", "--random_seed", 1)
     assert train(*flags) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert "The training went astray" in said
+    assert "The training diverged" in said
 
 
 @pytest.mark.parametrize(
