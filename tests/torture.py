@@ -34,6 +34,7 @@ import PIL.Image
 from conftest import COLOURS, ROOT, make_graph, make_image, make_image_dir, run_script
 
 import predict
+import retrain
 
 HANGING = 240  # seconds after which a run is taken for one that hangs
 FLAGS = ("--architecture", "inception_v3", "--random_seed", 1, "--how_many_training_steps", 1000)
@@ -129,7 +130,7 @@ def outputs(cwd: Path) -> dict[str, object]:
         if "tfevents" in name or path.suffix == ".html":  # they hold times, and some have them in their names, too
             found[str(path.parent.relative_to(cwd) / path.suffix)] = path.stat().st_size
         elif path.suffix == ".jsonl":  # the order is that in which threads were ready; half a line is that of a kill
-            found[name] = {line for line in path.read_bytes().splitlines() if line[:1] in b"[{" and line[-1:] in b"]}"}
+            found[name] = set(map(str, retrain.Journal(path).read()))
         elif path.suffix != ".log" and not name.startswith("images"):
             found[name] = path.read_bytes()
     return found
