@@ -1003,7 +1003,7 @@ def run(flags: argparse.Namespace) -> int:
         write_json(flags.json, predictions, flags.top_k)
     if len(paths) > 1:
         print_summary(predictions, classifier.labels)
-    if written := [name for name in (flags.csv, flags.json, os.path.join(flags.sort_into, "")) if name]:
+    if written := [name for name in (flags.csv, flags.json, os.path.join(flags.sort_into, "")) if os.path.exists(name)]:
         print(f"Wrote {printable(', '.join(written))}.")
     if stopped:
         raise stopped
