@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
 # What installs a package where this Python looks for it.
 INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
+IS_ALONE = not Path(__file__).with_name("requirements.txt").exists()
 
 if sys.version_info < (3, 10):  # noqa: UP036  (whoever has an older one is told so)
     sys.exit(f"This is Python {sys.version.split()[0]}, which is too old; run it with Python 3.10 to 3.13.")
@@ -60,6 +61,8 @@ except ImportError as missing:
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if Path(sys.prefix) == environment or not own_python.exists():
+        if IS_ALONE:
+            sys.exit(f"{missing}: {INSTALL} numpy pillow simplejpeg ai-edge-litert")
         remedy = f"run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
         sys.exit(f"{missing}: {remedy}; if that does not help, remove {environment} first")
     if os.name == "nt":
@@ -94,6 +97,8 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         raise KeyboardInterrupt(signal_number)
 
     signal.signal(signal.SIGTERM, stop)
+    # They are None where they were closed, as by >&-.
+    sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
             stream.reconfigure(errors="backslashreplace")
@@ -110,8 +115,7 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
     except OSError as error:
         message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
     except ImportError as error:
-        is_alone = not Path(__file__).with_name("requirements.txt").exists()
-        missing = str(error.name).replace("_", "-") if is_alone else "--force-reinstall -r requirements.txt"
+        missing = str(error.name).replace("_", "-") if IS_ALONE else "--force-reinstall -r requirements.txt"
         message = f"error: {error}; install what is missing with: {INSTALL} {missing}"
     except MemoryError:
         message = "error: there is not enough memory for so many images, or for such large ones."
@@ -142,6 +146,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(target)
+    except BrokenPipeError:  # of stdout, in the block
+        raise
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
@@ -149,9 +155,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
-def core_count() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def core_count(at_most: int = 0) -> int:
+    """Return how many cores this process may use, but at most so many, unless 0."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, at_most or cores)
 
 
 def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tuple, None, None]:
@@ -227,10 +234,10 @@ class Parser(argparse.ArgumentParser):
         kind, _, rest = message.partition(": ")
         if kind == "unrecognized arguments":
             wrong = re.split("[ =]", rest)[0]
-            name = wrong.lstrip("-").replace("-", "_")
-            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
+            name, flags = wrong.lstrip("-").replace("-", "_"), self._option_string_actions
+            near = difflib.get_close_matches(f"--{name}", flags, n=1)
             if not wrong.startswith("-"):  # no flag, but what one may have been forgotten before
-                near = [f"--image_dir {wrong}"] if Path(wrong).is_dir() else []
+                near = [f"--image_dir {wrong}"] if "--image_dir" in flags and Path(wrong).is_dir() else []
             near = [self.meant[name]] if name in self.meant else near
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -285,14 +292,18 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # Images: read, decoded, upright, resized
 # ======================================================================================================================
 
-# What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
+# What is read, by the names that Pillow gives to formats, and HEIC, by pi-heif; and how such files begin.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
+BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II|MM|....ftyp(he|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_BYTES = 150_000_000
+# Pillow refuses more than twice as many, which leaves phones their JPEGs of 200 million, decoded at reduced scale.
+PIL.Image.MAX_IMAGE_PIXELS, MOST_PIXELS = 150_000_000, 179_000_000
 # Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 # Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
 NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
 # Raw photographs are what the sensor saw, often with a small preview that a reader of TIFF takes for the image.
+RAW = "a raw photograph, which is not read; save it as JPEG"
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 
 
@@ -312,13 +323,14 @@ def is_hidden(path: Any) -> bool:
 def read_bytes(path: Any) -> bytes:
     """Return the content of a file. Raises ImageError for one that can't be read."""
     if path.name.lower().endswith(RAW_NAMES):
-        raise ImageError("a raw photograph, which is not read; save it as JPEG")
+        raise ImageError(RAW)
     try:
         if not path.is_file():  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no such file, or no ordinary one)")
         if path.stat().st_size > MOST_BYTES:
             raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
-        return path.read_bytes()
+        with path.open("rb") as file:  # films and archives, too, lie in folders of images
+            return file.read() if BEGINNINGS.match(file.peek()) else file.peek()
     except OSError as error:
         raise ImageError(f"it can't be read ({error.strerror or error})") from None
 
@@ -342,10 +354,12 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         register_heic()
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=["HEIF", "AVIF"] if is_heic else FORMATS)
-        if image.format in ("JPEG", "MPO"):
-            shorter, target, scale = min(image.size), max(input_size), 1
-            if shorter > 4 * target and not reading.exact_decode:
-                scale = next(s for s in (8, 4, 2) if shorter / s >= 2 * target)
+        is_jpeg, shorter, target, scale = image.format in ("JPEG", "MPO"), min(image.size), max(input_size), 1
+        if is_jpeg and shorter > 4 * target and not reading.exact_decode:
+            scale = next(s for s in (8, 4, 2) if shorter / s >= 2 * target)
+        if image.width * image.height > MOST_PIXELS * scale:
+            raise PIL.Image.DecompressionBombError
+        if is_jpeg:
             pixels = decode_jpeg(data, image, scale)
         elif image.mode.startswith("I"):
             grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -356,9 +370,14 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         raise ImageError("not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format") from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
+    except MemoryError:
+        raise ImageError("too large for the memory") from None
     except Exception as error:  # decoders raise many kinds of errors on damaged data
         truncated = "truncated" in str(error).lower()
         raise ImageError("the file is truncated" if truncated else f"damaged ({first_line(error)})") from None
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    if 50706 in tags or tags.get(254, 0) & 1:  # the version of DNG; what the file begins with is a preview
+        raise ImageError(RAW)
     if not reading.ignore_exif_orientation:
         with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
             turned = PIL.Image.fromarray(pixels)
@@ -384,12 +403,15 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     """
     space = "CMYK" if image.mode == "CMYK" else "RGB"
     height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
+    decode = functools.partial(simplejpeg.decode_jpeg, data, space, True, min_height=height, min_width=width)
     try:
-        pixels = simplejpeg.decode_jpeg(data, space, fastdct=True, min_height=height, min_width=width)
-    except ValueError:
-        # It also refuses files with a harmless blemish, such as stray bytes between two markers. Pillow tells those,
-        # whose pixels it gives within a few levels, from truncated ones, for which it raises.
-        return np.asarray(image.convert("RGB"))
+        pixels = decode()
+    except ValueError:  # also for a harmless blemish, such as stray bytes between two markers
+        image.load()  # raises if the file is truncated
+        try:
+            pixels = decode(strict=False)
+        except ValueError:  # a blemish before the scan is never forgiven; Pillow's pixels are a few levels off
+            return np.asarray(image.convert("RGB"))
     if space == "RGB":
         return pixels
     inks = pixels.astype(np.uint16)
@@ -438,22 +460,31 @@ JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool
 # which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
 # calls an operation stateless says little, since ReadFile is. A graph made to crash one ends the process, no more.
 PURE_OPS = """
-Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2
-BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics
-ClipByValue Concat ConcatV2 Const Conv2D Conv2DBackpropInput DecodeImage DecodeJpeg DecodePng
-DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Erfc Exp ExpandDims
-ExtractImagePatches FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv
-FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater
-GreaterEqual Identity IdentityN If L2Loss LeakyRelu Less LessEqual Log LogicalAnd LogicalNot
-LogicalOr LogSoftmax LRN MatMul Max Maximum MaxPool Mean Merge Min Minimum MirrorPad Mul Neg NoOp
-NotEqual OneHot OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow
-PreventGradient Prod RandomStandardNormal RandomUniform Range Rank RealDiv Reciprocal Relu Relu6
-Reshape ResizeBicubic ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select SelectV2 Shape
-ShapeN Sigmoid Size Slice Softmax Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square
-SquaredDifference Squeeze StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter
-StatelessRandomUniform StatelessRandomUniformV2 StopGradient StridedSlice Sub Sum Switch Tanh Tile
-TopKV2 Transpose TruncatedNormal Unpack Where ZerosLike
+Abs Add AddN AddV2 All Any ArgMax ArgMin Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
+BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat
+ConcatV2 Const Conv2D Conv2DBackpropInput Cos CropAndResize Cumsum DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng
+DecodeWebP DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Erfc Exp ExpandDims Expm1
+ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor
+FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual
+Identity IdentityN If IsFinite IsNan L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax LogicalAnd LogicalNot
+LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mod Mul Neg NoOp NotEqual OneHot
+OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
+QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 RandomStandardNormal RandomUniform
+RandomUniformInt Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic ResizeBilinear
+ResizeNearestNeighbor ReverseV2 Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Sign Sin Size Slice Softmax
+Softplus Softsign SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall
+StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform StatelessRandomUniformV2 StatelessWhile StopGradient
+StridedSlice Sub Sum Switch Tan Tanh Tile TopKV2 Transpose TruncateDiv TruncatedNormal Unpack Where While ZerosLike
 """
+
+
+@contextlib.contextmanager
+def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[None]:
+    """Turn whatever comes of a file's content that is not as it must be into a UserError."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is {fault} ({printable(first_line(error))}).") from error
 
 
 class LiteModel:
@@ -465,12 +496,11 @@ class LiteModel:
     def __init__(self, path: Path, threads: int = 1):
         from ai_edge_litert.interpreter import Interpreter
 
-        with quiet_stderr():
+        with telling_of_damage(path, "no model that LiteRT can run"), quiet_stderr():
             self.interpreter = Interpreter(str(path), num_threads=threads)
             self.interpreter.allocate_tensors()
         (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
-        self.output_size = int(self.outputs[0]["shape"][1])
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         return self.run(pixels)[0]
@@ -483,7 +513,11 @@ class LiteModel:
 
 def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
-    allowed = {*PURE_OPS.split(), *also.split()}
+    from tensorflow.python.framework import op_def_registry
+
+    # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
+    names = (function.signature.name for function in graph.library.function)
+    allowed = {*PURE_OPS.split(), *also.split(), *(name for name in names if op_def_registry.get(name) is None)}
     for node in itertools.chain(graph.node, *(function.node_def for function in graph.library.function)):
         if node.op not in allowed:
             raise UserError(
@@ -502,15 +536,6 @@ def read_graph(path: Path, trusted: bool = False) -> GraphDef:
     if not trusted:
         check_ops(graph, path)
     return graph
-
-
-@contextlib.contextmanager
-def telling_of_damage(path: Path) -> Iterator[None]:
-    """Turn whatever comes of nodes that are not as their neighbours take them to be into a UserError."""
-    try:
-        yield
-    except (LookupError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is a damaged graph ({printable(first_line(error))}).") from error
 
 
 def fold_batch_norm(graph: GraphDef) -> GraphDef:
@@ -616,7 +641,7 @@ class Familiar:
     def from_facts(cls, facts: dict) -> Familiar:
         """Return what `as_facts` has kept."""
         values = np.frombuffer(base64.b64decode(facts["exemplars_float16"]), np.float16)
-        limits = (facts[name] for name in ("least_similarity", "least_score", "coverage"))
+        limits = (float(facts[name]) for name in ("least_similarity", "least_score", "coverage"))
         return cls(values.reshape(facts["exemplars_shape"]), *limits)
 
 
@@ -659,12 +684,13 @@ def load_classifier(
         raise UserError(f"--labels {labels}: {len(names)} lines for the {len(trained)} classes of the graph.")
     if trained != names:
         print(f"predict.py: {labels} holds other names than the training wrote; they are used.", file=sys.stderr)
-    familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
+    with telling_of_damage(files.facts, "damaged; train again, or remove it"):
+        familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     if not facts.get("lite_is_whole"):
         model, input_size = tensorflow_model(files.graph, trusted)
         return Classifier(names, [model], input_size, reading, familiar)
-    cores = min(core_count(), cpu_threads or core_count())
+    cores = core_count(cpu_threads)
     # One image alone is done by all cores, several by a core each.
     models = [LiteModel(files.lite, cores)] if images == 1 else [LiteModel(files.lite) for _ in range(cores)]
     return Classifier(names, [model.run for model in models], models[0].input_size, reading, familiar)
@@ -672,8 +698,10 @@ def load_classifier(
 
 def read_labels(path: Path) -> list[str]:
     """Return the labels of a file, a line each."""
+    if not path.is_file():
+        raise UserError(f"--labels {path}: there is no such file; train first with retrain.sh, or name the file.")
     try:
-        return [line for line in path.read_text("utf-8").splitlines() if line]
+        return [line for line in path.read_text("utf-8-sig").splitlines() if line]
     except (OSError, UnicodeError) as error:
         raise UserError(f"--labels {path}: it can't be read ({first_line(error)}); name a file in UTF-8.") from error
 
@@ -682,10 +710,11 @@ def read_facts(files: OutputFiles) -> dict:
     """Return what retrain.py noted about the graph, or {} if that is another's; `lite_is_whole`: so is the .tflite."""
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
+        facts["labels"] = list(map(str, facts["labels"]))
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
         tied = facts["graph_sha256"] == sha256_of(files.graph) if files.graph.is_file() else facts["lite_is_whole"]
         return facts if tied else {}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # no file, or one that is none of ours
         return {}
 
 
@@ -701,12 +730,13 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], 
     if not softmax or not {JPEG_NODE, RESIZED_NODE} <= {*names}:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
     wanted = [f"{name}:0" for name in (softmax[-1], BOTTLENECK_NODE) if name in names]
-    graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
-    input_size = graph_input_size(graph)
-    network = tf.compat.v1.wrap_function(
-        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
-        [tf.TensorSpec([1, *input_size, 3], tf.float32)],
-    )
+    with telling_of_damage(path):
+        graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
+        input_size = graph_input_size(graph)
+        network = tf.compat.v1.wrap_function(
+            lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
+            [tf.TensorSpec([1, *input_size, 3], tf.float32)],
+        )
     return lambda pixels: [output.numpy().reshape(-1) for output in network(tf.constant(pixels[None]))], input_size
 
 
@@ -720,6 +750,7 @@ class Prediction:
     """What one image was taken for: (label, score), best first, or why it could not be read.
 
     reason: why it is unsure, "" if it is not. likeness: to the training's images, at most 1; None where not measured.
+    in_order: the scores in the order of the labels, of which two may be the same.
     """
 
     path: Path
@@ -727,6 +758,7 @@ class Prediction:
     error: str = ""
     reason: str = ""
     likeness: float | None = None
+    in_order: Sequence[float | None] = ()
 
     @property
     def outcome(self) -> str:
@@ -740,6 +772,8 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     What names nothing is returned as it is, to be told like an image that can't be read, if others are found; else
     UserError is raised.
     """
+    if not patterns:
+        raise UserError("name an image: python3 predict.py photo.jpg")
     found: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
@@ -774,12 +808,13 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         probabilities, *features = model(resize_bilinear(pixels, size))
         if len(probabilities) != len(labels):
             raise UserError(f"The graph has {len(probabilities)} classes but its file of labels {len(labels)}.")
-        scores = sorted(zip(labels, map(float, probabilities), strict=True), key=lambda pair: -pair[1])
+        in_order = probabilities.tolist()
+        scores = sorted(zip(labels, in_order, strict=True), key=lambda pair: -pair[1])
         if familiar is None or not features:
-            return Prediction(path, scores)
+            return Prediction(path, scores, in_order=in_order)
         (reason,) = familiar.reason(features[0][None], probabilities[None], labels)
         likeness = min(1.0, round(float(familiar.likeness(features[0][None])[0]), 6))
-        return Prediction(path, scores, "", reason, likeness)
+        return Prediction(path, scores, "", reason, likeness, in_order)
 
     workers = [functools.partial(name, model) for model in classifier.models]
     for _, prediction in on_all_cores(workers, paths):
@@ -843,19 +878,15 @@ def csv_rows(path: str, labels: Sequence[str]) -> Iterator[Callable[[Prediction]
 
     def write(*cells: str | float | None) -> None:
         harmless = (re.sub(r"^(?=[-=+@\t\r\n])", "'", cell) if isinstance(cell, str) else cell for cell in cells)
-        writer.writerow(harmless)
+        writer.writerow(round(cell, 6) if isinstance(cell, float) else cell for cell in harmless)
         file.flush()
 
     def write_row(prediction: Prediction) -> None:
-        scores = {label: round(score, 6) for label, score in prediction.scores}
-        best = next(iter(scores.items()), ("", None))
+        best = prediction.scores[0] if prediction.scores else ("", "")
         doubt = "unsure" if prediction.reason else "", prediction.reason, prediction.likeness
-        write(str(prediction.path), *best, prediction.error, *map(scores.get, labels), *doubt)
+        write(str(prediction.path), *best, prediction.error, *(prediction.in_order or [None] * len(labels)), *doubt)
 
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8-sig", errors="backslashreplace", newline="") as file,
-    ):
+    with whole_file(path) as temporary, temporary.open("w", -1, "utf-8-sig", "backslashreplace", "") as file:
         writer = csv.writer(file)
         write("image", "label", "score", "error", *labels, "unsure", "reason", "likeness")
         yield write_row
@@ -950,7 +981,8 @@ def run(flags: argparse.Namespace) -> int:
     for name in ("csv", "json", "sort_into"):
         if getattr(flags, name):
             check_writable(name, Path(getattr(flags, name)), is_folder=name == "sort_into")
-    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
+    ours = [at_home("test_images")] if Path(at_home("test_images")).exists() else []
+    paths = [] if flags.page else find_images(flags.images + flags.image or ours)
     classifier = load_classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
         serve_page(classifier, flags.top_k)
@@ -971,6 +1003,8 @@ def run(flags: argparse.Namespace) -> int:
         write_json(flags.json, predictions, flags.top_k)
     if len(paths) > 1:
         print_summary(predictions, classifier.labels)
+    if written := [name for name in (flags.csv, flags.json, os.path.join(flags.sort_into, "")) if os.path.exists(name)]:
+        print(f"Wrote {printable(', '.join(written))}.")
     if stopped:
         raise stopped
     return int(any(prediction.error for prediction in predictions))

@@ -9,6 +9,7 @@ import struct
 import sys
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
@@ -93,6 +94,13 @@ def before_marker(data: bytes, marker: bytes, stray: bytes) -> bytes:
     """Return a JPEG with stray bytes before a marker."""
     place = data.index(marker)
     return data[:place] + stray + data[place:]
+
+
+def claiming_jpeg(width: int, height: int) -> bytes:
+    """Return a JPEG of a few bytes that claims a size."""
+    data = encoded(picture(), "JPEG")
+    place = data.index(b"\xff\xc0") + 5
+    return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
 
 
 SECOND_FRAME = picture(seed=1)
@@ -236,12 +244,27 @@ def cut(data: bytes, share: float) -> bytes:
         pytest.param(b"\xff\xd8\xff", NO_IMAGE, id="the first bytes of a JPEG alone"),
         pytest.param(OTHERS["PNG"][:60] + b"\0\xff" * 20 + OTHERS["PNG"][100:], "damaged", id="a PNG overwritten"),
         pytest.param(claiming_png(60_000, 60_000), "more pixels", id="PNG bomb"),
+        pytest.param(claiming_png(15_000, 13_000), "more pixels", id="a PNG as large as phones' largest JPEGs"),
+        pytest.param(claiming_jpeg(20_000, 16_000), "more pixels", id="JPEG bomb"),
     ],
 )
 def test_damage_gives_its_reason(tmp_path, data, reason):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(ImageError, match=reason):
         retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
+
+
+def test_a_photograph_of_200_megapixels_is_read_at_reduced_scale_only(monkeypatch):
+    monkeypatch.setattr("predict.decode_jpeg", lambda data, image, scale: np.zeros((1, scale, 3), np.uint8))
+    assert decoded(claiming_jpeg(16_320, 12_240), REDUCED).shape == (1, 8, 3)
+    with pytest.raises(ImageError, match="more pixels"):
+        decoded(claiming_jpeg(16_320, 12_240), UNREDUCED)
+
+
+def test_an_image_that_memory_cannot_hold_says_so(monkeypatch):
+    monkeypatch.setattr("simplejpeg.decode_jpeg", Mock(side_effect=MemoryError))
+    with pytest.raises(ImageError, match="too large for the memory"):
+        decoded(JPEGS["colour"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows, where modes mean little")
@@ -263,6 +286,13 @@ def test_more_bytes_than_an_image_has_are_not_read(tmp_path):
         retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
 
 
+def test_no_more_than_the_beginning_of_a_film_is_read(tmp_path):
+    (tmp_path / "x.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(1_000_000))
+    assert len(retrain.read_bytes(tmp_path / "x.mp4")) < 500_000
+    with pytest.raises(ImageError, match=NO_IMAGE):
+        retrain.read_image(tmp_path / "x.mp4", REDUCED, INPUT)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -278,6 +308,13 @@ def test_a_jpeg_with_a_blemish_that_is_whole_is_used(tf, data):
     """The decoder that forgives them may round otherwise, by a few levels of the 256."""
     expected = tf.io.decode_jpeg(data, channels=3).numpy().astype(int)
     np.testing.assert_allclose(decoded(data), expected, atol=4)
+
+
+@pytest.mark.parametrize("reading", [UNREDUCED, REDUCED])
+def test_stray_bytes_before_the_end_change_no_pixel(reading):
+    data = encoded(picture(200, 180), "JPEG")
+    blemished = before_marker(data, b"\xff\xd9", bytes(range(18)))
+    np.testing.assert_array_equal(decoded(blemished, reading), decoded(data, reading))
 
 
 # Folders and labels

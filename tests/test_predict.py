@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import csv
 import json
@@ -111,7 +112,7 @@ def test_files_folders_and_globs(folder, asked, found):
     [
         (["--graph", "no.pb"], "no.pb: there is no such file"),
         (["--graph", "lone.tflite"], "the .json that belongs to it is not beside it"),
-        (["--labels", "no.txt"], "no.txt"),
+        (["--labels", "no.txt"], "--labels no.txt: there is no such file;"),
         (["--labels", "latin.txt"], "latin.txt"),
         (["--labels", "few.txt"], "few.txt"),
         (["--graph", "words.pb", "--labels", "output_labels.txt"], "words.pb"),
@@ -214,11 +215,23 @@ def test_other_graph_than_the_tflites_is_run_itself(folder, trained, no_lite):
     assert (scores_of("red.jpg") == found).all()
 
 
-@pytest.mark.parametrize("spoilt, data", [("tflite", b""), ("json", b""), ("json", b"{}")])
+@pytest.mark.parametrize(
+    "spoilt, data", [("tflite", b""), *(("json", data) for data in (b"", b"{}", b"[]", b'{"labels": 3}'))]
+)
 def test_damaged_tflite_or_facts_are_not_used(folder, no_lite, spoilt, data):
     save("red.jpg")
     Path(f"output_graph.{spoilt}").write_bytes(data)
     assert scores_of("red.jpg").argmax() == 0
+
+
+def test_what_is_damaged_is_named(folder, capsys):
+    save("red.jpg")
+    familiar(least_score="high")
+    assert predict.main(["red.jpg"]) == 1
+    assert "output_graph.json is damaged; train again, or remove it (" in one_sentence(capsys)
+    Path("x.tflite").write_bytes(b"hello")
+    with pytest.raises(predict.UserError, match=r"x\.tflite is no model that LiteRT can run \("):
+        predict.LiteModel(Path("x.tflite"))
 
 
 def test_classic_graph_runs(folder, small_graph, no_lite):
@@ -259,6 +272,7 @@ def test_what_is_not_found_is_told_with_the_likely_cause(folder, capsys):
     Path("file").write_text("mine")
     for arguments, said in (
         (["my", "photos"], "--image my, photos: there is no such image; put a name that has spaces into quotes."),
+        ([], "name an image: python3 predict.py photo.jpg"),
         (["empty"], "--image empty: there is no file in that folder, nor in those in it"),
         (["more/red/a.jpg", "--csv", "more"], f"--csv {Path('more').resolve()}: a folder of that name lies there"),
         (["more/red/a.jpg", "--json", os.devnull], f"--json {os.devnull}: a device of that name lies there"),
@@ -266,6 +280,12 @@ def test_what_is_not_found_is_told_with_the_likely_cause(folder, capsys):
     ):
         assert predict.main(arguments) == 1
         assert f"predict.py: error: {said}" in capsys.readouterr().err
+
+
+def test_no_flag_of_retrain_is_suggested(folder, capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["a.jpg", "--top_k", "1", "."])
+    assert capsys.readouterr().err == "predict.py: error: . is no flag of this command (see predict.py --help)\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="making links needs rights there")
@@ -280,9 +300,11 @@ def test_a_link_is_written_through_and_not_replaced(folder):
 def test_a_reader_that_has_seen_enough_ends_it_quietly(folder):
     for i in range(40):
         save(f"many/{i:02}.jpg")
-    command = f'"{sys.executable}" "{ROOT / "predict.py"}" --image many | head -n 1'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    command = f'"{sys.executable}" "{ROOT / "predict.py"}" --image many --csv many.csv '
+    done = subprocess.run(command + "| head -n 1", shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("many/00.jpg\n", "")
+    done = subprocess.run(command + ">&-", shell=True, capture_output=True, text=True)  # or wants to see nothing
+    assert (done.returncode, done.stderr, len(rows_of("many.csv"))) == (0, "", 40)
 
 
 def test_several_images_have_headers_and_a_summary(folder, capsys):
@@ -306,6 +328,7 @@ def test_csv_and_json(folder, capsys):
     missing = "it can't be read (no such file, or no ordinary one)"
     told = [f"predict.py: error: {name}" for name in (f"nosuch.jpg: {missing}", f"broken.jpg: {reason}")]
     assert said.err.splitlines() == told
+    assert said.out.splitlines()[-1] == "Wrote new/out.csv, new/out.json."
     assert Path("new/out.csv").read_bytes().startswith(b"\xef\xbb\xbfimage,")  # Excel takes it for UTF-8
     _, good, bad = rows_of("new/out.csv")
     classes = ["red things", "blue", "green"]
@@ -320,6 +343,15 @@ def test_csv_and_json(folder, capsys):
     assert bad == {
         "image": "broken.jpg", "predictions": [], "unsure": False, "reason": "", "likeness": None, "error": reason
     }  # fmt: skip
+
+
+def test_two_classes_of_the_same_name_keep_their_scores(folder):
+    save("red.jpg")
+    expected = scores_of("red.jpg")[0]
+    Path("same.txt").write_text("a\na\nb\n", "utf-8-sig")
+    assert predict.main(["red.jpg", "--labels", "same.txt", "--csv", "same.csv"]) == 0
+    header, row = csv.reader(Path("same.csv").read_text("utf-8-sig").splitlines())
+    assert header[4:7] == ["a", "a", "b"] and [float(cell) for cell in row[4:7]] == list(expected)
 
 
 def familiar(**limits) -> None:
@@ -436,9 +468,9 @@ def test_formats_of_phones_and_scanners_are_read_upright(tmp_path, form):
     assert abs(read[:40, :, 0] - 200).max() < 40 and read[56:, :, 0].max() < 40
 
 
-@pytest.mark.parametrize("name", ["a.NEF", "b.dng"])
-def test_raw_photographs_are_refused_by_name(tmp_path, name):
-    make_image(RED, 1).save(tmp_path / name, "TIFF")
+@pytest.mark.parametrize("name, tags", [("a.NEF", {}), ("b.tif", {254: 1}), ("c.tif", {50706: b"\1\4\0\0"})])
+def test_raw_photographs_are_refused_by_name_or_tag(tmp_path, name, tags):
+    make_image(RED, 1).save(tmp_path / name, "TIFF", tiffinfo=tags)
     with pytest.raises(predict.ImageError, match="a raw photograph"):
         predict.read_image(tmp_path / name, predict.Reading(), (33, 33))
 
@@ -474,6 +506,13 @@ def test_works_alone_with_four_packages(folder, trained):
         done = subprocess.run(command, cwd=alone, capture_output=True, text=True, encoding="utf-8")
         assert done.stdout.startswith(printed)
         assert re.fullmatch(rf"predict\.py: error: {told}\n", done.stderr)
+    command = [sys.executable, "-c", BLOCKED.replace('"PIL", ', ""), "red.jpg"]
+    done = subprocess.run(command, cwd=alone, capture_output=True, text=True, encoding="utf-8")
+    assert done.stderr.endswith("-m pip install numpy pillow simplejpeg ai-edge-litert\n")
+
+
+def test_an_old_python_gets_far_enough_to_be_told():
+    ast.parse((ROOT / "predict.py").read_text("utf-8"), feature_version=(3, 8))
 
 
 def test_an_image_dropped_on_the_page_is_named(folder):

@@ -72,6 +72,25 @@ def test_a_trained_graph_that_may_do_more_than_compute_is_run_only_if_trusted(tf
     assert capsys.readouterr().out.startswith("green (score")
 
 
+def test_a_damaged_graph_gets_one_sentence(tf, bare, capsys):
+    graph = tf.compat.v1.GraphDef.FromString(bare.read_bytes())
+    next(node for node in graph.node if node.op == "ResizeBilinear").input.pop()
+    bare.write_bytes(graph.SerializeToString())
+    assert predict.main(["green.jpg"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("predict.py: error: output_graph.pb is a damaged graph (")
+
+
+def test_a_function_may_be_called_by_a_name_that_is_no_operations(tf):
+    graph = tf.compat.v1.GraphDef()
+    graph.node.add(op="own", name="call")
+    graph.library.function.add().signature.name = "own"
+    predict.check_ops(graph, Path("own.pb"))
+    graph.node[0].op = graph.library.function[0].signature.name = "ReadFile"
+    with pytest.raises(predict.UserError, match="is a ReadFile"):
+        predict.check_ops(graph, Path("own.pb"))
+
+
 def test_a_module_that_writes_files_is_refused_before_it_does(tf, train, tmp_path, capsys):
     module = tf.Module()
     path = str(tmp_path / "touched.txt")
