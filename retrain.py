@@ -1268,7 +1268,7 @@ def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list
     if engine == "auto" and may_have_gpu and import_tensorflow().config.list_physical_devices("GPU"):
         engine = "tensorflow"
     if engine != "tensorflow" and base.lite_path:
-        cores = min(core_count(), cpu_threads or core_count())
+        cores = core_count(cpu_threads)
         return [LiteModel(base.lite_path) for _ in range(min(cores, count))]
     # Twice the batch: while one half waits for the network, the other reads the next images.
     return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
@@ -4096,7 +4096,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
     images, labels = list_all(flags)
     base, note = open_base_model(flags, images)
     check_final_tensor_name(base, flags.final_tensor_name)
-    cores = min(core_count(), flags.cpu_threads or core_count())
+    cores = core_count(flags.cpu_threads)
     with ray_cluster(flags.ray_address, cores) if flags.ray_address else contextlib.nullcontext():
         data = dataset_of(flags, base, images, labels)
 

@@ -511,8 +511,9 @@ def test_works_alone_with_four_packages(folder, trained):
     assert done.stderr.endswith("-m pip install numpy pillow simplejpeg ai-edge-litert\n")
 
 
-def test_an_old_python_gets_far_enough_to_be_told():
-    ast.parse((ROOT / "predict.py").read_text("utf-8"), feature_version=(3, 8))
+@pytest.mark.parametrize("script", ["predict.py", "retrain.py"])
+def test_an_old_python_gets_far_enough_to_be_told(script):
+    ast.parse((ROOT / script).read_text("utf-8"), feature_version=(3, 8))
 
 
 def test_an_image_dropped_on_the_page_is_named(folder):
