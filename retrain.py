@@ -3693,10 +3693,9 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[Candidate], web: Web) 
                 if not running:
                     return
                 done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    if folder.settle(running.pop(future), future):
-                        kept += 1
-                        bar.update()
+                added = sum(folder.settle(running.pop(future), future) for future in done)
+                kept += added
+                bar.update(added)
     finally:  # nobody waits for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -3744,9 +3743,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(
-            f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
-        ) from None
+        told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
+        raise UserError(told) from None
     looks: dict[int, str] = {}
     names = {*classes, *(path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))}  # of other runs, too
     folders = {name: ClassFolder(crawl_dir / name, looks) for name in sorted(names)}
