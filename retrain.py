@@ -3210,7 +3210,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
 # ======================================================================================================================
 
 ROBOT = "retrain.py"  # what robots.txt files know us by
-USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; {{}})"
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; obeys robots.txt)"
 # Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
 TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
 # HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
@@ -3246,7 +3246,7 @@ class Candidate:
 
     url: str
     page: str | None = None
-    licence: str | None = None
+    licence: str | None = None  # spelt as in the crawl.jsonl of older versions
     title: str | None = None
     creator: str | None = None
     source: str = ""
@@ -3275,11 +3275,10 @@ class Web:
         self.flags = flags
         self.licenses = flags.crawl_license or LICENSES
         self.hosts: dict[tuple, Host] = {}  # by name and port
-        self.away: list[str] = []  # the sources that were out of reach
+        self.away: dict[str, str] = {}  # the sources that were out of reach, and why
         self.lock = threading.Lock()
         self.session = requests.Session()
-        contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
-        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
+        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
         self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
 
@@ -3307,8 +3306,7 @@ class Web:
         try:
             url = str(requests.Request("GET", url).prepare().url)
             parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https"):
-                raise ValueError
+            self.session.get_adapter(url)
             places = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
         except ValueError:
             raise Refusal("no http or https address") from None
@@ -3327,8 +3325,7 @@ class Web:
         with host.lock:  # the first asks, the others wait for the answer
             if not host.rules:
                 try:
-                    _, body = self.get(urllib.parse.urljoin(url, "/robots.txt"))
-                    text = body.decode("utf-8-sig", "replace")
+                    text = self.get(urllib.parse.urljoin(url, "/robots.txt"))[1].decode("utf-8-sig", "replace")
                 except Refusal as refusal:
                     if refusal.passing:
                         raise
@@ -3369,16 +3366,13 @@ class Web:
         body = bytearray()
         until = time.monotonic() + MOST_SECONDS
         try:
-            with self.session.get(
-                url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False
-            ) as response:
-                if target := self.session.get_redirect_target(response):
+            with self.session.get(url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False) as answer:
+                if target := self.session.get_redirect_target(answer):
                     return target, b""
-                status = response.status_code
-                if status != 200:
-                    wait = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(response.raw)
-                    raise Refusal(f"HTTP {status}", status in PASSING, wait or 0)
-                while block := response.raw.read1(1 << 16, decode_content=True):
+                if answer.status_code != 200:
+                    wait = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(answer.raw)
+                    raise Refusal(f"HTTP {answer.status_code}", answer.status_code in PASSING, wait or 0)
+                while block := answer.raw.read1(1 << 16, decode_content=True):
                     body += block
                     if len(body) > MOST_CRAWL_BYTES:
                         raise Refusal("too many bytes")
@@ -3398,6 +3392,9 @@ class Web:
 
 # The sources: generator functions of (web, the address of the search, search words).
 
+# Around what reads one entry of an answer; an odd one is no reason to lose the others.
+skipping_odd_ones = contextlib.suppress(LookupError, TypeError, ValueError, AttributeError)
+
 
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
@@ -3407,9 +3404,10 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     for page in itertools.count(1):
         answer = json.loads(web.search(url, query | {"page": page}, headers))
         for image in answer["results"]:
-            licence = f"{image['license']} {image['license_version'] or ''}".strip()
-            origin = image["foreign_landing_url"]
-            yield Candidate(image["url"], origin, licence, image["title"], image["creator"])
+            with skipping_odd_ones:
+                license_name = f"{image['license']} {image['license_version'] or ''}".strip()
+                origin = image["foreign_landing_url"]
+                yield Candidate(image["url"], origin, license_name, image["title"], image["creator"])
         if page >= answer["page_count"]:
             return
 
@@ -3423,14 +3421,14 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     while more:
         answer = json.loads(web.search(url, asked | more))
         pages = answer.get("query", {}).get("pages", [])
-        for page in sorted(pages, key=lambda page: page["index"]):
-            image = page["imageinfo"][0]
-            told = {name: plain(field["value"]) for name, field in image["extmetadata"].items()}
-            code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
-            if code in web.licenses or not web.flags.crawl_license:
-                licence = told.get("LicenseShortName")
-                creator = told.get("Artist")
-                yield Candidate(image.get("thumburl"), image["descriptionurl"], licence, page["title"], creator)
+        for page in sorted(pages, key=lambda page: page.get("index", 0)):
+            with skipping_odd_ones:
+                image = page["imageinfo"][0]
+                told = {name: plain(field["value"]) for name, field in image["extmetadata"].items()}
+                code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
+                if code in web.licenses or not web.flags.crawl_license:
+                    facts = [told.get("LicenseShortName"), page["title"], told.get("Artist")]
+                    yield Candidate(image["thumburl"], image["descriptionurl"], *facts)
         more = answer.get("continue")
 
 
@@ -3441,41 +3439,41 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     query |= {"per_page": 200, "order_by": "id", "order": "desc"}
     while found := json.loads(web.search(url, query))["results"]:
         for observation in found:
-            title = observation["taxon"]["name"]
-            user = observation["user"]
-            for photo in observation["photos"]:
-                image = photo["url"].replace("/square.", "/large.")
-                licence = photo["license_code"]
-                if licence in wanted:
-                    yield Candidate(image, observation["uri"], licence, title, user["name"] or user["login"])
+            with skipping_odd_ones:
+                user = observation["user"]
+                facts = [observation["taxon"]["name"], user["name"] or user["login"]]
+                for photo in observation["photos"]:
+                    if photo["license_code"] in wanted:
+                        image = photo["url"].replace("/square.", "/large.")
+                        yield Candidate(image, observation["uri"], photo["license_code"], *facts)
         query["id_below"] = found[-1]["id"]
 
 
 def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
-    """What Bing finds; the licences are unknown."""
+    """What Bing finds; the licenses are unknown."""
     seen: set[str] = set()
     for first in itertools.count(0, 35):
         page = parse_html(web.search(url, {"q": words, "first": first, "count": 35, "mmasync": 1}))
-        tiles = [json.loads(link["m"]) for link in page.select("a.iusc[m]")]
-        addresses = {tile.get("murl") for tile in tiles}
-        if addresses <= seen:  # behind the end it repeats its last page
+        seen_before = len(seen)
+        for link in page.select("a.iusc[m]"):
+            with skipping_odd_ones:
+                tile = json.loads(link["m"])
+                seen.add(tile["murl"])
+                yield Candidate(tile["murl"], tile.get("purl"), title=plain(tile.get("t") or ""))
+        if len(seen) == seen_before:  # behind the end it repeats its last page
             return
-        seen |= addresses
-        for tile in tiles:
-            yield Candidate(tile.get("murl"), tile.get("purl"), title=plain(tile.get("t", "")))
 
 
 def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
-    """What Baidu finds; the licences are unknown, and the addresses of the pages enciphered."""
+    """What Baidu finds; the licenses are unknown, and the addresses of the pages enciphered."""
     found: list[str] = []
     for first in itertools.count(0, 60):
         query = {"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first}
-        page = web.search(url, query).decode("utf-8", "replace")
+        page = web.search(url, query).decode("utf-8", "replace").replace("\\/", "/")
         last, found = found, re.findall(r'"objURL":\s*"([^"\s]+)"', page)
         if not found or found == last:
             return
-        for address in found:
-            yield Candidate(address.replace("\\/", "/"))
+        yield from map(Candidate, found)
 
 
 def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
@@ -3486,14 +3484,18 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
     page = parse_html(body)
     title = page.title and page.title.get_text(strip=True)
+    base = page.select_one("base[href]")
+    around = urllib.parse.urljoin(url, base["href"]) if base else url
     links = (f"a[href$='.{ending}' i]" for ending in ("jpg", "jpeg", "png", "gif", "bmp", "webp"))
-    for element in page.select(", ".join(["img", "picture > source", *links])):
+    for element in page.select(", ".join(["img, picture > source, meta[property='og:image']", *links])):
         srcset = element.get("data-srcset") or element.get("srcset", "")
         sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+(\d+(?:\.\d+)?)[wx])?\s*(?:,|$)", srcset)
         largest = max(sizes, key=lambda pair: float(pair[1] or 1), default=[""])[0]
-        address = largest or element.get("href") or element.get("data-src") or element.get("src", "")
-        if address and not address.startswith("data:"):
-            yield Candidate(urllib.parse.urljoin(url, address), url, title=element.get("alt") or title)
+        address = largest or element.get("href") or element.get("content") or element.get("data-src")
+        with skipping_odd_ones:
+            address = urllib.parse.urljoin(around, address or element.get("src") or "data:")
+            if not address.startswith("data:"):
+                yield Candidate(urllib.parse.urldefrag(address).url, url, title=element.get("alt") or title)
 
 
 def parse_html(page: bytes) -> Any:
@@ -3531,14 +3533,14 @@ def source_named(text: str) -> tuple[str, str]:
     if name not in SOURCES:
         raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
     address = address or SOURCES[name][1]
-    if not address:
-        raise argparse.ArgumentTypeError(f"{text!r}: say which, as in page:URL or list:FILE")
+    if not re.match("." if name == "list" else "https?://.", address):
+        raise argparse.ArgumentTypeError(f"{text!r} leads nowhere; write page:https://... or list:FILE")
     return name, address
 
 
 def license_names(text: str) -> tuple[str, ...]:
     """Read the value of --crawl_license: names of licenses, joined by commas."""
-    names = tuple(text.lower().replace(" ", "").split(","))
+    names = tuple(re.findall(r"[^\s,]+", text.lower()))
     for name in names:
         if name not in LICENSES:
             raise argparse.ArgumentTypeError(f"{name!r} is not known; choose from {','.join(LICENSES)}")
@@ -3552,33 +3554,38 @@ def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> I
     """
     seen: set[str] = set()
     for name, address in sources:
-        find, _ = SOURCES[name]
+        source = f"--crawl_source {name}:{address}"
+        if not web.away.get(source, "HTTP").startswith("HTTP"):  # it doesn't answer
+            continue
         problem = f"it has no images for {words!r}; if it shows some in a browser, its form has changed"
         try:
-            for candidate in find(web, address, words):
+            for candidate in SOURCES[name][0](web, address, words):
                 problem = ""
                 candidate.source = name
-                if candidate.url and candidate.url not in seen:
+                if isinstance(candidate.url, str) and candidate.url not in seen:
                     seen.add(candidate.url)
                     yield candidate
         except Exception as error:  # an answer may hold anything, and parsers give up in many ways
             problem = str(error) if isinstance(error, Refusal | OSError) else f"its form has changed ({error!r})"
             if getattr(error, "passing", False):
-                web.away.append(f"--crawl_source {name}:{address}: {error}")
+                web.away[source] = problem
         if problem:
-            log.warning("--crawl_source %s:%s: %s.", name, address, problem)
+            log.warning("%s: %s.", source, problem)
+
+
+def looks_of(data: bytes) -> int:
+    """Return the perceptual hash of an image file, 256 bits. Raises ImageError."""
+    import imagehash
+
+    pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+    return int(str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16)), 16)
 
 
 def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
-    """Return (the file, its facts) of a good image. Raises Refusal.
-
-    file: its name; looks: its perceptual hash of 256 bits, in hexadecimal.
-    """
-    import imagehash
-
+    """Return (a file, {file: its name, looks: its perceptual hash in hexadecimal}) of a good image. Raises Refusal."""
     _, data = web.get(url, robots=True)
     try:
-        pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+        looks = looks_of(data)
     except ImageError as error:
         raise Refusal(str(error).split(" (")[0]) from None
     image = PIL.Image.open(io.BytesIO(data), formats=[*FORMATS, "HEIF"])
@@ -3586,8 +3593,7 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
         raise Refusal("too small", side=min(image.size))
     sha256 = hashlib.sha256(data).hexdigest()
     ending = "jpg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
-    looks = imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16)
-    return data, {"file": f"{sha256}.{ending}", "looks": str(looks)}
+    return data, {"file": f"{sha256}.{ending}", "looks": f"{looks:064x}"}
 
 
 class ClassFolder:
@@ -3603,13 +3609,21 @@ class ClassFolder:
         self.path = path
         self.looks = looks
         self.journal = Journal(path / MANIFEST)
-        self.entries = {entry["url"]: entry for entry in self.journal.read()}  # the last word on each address
-        files = {entry["file"]: entry for entry in self.entries.values() if entry["outcome"] == "kept"}
+        self.entries: dict[str, dict] = {}  # the last word on each address
+        known = {path / MANIFEST}
+        for entry in self.journal.read():
+            with contextlib.suppress(LookupError, TypeError, ValueError):  # a line that is no record
+                if entry["outcome"] == "kept":  # deleted ones, too: whoever deleted one doesn't want it back
+                    looks[int(entry["looks"], 16)] = path.name
+                    known.add(path / entry["file"])
+                self.entries[entry["url"]] = entry
         for leftover in path.glob(".retrain-*.tmp"):  # of a killed run: see settle
-            name = leftover.name[len(".retrain-") : -len(".tmp")]
-            leftover.replace(path / name) if name in files else leftover.unlink()
-        for entry in files.values():  # deleted ones, too: whoever deleted one doesn't want it back
-            looks[int(entry["looks"], 16)] = path.name
+            place = path / leftover.name[len(".retrain-") : -len(".tmp")]
+            leftover.replace(place) if place in known else leftover.unlink()
+        strangers = sorted(set(path.iterdir()) - known)  # the user's own images, which no download may double
+        for file in progress_bar(f"Images in {path.name}", None, "image", iterable=strangers) if strangers else ():
+            with contextlib.suppress(OSError, ImageError):  # no image
+                looks[looks_of(file.read_bytes())] = path.name
 
     def count(self) -> int:
         """Return how many crawled images are there."""
@@ -3619,9 +3633,8 @@ class ClassFolder:
     def is_known(self, candidate: Candidate, min_side: int) -> bool:
         """Tell whether an address was kept or refused for good; not if it failed, or if a flag may let it pass now."""
         entry = self.entries.get(candidate.url, {"outcome": "failed"})
-        if entry["outcome"] == "failed" or entry.get("reason") == "private address":
-            return False
-        return entry.get("side", 0) < min_side
+        passing = entry["outcome"] == "failed" or entry.get("reason") == "private address"
+        return not passing and entry.get("side", 0) < min_side
 
     def settle(self, candidate: Candidate, fetched: concurrent.futures.Future) -> bool:
         """Keep what was fetched (see fetch_image), or record why not; return whether it was kept.
@@ -3663,17 +3676,21 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
 
     Raises UserError for a name that can't be a folder's, or OSError.
     """
-    there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
+    composed = functools.partial(unicodedata.normalize, "NFC")  # macOS takes all forms of Unicode for one name
+    there = {label_of(composed(path.name)): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
+    # In UTF-8; U+FFFD stands for what is none, and Windows keeps some names for devices.
+    forbidden = rb'^\.|\.$|[\\/<>"|?*\x00-\x1f]|\xef\xbf\xbd|.{201}|^(con|prn|aux|nul|(com|lpt)\d)\s*(\.|$)'
     classes: dict[str, str] = {}
     for number_of_line, line in lines_of(names_path):
-        folder, _, words = (part.strip() for part in line.partition(":"))
+        folder, _, words = (part.strip() for part in composed(line).partition(":"))
         where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
         label = label_of(folder)
-        if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
+        if re.search(forbidden, folder.encode(), re.IGNORECASE) or not label.strip():
             raise UserError(f"{where} can't be the name of a folder; write `folder: search words`, in UTF-8.")
-        if folder in classes or there.setdefault(label, folder) != folder:
-            raise UserError(f"{where} is there already, as {there[label]!r}; rename or remove one of them.")
-        classes[folder] = words or folder
+        place = there.setdefault(label, folder)
+        if place in classes or composed(place) != folder:
+            raise UserError(f"{where} is there already, as {place!r}; rename or remove one of them.")
+        classes[place] = words or folder
     if not classes:
         raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
     return classes
@@ -3698,36 +3715,36 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[Candidate], web: Web) 
                 if not running:
                     return
                 done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    if folder.settle(running.pop(future), future):
-                        kept += 1
-                        bar.update()
+                added = sum(folder.settle(running.pop(future), future) for future in done)
+                kept += added
+                bar.update(added)
     finally:  # nobody waits for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def crawl_report(folders: Sequence[ClassFolder], wanted: int, ended: bool) -> list[str]:
-    """Return the lines of a table of what was kept and refused of each class, so far and in all runs before.
+def report_crawl(folders: Sequence[ClassFolder], wanted: int, ended: bool) -> None:
+    """Print a table of what was kept and refused of each class, so far and in all runs before.
 
     ended: whether all was asked; then also what could be done for classes that stayed short.
     """
     width = max(5, *(len(folder.path.name) for folder in folders))
-    lines = [f"{'Class':<{width}}    kept   asked  refused"]
+    log.info("%s", f"{'Class':<{width}}    kept   asked  refused")
     advice = []
     for folder in folders:
         name = folder.path.name
         kept = folder.count()
         refused = [entry for entry in folder.entries.values() if entry["outcome"] != "kept"]
-        reasons = Counter(entry["reason"] for entry in refused)
+        reasons = Counter(str(entry.get("reason")) for entry in refused)
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        lines.append(f"{name:<{width}}  {kept:>6}  {wanted:>6}  {len(refused):>7}  {told}".rstrip())
+        log.info("%s", f"{name:<{width}}  {kept:>6}  {wanted:>6}  {len(refused):>7}  {told}".rstrip())
         if ended and kept < wanted:
             failed = sum(entry["outcome"] == "failed" for entry in refused)
             ways = [f"run the same command again, which tries {failed} that failed once more"] if failed else []
             ways += [ADVICE[reason] for reason in reasons if reason in ADVICE]
             ways += [f"search for other words (`{name}: other words` in the file of names) or add a --crawl_source"]
             advice.append(f"{name} stayed {wanted - kept} short; what could be done: {'; '.join(ways)}.")
-    return lines + advice
+    for line in advice:
+        log.info("%s", line)
 
 
 def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
@@ -3751,22 +3768,22 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
         told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
         raise UserError(told) from None
     looks: dict[int, str] = {}
-    for path in crawl_dir.glob(f"*/{MANIFEST}"):  # also of classes that are not asked for this time
-        ClassFolder(path.parent, looks)
-    folders = {name: ClassFolder(crawl_dir / name, looks) for name in classes}
+    names = {*classes, *(path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))}  # of other runs, too
+    folders = {name: ClassFolder(crawl_dir / name, looks) for name in sorted(names)}
+    asked = [folders[name] for name in classes]
     web = Web(flags)
     ended = False
     try:
-        for name, words in classes.items():
-            crawl_class(folders[name], candidates_of(sources, words, web), web)
-        ended = True
+        for folder, words in zip(asked, classes.values(), strict=True):
+            crawl_class(folder, candidates_of(sources, words, web), web)
+        ended = not web.away
     finally:
-        for line in crawl_report(list(folders.values()), flags.crawl_count, ended):
-            log.info("%s", line)
+        report_crawl(asked, flags.crawl_count, ended)
         lock.release()
-    counts = [folder.count() for folder in folders.values()]
+    counts = [folder.count() for folder in asked]
     if web.away and min(counts) < flags.crawl_count:
-        raise UserError(f"{web.away[0]}; see whether this machine is online, and run the same command again to go on.")
+        source, why = next(iter(web.away.items()))
+        raise UserError(f"{source}: {why}; see whether this machine is online, and run the same command again.")
     if not any(counts):
         raise UserError("--crawl found no image that can be used; see the table above.")
 

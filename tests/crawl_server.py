@@ -168,7 +168,7 @@ def bing_page(results: list[tuple[str, str]], first: int, count: int, site: str)
         f'<img class="mimg" src="{site}/th?id=1&amp;w=240"></a></div></li>'
         for tile in tiles
     )
-    more = '<div class="suggestion"><a class="iuscx" href="/images/search?q=more" m="{not json">more</a></div>'
+    more = '<div class="suggestion"><a class="iusc" href="/images/search?q=more" m="{not json">more</a></div>'
     return f'<div class="dgControl">{more}<ul class="dgControl_list">{"".join(items)}</ul></div>'
 
 

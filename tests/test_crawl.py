@@ -117,13 +117,19 @@ def test_names_are_folders_and_search_words(tmp_path):
     assert read_names(tmp_path, text) == expected
 
 
+def test_a_name_in_another_form_of_unicode_is_the_folder_that_is_there(tmp_path):
+    (tmp_path / "images" / "cafe\u0301").mkdir(parents=True)  # as macOS writes it
+    assert read_names(tmp_path, "caf\u00e9\n") == {"cafe\u0301": "caf\u00e9"}
+
+
 NO_FOLDER = "can't be the name of a folder; write `folder: search words`, in UTF-8"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(f"fine\n{name}\n", f"line 2: .* {NO_FOLDER}") for name in (
+    [(f"fine console\n{name}\n", f"line 2: .* {NO_FOLDER}") for name in (
         "..", "../up", "a/b", "a\\b", ".hidden", ": words", "a\tb\x07", "what?", "---",
+        "con", "Aux.txt", "com1", "end.", "ж" * 101,
     )] + [
         (b"caf\xe9\n", f"line 1: 'caf\ufffd' {NO_FOLDER}"),
         ("# nobody\n\n", "it names no class"),
@@ -170,7 +176,7 @@ def commons_page(index: int, name: str, **told: str) -> dict:
 SECOND = commons_page(2, "Second.png", License="pd", LicenseShortName="Public domain")
 ARTIST = '<a href="//commons.wikimedia.org">Zoë &amp; Co</a>'
 FIRST = commons_page(1, "First.jpg", License="cc-by-sa-4.0", LicenseShortName="CC BY-SA 4.0", Artist=ARTIST)
-COMMONS = {"batchcomplete": True, "query": {"pages": [SECOND, FIRST]}}
+COMMONS = {"batchcomplete": True, "query": {"pages": [SECOND, {"title": "File:Gone.jpg", "missing": True}, FIRST]}}
 PHOTO = {
     "id": 11, "license_code": "cc-by", "attribution": "(c) zoe, some rights reserved (CC BY)", "hidden": False,
     "url": "https://inaturalist-open-data.s3.amazonaws.com/photos/11/square.jpg",
@@ -180,10 +186,10 @@ OBSERVATION = {
     "taxon": {"id": 3, "name": "Lasius niger", "rank": "species", "preferred_common_name": "Black Garden Ant"},
     "user": {"id": 5, "login": "zoe", "name": None}, "photos": [PHOTO, {**PHOTO, "license_code": None}],
 }  # fmt: skip
-INATURALIST = {"total_results": 1, "page": 1, "per_page": 200, "results": [OBSERVATION]}
+INATURALIST = {"total_results": 1, "page": 1, "per_page": 200, "results": [{**OBSERVATION, "taxon": None}, OBSERVATION]}
 
 
-def test_commons_gives_thumbnails_in_order_with_licence_and_creator(server):
+def test_commons_gives_thumbnails_in_order_with_license_and_creator(server):
     more = {**COMMONS, "continue": {"gsroffset": 50, "continue": "gsroffset||"}}
     source = f"commons:{answer_with(server, '/w/api.php', more, COMMONS)}"
     first, second = results(source, WORDS)
@@ -203,9 +209,9 @@ def test_inaturalist_gives_large_photographs_that_are_licensed(server):
     assert server.traffic.queries["/v1/observations"][1]["id_below"] == "7"
 
 
-def test_openverse_gives_licence_creator_page_and_title(server):
+def test_openverse_gives_license_creator_page_and_title(server):
     server.results[WORDS], server.throttled = good(range(45)), 1
-    found = results(server.source("openverse"), WORDS, "--crawl_license", "by,cc0")
+    found = results(server.source("openverse"), WORDS, "--crawl_license", "by, CC0,")
     assert [one.url for one in found] == [server.site + result.path for result in server.results[WORDS]]
     url, page, title = found[21].url, f"{server.site}/photos/21?a=1&b=2", server.results[WORDS][21].title
     assert found[21] == retrain.Candidate(url, page, "by-sa 2.0", title, "Zoë Ünal", "openverse")
@@ -240,6 +246,15 @@ def test_a_page_gives_each_image_in_its_largest_form(server):
     assert {one.page for one in found} == {f"{server.site}/gallery/"}
     titles = {one.url.rsplit("/")[-1]: one.title for one in found}
     assert (titles["plain.jpg"], titles["x3.jpg"]) == ("Un éléphant", "Café & compagnie")
+
+
+def test_a_page_may_say_what_its_addresses_begin_with(server):
+    server.bodies["/based"] = [
+        b'<base href="/elsewhere/"><meta property="og:image" content="large.jpg"><img src="http://[odd/x.jpg">'
+        b'<img src="one.jpg#top"><img src="one.jpg"><img src="">'
+    ]
+    found = results(f"page:{server.site}/based", "any")
+    assert [one.url for one in found] == [f"{server.site}/elsewhere/{name}.jpg" for name in ("large", "one")]
 
 
 def test_a_list_for_each_class(server, crawl, tmp_path):
@@ -446,7 +461,7 @@ def test_what_a_killed_run_had_begun_is_finished_or_removed(server, crawl):
     recorded.rename(folder / f".retrain-{recorded.name}.tmp")
     (folder / ".retrain-unknown.jpg.tmp").write_bytes(b"half")
     with open(folder / "crawl.jsonl", "a") as record:
-        record.write('{"url":')
+        record.write('[]\n{"url": 1}\n{"url": "x", "outcome": "kept", "file": "x.jpg"}\n{"url":')
     server.traffic.reset()
     assert crawl("cat", count=4)[0] == 0
     assert set(server.traffic.images()) == {"/p/good/3.jpg"}
@@ -491,6 +506,15 @@ def test_duplicates_within_and_across_classes_are_refused(server, crawl):
     assert "3 the same image is there already in cat" in said
 
 
+def test_no_copy_of_the_users_own_images_is_kept(server, crawl):
+    server.results["cat"], folder = good(range(3)), crawl.images / "cat"
+    folder.mkdir(parents=True)
+    (folder / "mine.jpg").write_bytes(file_of("smaller", 1))
+    (folder / "notes.txt").write_text("no image")
+    assert "1 the same image is there already in cat" in crawl("cat")[1]
+    assert files_in(folder) == {"mine.jpg", "notes.txt", *map(name_of, good([0, 2]))}
+
+
 def test_what_failed_is_tried_again_by_the_next_run(server, crawl):
     server.results["cat"] = good(range(3)) + [Result("500", 3)]
     assert "run the same command again, which tries 1 that failed once more" in crawl("cat")[1]
@@ -531,7 +555,8 @@ def test_two_runs_at_a_time_in_one_folder_are_one_too_many(server, crawl, tmp_pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [([], "--crawl_dir"), (["--crawl_only", "--crawl_license", "by,cc-by"], "'cc-by'"),
-     (["--crawl_only", "--crawl_source", "list"], "list:FILE"), (["--crawl_source", "flickr"], "'flickr'")],
+     (["--crawl_source", "list:"], "list:FILE"), (["--crawl_source", "page:foo"], "page:https://..."),
+     (["--crawl_source", "flickr"], "'flickr'")],
 )  # fmt: skip
 def test_flags_that_do_not_fit(capsys, more, message):
     with pytest.raises(SystemExit):
@@ -566,8 +591,9 @@ def test_a_place_that_cannot_be_written_is_said_in_a_sentence(crawl, blocked):
 def test_a_source_out_of_reach_is_an_error_that_names_it(server, crawl, tmp_path):
     away = "openverse:http://127.0.0.1:9/v1/images/"
     (tmp_path / "list.txt").write_text(f"{server.site}{Result('good', 1).path}\n")
-    code, said = crawl("cat", source=["list:none.txt", away, f"list:{tmp_path}/list.txt"])
-    assert code == 1 and away in said.splitlines()[-1] and "none.txt" not in said.splitlines()[-1]
+    code, said = crawl("cat\ndog", source=["list:{}.txt", away])
+    assert code == 1 and away in said.splitlines()[-1] and "cat.txt" not in said.splitlines()[-1]
+    assert said.count(away) == 2 and "other words" not in said  # asked for the first class only, and the error
     assert crawl("cat", source=[away, f"list:{tmp_path}/list.txt"], count=1)[0] == 0  # nothing is missing
 
 
