@@ -291,7 +291,10 @@ def add_image_flags(flag: Callable) -> None:
 def add_crawl_flags(flag: Callable) -> None:
     """Add the flags of the room crawl."""
     sources = "where to search, the preferred one first: openverse and commons (used by default), inaturalist, bing, "
-    sources += "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words; a key in OPENVERSE_TOKEN, "
+    sources += (
+        "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words; your address in the variable "
+    )
+    sources += "CRAWL_CONTACT tells the servers whom to write to; a key in OPENVERSE_TOKEN, "
     sources += "which expires after ten hours, makes Openverse faster, but gives no more than 240 images a search"
     licenses = "download only images under one of these licenses, as in by,by-sa,cc0"
     flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
@@ -3210,7 +3213,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
 # ======================================================================================================================
 
 ROBOT = "retrain.py"  # what robots.txt files know us by
-USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; obeys robots.txt)"
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; {{}})"
 # Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
 TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
 # HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
@@ -3278,7 +3281,8 @@ class Web:
         self.away: dict[str, str] = {}  # the sources that were out of reach, and why
         self.lock = threading.Lock()
         self.session = requests.Session()
-        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+        contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
+        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
         self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
 

@@ -398,7 +398,10 @@ def test_cues_are_kept_beside_the_features(image_dir, model_dir, tmp_path, compu
     assert (cues[:, 3:] == (60, 48)).all() and np.isfinite(cues).all()
     computed.clear()
     np.testing.assert_array_equal(retrain.compute_bottlenecks(open_store(), images)[1], cues)
-    open_store().index.path.unlink()  # as beside files of the classic script
+    open_store().index.path.unlink()  # as beside files of the classic script, from before this run
+    for age, folder in ((120, image_dir), (60, tmp_path / "kept")):
+        for path in folder.rglob("*.*"):
+            os.utime(path, (time.time() - age,) * 2)
     assert np.isnan(retrain.compute_bottlenecks(open_store(), images)[1]).all()
     assert not computed
 

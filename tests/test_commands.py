@@ -295,7 +295,7 @@ def test_a_run_on_a_terminal_is_quiet_and_the_log_is_whole(image_dir, model_dir,
 @POSIX
 @pytest.mark.parametrize("script", ["predict.py", "retrain.py"])
 def test_missing_packages_are_named_and_the_environment_of_retrain_sh_is_used(tmp_path, script):
-    for name in ("retrain.py", "predict.py"):
+    for name in ("retrain.py", "predict.py", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     command = [sys.executable, "-S", str(tmp_path / script), "--image", "my photo.jpg"]  # a Python without packages
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
