@@ -2300,7 +2300,7 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
     """
     _, first, stems = np.unique([stem_of(image.key) for image in images], return_index=True, return_inverse=True)
     groups = merged(np.arange(len(images)), np.arange(len(images)), first[stems])
-    lengths = np.maximum(np.linalg.norm(features, axis=1), 1e-12)
+    lengths = np.sqrt(np.maximum(np.einsum("ij,ij->i", features, features), 1e-24))  # which copies nothing
     alike: list[tuple[float, int, int]] = []
     at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
     for start in range(0, len(images), at_once):
@@ -2509,9 +2509,10 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     present, middles = np.unique(classes), []
     count = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
     for c in present:
-        rows = np.unique(directions[classes == c], axis=0)
+        rows = directions[classes == c]
         if len(rows) > count:
-            rows = KMeans(count, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
+            clusters = min(count, len(np.unique(rows.sum(axis=1))))  # of which there are no more than different rows
+            rows = KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
         middles.append(rows)
     return unit(np.concatenate(middles)).astype(np.float16)
 
