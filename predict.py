@@ -260,15 +260,6 @@ def number(kind: type, low: float, high: float = math.inf, also: Sequence[float]
     return parse
 
 
-def switch(text: str) -> bool:
-    """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
-    if text.lower() in ("true", "t", "1", "yes"):
-        return True
-    if text.lower() in ("false", "f", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
 def at_home(name: str) -> str:
     """Return a flag's default: the path of a file or folder that lies beside the scripts, as short as can be."""
     return name if Path.cwd() == HOME else str(HOME / name)
@@ -580,6 +571,16 @@ def graph_input_size(graph: GraphDef) -> tuple[int, int]:
     return height, width
 
 
+def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> Any:
+    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a list of outputs."""
+    tf = import_tensorflow()
+    wanted = [f"{name}:0" for name in outputs]
+    return tf.compat.v1.wrap_function(
+        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
+        [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)],
+    )
+
+
 # ======================================================================================================================
 # The classifier: a graph, its labels, and what it is familiar with
 # ======================================================================================================================
@@ -723,21 +724,17 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], 
 
     It is fed behind its decoder, so that it sees images as training saw them. Raises UserError for another graph.
     """
-    tf = import_tensorflow()
     graph = read_graph(path, trusted)
     names = [node.name for node in graph.node]
     softmax = [node.name for node in graph.node if node.op == "Softmax"]
     if not softmax or not {JPEG_NODE, RESIZED_NODE} <= {*names}:
         raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
-    wanted = [f"{name}:0" for name in (softmax[-1], BOTTLENECK_NODE) if name in names]
+    wanted = [name for name in (softmax[-1], BOTTLENECK_NODE) if name in names]
     with telling_of_damage(path):
         graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
         input_size = graph_input_size(graph)
-        network = tf.compat.v1.wrap_function(
-            lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
-            [tf.TensorSpec([1, *input_size, 3], tf.float32)],
-        )
-    return lambda pixels: [output.numpy().reshape(-1) for output in network(tf.constant(pixels[None]))], input_size
+        network = graph_function(graph, *wanted, batch=1)
+    return lambda pixels: [output.numpy().reshape(-1) for output in network(pixels[None])], input_size
 
 
 # ======================================================================================================================
@@ -858,7 +855,8 @@ def sort_into(folder: Path, prediction: Prediction) -> None:
     """Copy an image into the folder of its class, or into unsure/, under a free name, unless it lies there already."""
     if prediction.error:
         return
-    path, place = prediction.path, folder / re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome)
+    path = prediction.path
+    place = folder / re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome)
     for i in itertools.count(1):
         copy = place / (path.name if i == 1 else f"{path.stem}_{i}{path.suffix}")
         if not copy.exists():

@@ -80,6 +80,7 @@ from predict import (
     exit_code,
     first_line,
     fold_batch_norm,
+    graph_function,
     graph_input_size,
     import_tensorflow,
     is_hidden,
@@ -93,7 +94,6 @@ from predict import (
     read_image,
     resize_bilinear,
     sha256_of,
-    switch,
     telling_of_damage,
     unit,
     whole_file,
@@ -186,6 +186,11 @@ def writing_by_tensorflow(path: Path) -> Iterator[None]:
         raise UserError(f"{path} could not be written ({first_line(error)}).") from error
 
 
+def sha1_of(text: str) -> str:
+    """Return the SHA-1 of a name, in hexadecimal: it tells names apart and protects nothing."""
+    return hashlib.sha1(os.fsencode(text), usedforsecurity=False).hexdigest()
+
+
 def label_of(folder: str) -> str:
     """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
 
@@ -251,6 +256,15 @@ def ip_networks(text: str) -> tuple:
         return tuple(map(ipaddress.ip_network, (text if text != "all" else "0.0.0.0/0,::/0").split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
+
+
+def switch(text: str) -> bool:
+    """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
+    if text.lower() in ("true", "t", "1", "yes"):
+        return True
+    if text.lower() in ("false", "f", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def add_flag(
@@ -668,8 +682,7 @@ def place_of(folder: Path) -> str:
     Its name tells them apart from image_dir's, and from others', of the same class and file name.
     """
     where = os.path.realpath(folder)
-    digest = hashlib.sha1(os.fsencode(where), usedforsecurity=False).hexdigest()[:8]
-    return f"{os.path.basename(where)}-{digest}/"
+    return f"{os.path.basename(where)}-{sha1_of(where)[:8]}/"
 
 
 def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
@@ -728,8 +741,7 @@ def stem_of(key: str) -> str:
 
 def percentage_hash(key: str) -> float:
     """Return where in [0, 100] an image falls when the set is split, together with those of the same stem."""
-    digest = hashlib.sha1(os.fsencode(stem_of(key)), usedforsecurity=False).hexdigest()
-    return int(digest, 16) % 2**27 * (100.0 / (2**27 - 1))
+    return int(sha1_of(stem_of(key)), 16) % 2**27 * (100.0 / (2**27 - 1))
 
 
 def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
@@ -739,8 +751,8 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
     hash) as long as it keeps some to train on; one with nothing to train on takes back the furthest.
     """
     splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and hash
-    for image in images:
-        place = percentage_hash(image.key)
+    places = [percentage_hash(image.key) for image in images]
+    for image, place in zip(images, places, strict=True):
         rest = "testing" if place < validation + testing else "training"
         splits[image.label][place] = "validation" if place < validation else rest
     for split_at in splits.values():
@@ -750,7 +762,8 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
             spare = [place for place, its_split in split_at.items() if its_split == "training"]
             if wanted and split not in split_at.values() and len(spare) > 1:
                 split_at[min(spare)] = split
-    return [dataclasses.replace(image, split=splits[image.label][percentage_hash(image.key)]) for image in images]
+    placed = zip(images, places, strict=True)
+    return [dataclasses.replace(image, split=splits[image.label][place]) for image, place in placed]
 
 
 def read_anywhere(path: Path | UPath) -> bytes:
@@ -1098,7 +1111,7 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     name = re.sub(r"://|[/:\\?]", "~", handle)  # as the classic script has it in file names
     if len(os.fsencode(name)) > 150:  # longer than the names of files allow, with what is added to it
-        name = f"{hashlib.sha1(os.fsencode(name), usedforsecurity=False).hexdigest()[:8]}~{name[-60:]}"
+        name = f"{sha1_of(name)[:8]}~{name[-60:]}"
     return Recipe(name, digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
 
 
@@ -1197,7 +1210,7 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
                 raise UserError(f"--quantize: {recipe.name} can't be converted ({error}); leave it out.") from error
             log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", recipe.name, error)
             graph = read_graph(graph_path, trusted=True)
-            features = graph_function(graph, BOTTLENECK_NODE).structured_outputs
+            (features,) = graph_function(graph, BOTTLENECK_NODE).structured_outputs
             size = graph_input_size(graph)
             return BaseModel(recipe.name, graph_path, None, recipe.fingerprint, size, features.shape[1])
     # Calibrated with other images, it gives other features.
@@ -1271,8 +1284,7 @@ def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list
     if engine == "auto" and may_have_gpu and import_tensorflow().config.list_physical_devices("GPU"):
         engine = "tensorflow"
     if engine != "tensorflow" and base.lite_path:
-        cores = core_count(cpu_threads)
-        return [LiteModel(base.lite_path) for _ in range(min(cores, count))]
+        return [LiteModel(base.lite_path) for _ in range(min(core_count(cpu_threads), count))]
     # Twice the batch: while one half waits for the network, the other reads the next images.
     return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
 
@@ -1304,22 +1316,13 @@ class TensorFlowModel:
         batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)
         batch[: len(taken)] = [pixels for pixels, _ in taken]
         try:
-            features = self.run(batch).numpy()
+            features = self.run(batch)[0].numpy()
             for i, (_, answer) in enumerate(taken):
                 answer.set_result(features[i])
         except Exception as error:  # TensorFlow raises many kinds
             told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
             for _, answer in taken:
                 answer.set_exception(UserError(told))
-
-
-def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Any:
-    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a GraphDef's output."""
-    tf = import_tensorflow()
-    return tf.compat.v1.wrap_function(
-        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, [f"{output}:0"], name="")[0],
-        [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)],
-    )
 
 
 # ======================================================================================================================
@@ -1412,7 +1415,7 @@ class BottleneckStore:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
         name, ending = image.path.name, f"_{self.base.name}{variant}.txt"
         if len(os.fsencode(name + ending)) > 255:  # longer than file systems allow
-            name = hashlib.sha1(os.fsencode(name), usedforsecurity=False).hexdigest()
+            name = sha1_of(name)
         return f"{image.place}{image.path.parent.name}/{name}{ending}"
 
     def load(self, name: str, record: tuple[int, int, str]) -> tuple[np.ndarray, list[float]] | None:
@@ -1581,11 +1584,11 @@ def import_ray() -> types.ModuleType:
 def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
 
-    Our two scripts go along, so that the nodes need no copy of them. cores: how many a local one is to use, 0 for all.
+    Our two scripts go along, so that the nodes need no copy of them. cores: the most that a local one uses, 0 for all.
     Raises UserError, also when the cluster gives up in the block.
     """
     ray = import_ray()
-    options = {"num_cpus": cores or core_count(), "include_dashboard": False} if address == "local" else {}
+    options = {"num_cpus": core_count(cores), "include_dashboard": False} if address == "local" else {}
     environment = {
         "py_modules": [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")],
         # As predict.py does; else pandas takes our folder `bottleneck` for the package.
@@ -2523,7 +2526,8 @@ def become_familiar(features: np.ndarray, validated: HeldOut, temperature: float
     features: float32 [rows, n]. Unlikeness tells images of other things far better than the score does, so four fifths
     of what may be left unnamed are left to it. Both thresholds are found on images held out.
     """
-    directions, likeness, unnamed = unit(features), np.zeros(len(features)), 1 - coverage
+    directions, likeness = unit(features), np.zeros(len(features))
+    unnamed = 1 - coverage
     for fold in np.unique(validated.folds):
         out = validated.folds == fold
         exemplars = find_exemplars(directions[~out], validated.classes[~out])
@@ -2549,7 +2553,8 @@ def mislabelled(validated: HeldOut, temperature: float, labels: Sequence[str]) -
     """Return the rows that confident learning (Northcutt et al. 2021) finds mislabelled, worst first."""
     from cleanlab.filter import find_label_issues
 
-    scores, how = validated.probabilities(temperature), {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
+    scores = validated.probabilities(temperature)
+    how = {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         places = find_label_issues(validated.classes, scores, filter_by="both", **how)
@@ -2695,12 +2700,13 @@ def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
 
 def large_scenes(found: Diagnostics) -> list[str]:
     """Return words on the classes of which one scene is a large share, three at most."""
-    scenes = []
-    for label in found.labels:
-        own = found.groups[[image.label == label for image in found.images]]
-        largest = int(np.bincount(own).max())
-        if largest >= 5 and largest > LARGE_SHARE * len(own):
-            scenes.append(f"{largest} of the {len(own)} images of {printable(label)}")
+    scenes, sizes = [], {label: Counter[int]() for label in found.labels}  # of the groups in each class
+    for image, group in zip(found.images, found.groups.tolist(), strict=True):
+        sizes[image.label][group] += 1
+    for label, counts in sizes.items():
+        largest, count = max(counts.values()), counts.total()
+        if largest >= 5 and largest > LARGE_SHARE * count:
+            scenes.append(f"{largest} of the {count} images of {printable(label)}")
     return scenes[:3] + [f"those of {len(scenes) - 3} more classes"] * (len(scenes) > 3)
 
 
@@ -2769,15 +2775,7 @@ def report_as_json(found: Diagnostics) -> dict:
 
     pairs = [{"first": keys[pair.first], "second": keys[pair.second]} for pair in found.pairs]
     steps = [
-        {
-            "of": name,
-            "step": each.step,
-            "split": each.split,
-            "accuracy": each.accuracy,
-            "cross_entropy": each.cross_entropy,
-        }
-        for name, history in found.histories.items()
-        for each in history
+        {"of": name, **dataclasses.asdict(scores)} for name, history in found.histories.items() for scores in history
     ]
     return {
         "believe": found.source,
@@ -2864,7 +2862,8 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     first; images: row -> [class folder/file name, class, class to propose, score]. The thumbnails that only the script
     shows are in its data: 12 of each cell, in turn, as far as there is room.
     """
-    images, class_of, judged = found.images, {label: c for c, label in enumerate(found.labels)}, found.believed
+    images, judged = found.images, found.believed
+    class_of = {label: c for c, label in enumerate(found.labels)}
     cells: dict[str, list[int]] = defaultdict(list)
     known: dict[int, list] = {}
     ranked: list[tuple[int, int]] = []
@@ -2873,7 +2872,8 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
         known[row] = [printable(images[row].key), class_of[images[row].label], proposed, round(score, 4)]
 
     if judged:
-        scores, wrong = judged.probabilities(found.temperature).max(axis=1), judged.predicted != judged.classes
+        scores = judged.probabilities(found.temperature).max(axis=1)
+        wrong = judged.predicted != judged.classes
         for i in np.lexsort((np.where(wrong, -scores, scores), ~wrong))[:MOST_NAMED].tolist():
             row, cell = int(judged.rows[i]), cells[f"{judged.classes[i]},{judged.predicted[i]}"]
             ranked.append((len(cell), row))
@@ -2986,7 +2986,8 @@ def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     )
     axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
     axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
-    ends, twice = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain], 2 * curve.sizes[-1]
+    ends = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain]
+    twice = 2 * curve.sizes[-1]
     axes.plot([twice, twice], ends, color=ORANGE, linewidth=6, solid_capstyle="butt", label="likely with twice as many")
     axes.set_xscale("log")
     axes.set_xticks([*curve.sizes, twice], map(str, [*curve.sizes, twice]))
@@ -2999,10 +3000,12 @@ def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
     """Draw how often it is right against the score that it gives, in ten steps of the score."""
     scores = judged.probabilities(temperature).max(axis=1)
     bins = [own for own in (np.arange(10)[:, None] == (scores * 9.999).astype(int)) if own.any()]  # bool [rows] each
-    shares, middle = [judged.share(own) for own in bins], [100 * float(scores[own].mean()) for own in bins]
+    shares = [judged.share(own) for own in bins]
+    middle = [100 * float(scores[own].mean()) for own in bins]
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
     axes.vlines(middle, [100 * share.low for share in shares], [100 * share.high for share in shares], BLUE, alpha=0.4)
-    sizes, values = [12 + 150 * share.count / len(scores) for share in shares], [100 * share.value for share in shares]
+    sizes = [12 + 150 * share.count / len(scores) for share in shares]
+    values = [100 * share.value for share in shares]
     axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3, clip_on=False)
     axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="score, %", ylabel="% right")
 
@@ -3195,10 +3198,10 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
 
     def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
         pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
-        return {"prediction": network(pixels)}
+        return {"prediction": network(pixels)[0]}
 
     def serve(image: Tensor) -> dict[str, Tensor]:
-        return {"prediction": network(image * 255)}
+        return {"prediction": network(image * 255)[0]}
 
     image, file = tf.TensorSpec([None, *size, 3], tf.float32, "image"), tf.TensorSpec([None], tf.string)
     signatures = {
@@ -3855,13 +3858,13 @@ def check_outputs(flags: argparse.Namespace) -> None:
     reports = [] if flags.no_report else [report, report.with_suffix(".json"), report.with_suffix(".tsv")]
     outputs += [("output_report", path) for path in reports]
 
-    roots = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS)}
+    given = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS)}
+    roots = {name: Path(value).resolve() for name, value in given.items() if value}
     taken: dict[Path, str] = {}
     for name, path in outputs:
         check_writable(name, path, name in folders)
         place = path.resolve()
-        for other, given in roots.items():
-            root = Path(given or "/dev/null").resolve()
+        for other, root in roots.items():
             # Files beside the class folders are not read.
             if place == root or (root in place.parents and (name in folders or place.parent != root)):
                 remedy = "name another place" if other in IMAGE_FOLDERS else f"give --{other} a copy of that list"
@@ -4118,8 +4121,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
     images, labels = list_all(flags)
     base, note = open_base_model(flags, images)
     check_final_tensor_name(base, flags.final_tensor_name)
-    cores = core_count(flags.cpu_threads)
-    with ray_cluster(flags.ray_address, cores) if flags.ray_address else contextlib.nullcontext():
+    with ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else contextlib.nullcontext():
         data = dataset_of(flags, base, images, labels)
 
     def after_step(step: int, head: Head) -> None:

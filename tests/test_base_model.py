@@ -95,7 +95,7 @@ def test_folding_keeps_the_features_and_the_file(tf, graph_path, jpegs):
     batch = np.random.default_rng(0).uniform(-1, 1, (5, 33, 33, 3)).astype(np.float32)
     expected = np.concatenate([run_graph(tf, raw, "Mul:0", one[None]) for one in batch])
     np.testing.assert_allclose(run_graph(tf, folded, "Mul:0", batch[:1]), expected[:1], atol=1e-4)
-    together = retrain.graph_function(folded, BOTTLENECK_NODE)(tf.constant(batch * 128 + 128))
+    together = retrain.graph_function(folded, BOTTLENECK_NODE)(tf.constant(batch * 128 + 128))[0]
     np.testing.assert_allclose(together, expected, atol=1e-4)
 
 

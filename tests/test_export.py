@@ -172,7 +172,7 @@ def test_tflite_with_any_number_of_classes(base, tmp_path, class_count):
         pixels = random.uniform(0, 255, (33, 33, 3)).astype(np.float32)
         scores = lite(pixels)
         assert scores.shape == (class_count,)
-        np.testing.assert_allclose(scores, run(pixels[None]).numpy()[0], atol=1e-4)
+        np.testing.assert_allclose(scores, run(pixels[None])[0].numpy()[0], atol=1e-4)
         np.testing.assert_allclose(scores, head.probabilities(features(pixels)[None])[0], atol=1e-4)
 
 
