@@ -1492,8 +1492,9 @@ def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], l
         else:
             resized = resize_bilinear(pixels, job.size)
         features.append(network(resized))
-        # As many digits as bring back the same floats. They are made here, since a cluster's driver has no time to.
-        texts.append(",".join([f"{value:.9g}" for value in features[-1].tolist()]))
+        # As many digits as bring back the same floats. They are made here, since a cluster's driver has no time to,
+        # and all at once, which takes two thirds of the time.
+        texts.append(",".join(["%.9g"] * len(features[-1])) % tuple(features[-1].tolist()))
     if not np.isfinite(features).all():
         return "the base model gives no finite features for it"
     return features, texts, cues_of(data, pixels)

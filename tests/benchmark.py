@@ -6,8 +6,8 @@
 
 Every way is measured in turn, several rounds long, and medians are told, with those of the ratios within a round: what
 disturbs a round disturbs all its ways. End to end means from image files to bottleneck files; `network` is the network
-alone. The limits are matrix products (float32 by numpy, int8 by LiteRT), one thread for each core. Nothing of the
-user's is written to; $TMPDIR says where the files are.
+alone. The limits are matrix products (float32 by numpy, int8 by LiteRT), one thread for each core, all at once as the
+network is. Nothing of the user's is written to; $TMPDIR says where the files are.
 
 --ray measures --ray_address instead, on a cluster of several raylets on this machine: what k nodes of one processor do
 against one of them, what the cluster costs against the ordinary way, and how many images a second one driver schedules,
@@ -63,15 +63,21 @@ def describe_processor() -> str:
     return f"{name.group(1) if name else platform.machine()}: {' '.join(sorted(flags)) or 'none of AVX2 and later'}"
 
 
+def rate_on_all_cores(workers: Sequence[Callable], item: object = None, count: int = 3) -> float:
+    """Return how often a second the workers, one for each core and all at once, do their work on an item."""
+    times = count * len(workers)
+    return times / seconds(lambda: list(retrain.on_all_cores(workers, [item] * times)))
+
+
 def sgemm_limit(gflop: float) -> float:
-    """Return the images per second that float32 matrix products of one thread allow."""
+    """Return the images per second that float32 matrix products allow, one thread for each core, all at once."""
     a, b = (np.random.default_rng(i).random((2048, 2048), np.float32) for i in (1, 2))
     a @ b
-    return 3 * 2 * 2048**3 / 1e9 / seconds(lambda: [a @ b for _ in range(3)]) * retrain.core_count() / gflop
+    return 2 * 2048**3 / 1e9 * rate_on_all_cores([lambda _: a @ b] * retrain.core_count()) / gflop
 
 
-def make_int8_product(folder: Path, side: int = 1024) -> retrain.LiteModel:
-    """Return a .tflite that is nothing but int8 matrix products, side by side by 32, twenty in a row."""
+def make_int8_products(folder: Path, side: int = 1024) -> list[retrain.LiteModel]:
+    """Return a network for each core that is nothing but int8 matrix products of 1,024 rows, twenty in a row."""
     tf = retrain.import_tensorflow()
     weights = np.random.default_rng(0).normal(size=(1, 1, side, side)).astype(np.float32) / np.sqrt(side)
 
@@ -88,14 +94,13 @@ def make_int8_product(folder: Path, side: int = 1024) -> retrain.LiteModel:
     converter.representative_dataset = lambda: ([sample] for sample in samples)
     path = folder / "products.tflite"
     path.write_bytes(converter.convert())
-    return retrain.LiteModel(path)
+    return [retrain.LiteModel(path) for _ in range(retrain.core_count())]
 
 
-def int8_limit(product: retrain.LiteModel, gflop: float) -> float:
-    """Return the images per second that int8 matrix products of one thread allow."""
+def int8_limit(products: list[retrain.LiteModel], gflop: float) -> float:
+    """Return the images per second that int8 matrix products allow, one thread for each core, all at once."""
     pixels = np.zeros((32, 32, 3), np.float32)
-    took = seconds(lambda: [product(pixels) for _ in range(3)])
-    return 3 * 20 * 2 * 1024 * 1024 * 1024 / 1e9 / took * retrain.core_count() / gflop
+    return 20 * 2 * 1024**3 / 1e9 * rate_on_all_cores(products, pixels) / gflop
 
 
 def network_alone(base: retrain.BaseModel, count: int) -> float:
@@ -104,7 +109,7 @@ def network_alone(base: retrain.BaseModel, count: int) -> float:
     pixels = np.random.default_rng(0).uniform(0, 255, (*base.input_size, 3)).astype(np.float32)
     for model in models:
         model(pixels)
-    return count / seconds(lambda: list(retrain.on_all_cores(models, [pixels] * count)))
+    return rate_on_all_cores(models, pixels, count // len(models))
 
 
 def end_to_end(
@@ -236,14 +241,14 @@ def print_table(measured: dict[str, list[float]], compared: str) -> None:
 def ways_of(name: str, base: retrain.BaseModel, small: retrain.BaseModel, images: Sequence, folder: Path) -> dict:
     """Return all ways of one base model; base: in float32, small: in int8."""
     few = images[:: max(1, len(images) // 32)]
-    product = make_int8_product(folder)
+    products = make_int8_products(folder)
     ways = {
         f"{name}, end to end": lambda: end_to_end(base, images),
         f"{name} --quantize, end to end": lambda: end_to_end(small, images),
         f"{name}, network": lambda: network_alone(base, len(images)),
         f"{name} --quantize, network": lambda: network_alone(small, len(images)),
         "limit: float32 matrix products": lambda: sgemm_limit(GFLOP[name]),
-        "limit: int8 matrix products": lambda: int8_limit(product, GFLOP[name]),
+        "limit: int8 matrix products": lambda: int8_limit(products, GFLOP[name]),
     }
     for title, run in (openvino_ways(base) | onnx_ways(base, folder)).items():
         ways[title] = functools.partial(other_runtime, run, base, few)
