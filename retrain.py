@@ -25,7 +25,6 @@ import functools
 import gc
 import hashlib
 import html
-import http.cookiejar
 import importlib.util
 import io
 import ipaddress
@@ -51,7 +50,7 @@ import urllib.parse
 import uuid
 import warnings
 import zlib
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,6 @@ from typing import TYPE_CHECKING, Any
 # First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
 from predict import (
     BOTTLENECK_NODE,
-    FORMATS,
     INSTALL,
     JPEG_NODE,
     MOST_BYTES,
@@ -3230,34 +3228,14 @@ MOST_LOST = 60
 SAME_LOOKS = 40
 MANIFEST = "crawl.jsonl"
 LICENSES = ("cc0", "pdm", "by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")
-# What the user can do about a reason.
-ADVICE = {
-    "too small": "allow smaller images (--crawl_min_side)",
-    "private address": "allow private addresses if they can be trusted (--crawl_allow_private)",
-    "forbidden by robots.txt": "add a source with other sites, since robots.txt forbids to crawl these",
-}
 
 
-class Refusal(Exception):
-    """Why an address gave nothing, in a few words; `passing` if another time it might, after `wait` seconds."""
-
-    def __init__(self, reason: str, passing: bool = False, wait: float = 0, **facts: int):
-        super().__init__(reason)
-        self.passing = passing
-        self.wait = wait
-        self.facts = facts
+class Failure(Exception):
+    """Why an address gave nothing, in a few words, though another time it might; an ImageError if it never will."""
 
 
-@dataclasses.dataclass
-class Candidate:
-    """An image that a source knows of, and what it says about it."""
-
-    url: str
-    page: str | None = None
-    licence: str | None = None  # spelt as in the crawl.jsonl of older versions
-    title: str | None = None
-    creator: str | None = None
-    source: str = ""
+# An image that a source knows of, and what it says about it; `licence` is spelt as in files of older versions.
+Candidate = namedtuple("Candidate", "url page licence title creator", defaults=(None, None, None, None))
 
 
 @dataclasses.dataclass
@@ -3274,7 +3252,7 @@ class Host:
 class Web:
     """Fetches addresses with a polite visitor's patience: robots.txt, a pause between two requests to a host.
 
-    Only http and https, only public addresses (behind a proxy, as far as names are known here), no passwords.
+    Only http and https, only public addresses (behind a proxy, as far as names are known here), no cookies.
     """
 
     def __init__(self, flags: argparse.Namespace):
@@ -3283,120 +3261,102 @@ class Web:
         self.flags = flags
         self.licenses = flags.crawl_license or LICENSES
         self.hosts: dict[tuple, Host] = {}  # by name and port
-        self.away: dict[str, str] = {}  # the sources that were out of reach, and why
         self.lock = threading.Lock()
+        self.away = ""  # a source that was out of reach, and why
         self.session = requests.Session()
         contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
-        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
-        self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        self.session.auth = lambda request: request  # else requests would look up passwords in ~/.netrc
+        self.headers = {"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"}
 
-    def get(self, url: str, robots: bool = False, headers: dict | None = None) -> tuple[str, bytes]:
-        """Return (address, body) of what an address leads to, after redirects and several tries. Raises Refusal.
+    def get(self, url: str, robots: bool = False, **options: Any) -> tuple[str, bytes]:
+        """Return (address, body) of what an address leads to, after redirects. Raises ImageError and Failure.
 
         robots: whether robots.txt has a say. Search engines forbid their results to all robots; whoever names one asks
         it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
+        options: `params` and `headers` of requests.Request.
         """
         for _ in range(MOST_REDIRECTS + 1):
-            url, host = self.locate(url)
+            request, host = self.prepare(url, {"headers": self.headers, **options})
             if robots:
-                self.check_robots(url, host)
-            target, body = self.try_often(url, host, headers)
+                self.check_robots(request.url, host)
+            answer, body = self.ask(request, host)
+            target = self.session.get_redirect_target(answer)
+            if answer.status_code == 200:
+                return request.url, body
             if not target:
-                return url, body
-            url = urllib.parse.urljoin(url, target)
-            headers = None  # a key is for the host that it was given for
-        raise Refusal("too many redirects")
+                raise ImageError(f"HTTP {answer.status_code}")
+            url = urllib.parse.urljoin(request.url, target)
+            options = {}  # a key is for the host that it was given for
+        raise ImageError("too many redirects")
 
-    def locate(self, url: str) -> tuple[str, Host]:
-        """Return the standard form of an address, and its host. Raises Refusal if it must not be asked."""
+    def prepare(self, url: str, options: dict) -> tuple[Any, Host]:
+        """Return the request for an address, and its host. Raises ImageError and Failure if it must not be asked."""
         import requests
 
         try:
-            url = str(requests.Request("GET", url).prepare().url)
-            parts = urllib.parse.urlsplit(url)
-            self.session.get_adapter(url)
-            places = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+            request: Any = requests.Request("GET", url, **options).prepare()
+            self.session.get_adapter(request.url)
+            parts = urllib.parse.urlsplit(request.url)
+            places = socket.getaddrinfo(parts.hostname, parts.port)
         except ValueError:
-            raise Refusal("no http or https address") from None
+            raise ImageError("no http or https address") from None
         except OSError:
             places = []  # a proxy may know the name; if not, the connection fails
         for place in places:
             ip = ipaddress.ip_address(place[4][0])
             if not ip.is_global and not any(ip in network for network in self.flags.crawl_allow_private):
-                raise Refusal("private address")
-        return url, self.hosts.setdefault((parts.hostname, parts.port), Host(self.flags.crawl_host_delay))
+                raise Failure("private address, see --crawl_allow_private")
+        return request, self.hosts.setdefault((parts.hostname, parts.port), Host(self.flags.crawl_host_delay))
 
     def check_robots(self, url: str, host: Host) -> None:
-        """Raise Refusal if the robots.txt of a host forbids an address; a host without one allows all."""
+        """Raise ImageError if the robots.txt of a host forbids an address; a host without one allows all."""
         import protego
 
         with host.lock:  # the first asks, the others wait for the answer
             if not host.rules:
                 try:
                     text = self.get(urllib.parse.urljoin(url, "/robots.txt"))[1].decode("utf-8-sig", "replace")
-                except Refusal as refusal:
-                    if refusal.passing:
-                        raise
-                    text = "User-agent: *\nDisallow: /" if str(refusal) in ("HTTP 401", "HTTP 403") else ""
+                except ImageError:
+                    text = ""
                 host.rules = protego.Protego.parse(text)
                 host.delay = max(host.delay, host.rules.crawl_delay(ROBOT) or 0)
         if host.delay > MOST_LOST or not host.rules.can_fetch(url, ROBOT):
-            raise Refusal("forbidden by robots.txt")
+            raise ImageError("forbidden by robots.txt")
 
-    def try_often(self, url: str, host: Host, headers: dict | None, tries: int = TRIES) -> tuple[str | None, bytes]:
-        """Return what try_once does, after so many tries at most. Raises Refusal."""
+    def ask(self, request: Any, host: Host, tries: int = TRIES) -> tuple[Any, bytes]:
+        """Return a host's answer and its body, when it is its turn. Raises ImageError, or Failure after the last try.
+
+        By the adapter, since a session would read all of a redirect's body, and send cookies.
+        """
+        import urllib3
+
         with self.lock:
             started = max(time.monotonic(), host.next_start)
             host.next_start = started + host.delay
             if host.lost >= MOST_LOST:
-                raise Refusal("the host gives no answers", passing=True)
+                raise Failure("the host gives no answers")
         time.sleep(max(0, started - time.monotonic()))
+        settings = self.session.merge_environment_settings(request.url, {}, True, None, None)
+        body, pause = bytearray(), BACKOFF
         try:
-            answer = self.try_once(url, headers)
-        except Refusal as refusal:
-            if not refusal.passing:
-                host.lost = 0
-                raise
-            with self.lock:  # the pause before a new try is the whole host's
-                next_start = time.monotonic() + (refusal.wait or BACKOFF)
-                host.next_start = max(host.next_start, next_start)
-                host.lost += next_start - started
-            if tries == 1:
-                raise
-            return self.try_often(url, host, headers, tries - 1)
-        host.lost = 0
-        return answer
-
-    def try_once(self, url: str, headers: dict | None) -> tuple[str | None, bytes]:
-        """Return (where an address redirects to, or None; the body of the answer). Raises Refusal."""
-        import urllib3
-
-        body = bytearray()
-        until = time.monotonic() + MOST_SECONDS
-        try:
-            with self.session.get(url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False) as answer:
-                if target := self.session.get_redirect_target(answer):
-                    return target, b""
-                if answer.status_code != 200:
-                    wait = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(answer.raw)
-                    raise Refusal(f"HTTP {answer.status_code}", answer.status_code in PASSING, wait or 0)
+            with self.session.get_adapter(request.url).send(request, timeout=TIMEOUT, **settings) as answer:
+                if answer.status_code in PASSING:
+                    pause = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(answer.raw) or BACKOFF
+                    raise Failure(f"HTTP {answer.status_code}")
                 while block := answer.raw.read1(1 << 16, decode_content=True):
                     body += block
                     if len(body) > MOST_CRAWL_BYTES:
-                        raise Refusal("too many bytes")
-                    if time.monotonic() > until:
-                        raise Refusal("too slow", passing=True)
-        except (OSError, urllib3.exceptions.HTTPError) as error:
-            reason = "timed out" if "timed out" in str(error) else "the connection failed"
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                reason = "no valid certificate"
-            raise Refusal(reason, passing=True) from None
-        return None, bytes(body)
-
-    def search(self, url: str, query: dict, headers: dict | None = None) -> bytes:
-        """Return what a source answers a query with. Raises Refusal."""
-        return self.get(f"{url}?{urllib.parse.urlencode(query)}", headers=headers)[1]
+                        raise ImageError("too many bytes")
+                    if time.monotonic() > started + MOST_SECONDS:
+                        raise Failure("too slow")
+        except (Failure, OSError, urllib3.exceptions.HTTPError) as error:
+            with self.lock:  # the pause before a new try is the whole host's
+                host.next_start = max(host.next_start, time.monotonic() + pause)
+                host.lost += time.monotonic() + pause - started
+            if tries > 1:
+                return self.ask(request, host, tries - 1)
+            raise error if isinstance(error, Failure) else Failure(f"no answer ({type(error).__name__})") from None
+        host.lost = 0
+        return answer, bytes(body)
 
 
 # The sources: generator functions of (web, the address of the search, search words).
@@ -3408,10 +3368,12 @@ skipping_odd_ones = contextlib.suppress(LookupError, TypeError, ValueError, Attr
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
     token = os.environ.get("OPENVERSE_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else None
+    headers = dict(web.headers)
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     query = {"q": words, "license": ",".join(web.licenses), "page_size": 50 if token else 20}
     for page in itertools.count(1):
-        answer = json.loads(web.search(url, query | {"page": page}, headers))
+        answer = json.loads(web.get(url, params=query | {"page": page}, headers=headers)[1])
         for image in answer["results"]:
             with skipping_odd_ones:
                 license_name = f"{image['license']} {image['license_version'] or ''}".strip()
@@ -3423,30 +3385,30 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
 
 def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
-    query = "action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50&prop=imageinfo"
-    query += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
-    asked = dict(urllib.parse.parse_qsl(query), gsrsearch=f"{words} filetype:bitmap")
-    more = {"continue": ""}
-    while more:
-        answer = json.loads(web.search(url, asked | more))
-        pages = answer.get("query", {}).get("pages", [])
+    url += "?action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50&prop=imageinfo"
+    url += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
+    more: dict | None = {}
+    while more is not None:
+        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap"} | more)[1])
+        pages = answer.get("query", {"pages": []})["pages"]
         for page in sorted(pages, key=lambda page: page.get("index", 0)):
             with skipping_odd_ones:
                 image = page["imageinfo"][0]
-                told = {name: plain(field["value"]) for name, field in image["extmetadata"].items()}
-                code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
+                told = {name: field["value"] for name, field in image["extmetadata"].items()}
+                code = re.sub(r"^cc-|-[\d.]+.*", "", told["License"]).replace("pd", "pdm")
                 if code in web.licenses or not web.flags.crawl_license:
-                    facts = [told.get("LicenseShortName"), page["title"], told.get("Artist")]
-                    yield Candidate(image["thumburl"], image["descriptionurl"], *facts)
+                    creator = html.unescape(re.sub("<[^>]*>", "", told.get("Artist", "")))
+                    facts = [image["descriptionurl"], told["LicenseShortName"], page["title"], creator]
+                    yield Candidate(image["thumburl"], *facts)
         more = answer.get("continue")
 
 
 def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Observations of a species or a group of them, by its name, that several people agree on."""
+    url += "?quality_grade=research&per_page=200&order_by=id&order=desc"
     wanted = [name if name == "cc0" else f"cc-{name}" for name in web.licenses if name != "pdm"]
-    query: dict[str, Any] = {"taxon_name": words, "quality_grade": "research", "photo_license": ",".join(wanted)}
-    query |= {"per_page": 200, "order_by": "id", "order": "desc"}
-    while found := json.loads(web.search(url, query))["results"]:
+    query = {"taxon_name": words, "photo_license": ",".join(wanted)}
+    while found := json.loads(web.get(url, params=query)[1])["results"]:
         for observation in found:
             with skipping_odd_ones:
                 user = observation["user"]
@@ -3460,68 +3422,52 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
 
 def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Bing finds; the licenses are unknown."""
-    seen: set[str] = set()
-    for first in itertools.count(0, 35):
-        page = parse_html(web.search(url, {"q": words, "first": first, "count": 35, "mmasync": 1}))
-        seen_before = len(seen)
-        for link in page.select("a.iusc[m]"):
-            with skipping_odd_ones:
-                tile = json.loads(link["m"])
-                seen.add(tile["murl"])
-                yield Candidate(tile["murl"], tile.get("purl"), title=plain(tile.get("t") or ""))
-        if len(seen) == seen_before:  # behind the end it repeats its last page
-            return
+    for tile in scrape(web, f"{url}?count=35&mmasync=1", {"q": words}, "first", 35, r'class="iusc"[^>]* m="([^"]*)'):
+        with skipping_odd_ones:
+            facts = json.loads(html.unescape(tile))
+            title = re.sub("[\ue000-\uf8ff]", "", facts["t"])  # without its marks around the words searched for
+            yield Candidate(facts["murl"], facts["purl"], title=title)
 
 
 def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Baidu finds; the licenses are unknown, and the addresses of the pages enciphered."""
+    for address in scrape(web, f"{url}?tn=baiduimage&ie=utf-8", {"word": words}, "pn", 60, r'"objURL":\s*"([^"\s]+)"'):
+        yield Candidate(address.replace("\\/", "/"))
+
+
+def scrape(web: Web, url: str, query: dict, first: str, step: int, pattern: str) -> Iterator[str]:
+    """Yield what a pattern finds in page after page of results, until one is like the last."""
     found: list[str] = []
-    for first in itertools.count(0, 60):
-        query = {"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first}
-        page = web.search(url, query).decode("utf-8", "replace").replace("\\/", "/")
-        last, found = found, re.findall(r'"objURL":\s*"([^"\s]+)"', page)
-        if not found or found == last:
+    for start in itertools.count(0, step):
+        page = web.get(url, params=query | {first: start})[1].decode("utf-8", "replace")
+        last, found = found, re.findall(pattern, page)
+        if found == last:
             return
-        yield from map(Candidate, found)
+        yield from found
 
 
 def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
-    """The images of an ordinary web page, each in its largest form; {} in the address is for the search words.
+    """The images of a web page and those it links to, each in its largest form; {} in the address is for the words.
 
     Pages that load their images as one scrolls keep the true address in a data- attribute, and a blank in `src`.
     """
-    url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
-    page = parse_html(body)
-    title = page.title and page.title.get_text(strip=True)
-    base = page.select_one("base[href]")
-    around = urllib.parse.urljoin(url, base["href"]) if base else url
-    links = (f"a[href$='.{ending}' i]" for ending in ("jpg", "jpeg", "png", "gif", "bmp", "webp"))
-    for element in page.select(", ".join(["img, picture > source, meta[property='og:image']", *links])):
-        srcset = element.get("data-srcset") or element.get("srcset", "")
-        sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+(\d+(?:\.\d+)?)[wx])?\s*(?:,|$)", srcset)
-        largest = max(sizes, key=lambda pair: float(pair[1] or 1), default=[""])[0]
-        address = largest or element.get("href") or element.get("content") or element.get("data-src")
-        with skipping_odd_ones:
-            address = urllib.parse.urljoin(around, address or element.get("src") or "data:")
-            if not address.startswith("data:"):
-                yield Candidate(urllib.parse.urldefrag(address).url, url, title=element.get("alt") or title)
-
-
-def parse_html(page: bytes) -> Any:
     import bs4
 
-    return bs4.BeautifulSoup(page, "html.parser")
-
-
-def plain(text: str) -> str:
-    """Return a text without tags, and without the marks that search engines put around the words searched for."""
-    return html.unescape(re.sub(r"<[^>]*>|[\ue000-\uf8ff]", "", text)).strip()
+    url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
+    page: Any = bs4.BeautifulSoup(body, "html.parser")
+    for element in page.select("img, a[href$='.jpg' i], a[href$='.jpeg' i], a[href$='.png' i], a[href$='.webp' i]"):
+        srcset = element.get("data-srcset") or element.get("srcset", "")
+        sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]+)[wx])?\s*(?:,|$)", srcset)
+        largest = max(sizes, key=lambda pair: float(pair[1] or 1), default=[""])[0]
+        address = largest or element.get("href") or element.get("data-src") or element.get("src") or "data:"
+        if not address.startswith("data:"):
+            with skipping_odd_ones:
+                yield Candidate(urllib.parse.urljoin(url, address), url, title=element.get("alt"))
 
 
 def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
     """The addresses in a file, one a line; {} in its name is for the search words."""
-    for _, line in lines_of(path.replace("{}", words)):
-        yield Candidate(line)
+    return map(Candidate, lines_of(path.replace("{}", words)))
 
 
 # What finds candidates, and where.
@@ -3539,47 +3485,35 @@ SOURCES: dict[str, tuple[Callable, str]] = {
 def source_named(text: str) -> tuple[str, str]:
     """Read a --crawl_source: (name, address). Raises argparse.ArgumentTypeError."""
     name, _, address = text.partition(":")
-    if name not in SOURCES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {', '.join(SOURCES)}")
-    address = address or SOURCES[name][1]
-    if not re.match("." if name == "list" else "https?://.", address):
-        raise argparse.ArgumentTypeError(f"{text!r} leads nowhere; write page:https://... or list:FILE")
-    return name, address
+    if name in SOURCES and (address or SOURCES[name][1]):
+        return name, address or SOURCES[name][1]
+    known = ", ".join(SOURCES)
+    raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {known} (as page:https://..., list:FILE)")
 
 
-def license_names(text: str) -> tuple[str, ...]:
+def license_names(text: str) -> list[str]:
     """Read the value of --crawl_license: names of licenses, joined by commas."""
-    names = tuple(re.findall(r"[^\s,]+", text.lower()))
-    for name in names:
-        if name not in LICENSES:
-            raise argparse.ArgumentTypeError(f"{name!r} is not known; choose from {','.join(LICENSES)}")
+    names = re.findall(r"[^\s,]+", text.lower())
+    if not set(names) <= set(LICENSES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; choose from {','.join(LICENSES)}")
     return names
 
 
-def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> Iterator[Candidate]:
-    """Yield what the sources find, one source after the other, each address once.
-
-    What goes wrong with a source is told; if it may go well another time, it is added to web.away.
-    """
-    seen: set[str] = set()
+def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> Iterator[dict]:
+    """Yield what the sources find as entries of a crawl.jsonl; tell what goes wrong with one."""
     for name, address in sources:
-        source = f"--crawl_source {name}:{address}"
-        if not web.away.get(source, "HTTP").startswith("HTTP"):  # it doesn't answer
-            continue
         problem = f"it has no images for {words!r}; if it shows some in a browser, its form has changed"
         try:
             for candidate in SOURCES[name][0](web, address, words):
                 problem = ""
-                candidate.source = name
-                if isinstance(candidate.url, str) and candidate.url not in seen:
-                    seen.add(candidate.url)
-                    yield candidate
+                yield {**candidate._asdict(), "source": name}
+        except Failure as failure:
+            problem = str(failure)
+            web.away = f"--crawl_source {name}:{address}: {problem}"
         except Exception as error:  # an answer may hold anything, and parsers give up in many ways
-            problem = str(error) if isinstance(error, Refusal | OSError) else f"its form has changed ({error!r})"
-            if getattr(error, "passing", False):
-                web.away[source] = problem
+            problem = str(error) if isinstance(error, ImageError | OSError) else f"its form has changed ({error!r})"
         if problem:
-            log.warning("%s: %s.", source, problem)
+            log.warning("--crawl_source %s:%s: %s.", name, address, problem)
 
 
 def looks_of(data: bytes) -> int:
@@ -3591,25 +3525,21 @@ def looks_of(data: bytes) -> int:
 
 
 def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
-    """Return (a file, {file: its name, looks: its perceptual hash in hexadecimal}) of a good image. Raises Refusal."""
+    """Return (file, {file: its name, looks: its perceptual hash in hexadecimal}). Raises ImageError and Failure."""
     _, data = web.get(url, robots=True)
-    try:
-        looks = looks_of(data)
-    except ImageError as error:
-        raise Refusal(str(error).split(" (")[0]) from None
-    image = PIL.Image.open(io.BytesIO(data), formats=[*FORMATS, "HEIF"])
+    looks = looks_of(data)
+    image = PIL.Image.open(io.BytesIO(data))
     if min(image.size) < web.flags.crawl_min_side:
-        raise Refusal("too small", side=min(image.size))
-    sha256 = hashlib.sha256(data).hexdigest()
+        raise Failure("too small, see --crawl_min_side")
     ending = "jpg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
-    return data, {"file": f"{sha256}.{ending}", "looks": f"{looks:064x}"}
+    return data, {"file": f"{hashlib.sha256(data).hexdigest()}.{ending}", "looks": f"{looks:064x}"}
 
 
 class ClassFolder:
     """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
 
     url, page, source, licence, title, creator; `outcome`: kept, refused, or failed (which another time might go well),
-    and why not, `reason`; of an image its facts: see fetch_image.
+    and why not, `reason`; of a kept image what fetch_image says.
     looks: of the images of all classes, {perceptual hash: class}.
     """
 
@@ -3618,142 +3548,110 @@ class ClassFolder:
         self.path = path
         self.looks = looks
         self.journal = Journal(path / MANIFEST)
-        self.entries: dict[str, dict] = {}  # the last word on each address
-        known = {path / MANIFEST}
-        for entry in self.journal.read():
-            with contextlib.suppress(LookupError, TypeError, ValueError):  # a line that is no record
-                if entry["outcome"] == "kept":  # deleted ones, too: whoever deleted one doesn't want it back
-                    looks[int(entry["looks"], 16)] = path.name
-                    known.add(path / entry["file"])
-                self.entries[entry["url"]] = entry
+        entries = self.journal.read()
+        self.entries = {
+            entry["url"]: entry for entry in entries if entry["outcome"] != "failed"
+        }  # they are tried again
+        kept = [entry for entry in self.entries.values() if entry["outcome"] == "kept"]
+        # Of deleted ones, too: whoever deleted one doesn't want it back.
+        looks.update({int(entry["looks"], 16): path.name for entry in kept})
+        files = {path / entry["file"] for entry in kept}
         for leftover in path.glob(".retrain-*.tmp"):  # of a killed run: see settle
-            place = path / leftover.name[len(".retrain-") : -len(".tmp")]
-            leftover.replace(place) if place in known else leftover.unlink()
-        strangers = sorted(set(path.iterdir()) - known)  # the user's own images, which no download may double
+            place = path / leftover.stem.removeprefix(".retrain-")
+            leftover.replace(place) if place in files else leftover.unlink()
+        there = set(path.iterdir())
+        self.count = len(there & files)  # of the crawled images that are there
+        strangers = there - files - {self.journal.path}  # the user's own images, which no download may double
         for file in progress_bar(f"Images in {path.name}", None, "image", iterable=strangers) if strangers else ():
             with contextlib.suppress(OSError, ImageError):  # no image
                 looks[looks_of(file.read_bytes())] = path.name
 
-    def count(self) -> int:
-        """Return how many crawled images are there."""
-        kept = (entry["file"] for entry in self.entries.values() if entry["outcome"] == "kept")
-        return sum((self.path / name).is_file() for name in kept)
-
-    def is_known(self, candidate: Candidate, min_side: int) -> bool:
-        """Tell whether an address was kept or refused for good; not if it failed, or if a flag may let it pass now."""
-        entry = self.entries.get(candidate.url, {"outcome": "failed"})
-        passing = entry["outcome"] == "failed" or entry.get("reason") == "private address"
-        return not passing and entry.get("side", 0) < min_side
-
-    def settle(self, candidate: Candidate, fetched: concurrent.futures.Future) -> bool:
-        """Keep what was fetched (see fetch_image), or record why not; return whether it was kept.
+    def settle(self, entry: dict, fetched: concurrent.futures.Future) -> None:
+        """Keep what was fetched (see fetch_image), or say in its entry why not, and record that.
 
         An image comes to its place after its record, so that a killed run leaves none without one.
         """
-        entry = {**vars(candidate), "outcome": "kept"}
-        self.entries[candidate.url] = entry
         try:
             data, facts = fetched.result()
             looks = int(facts["looks"], 16)
-            twins = (name for other, name in self.looks.items() if (looks ^ other).bit_count() <= SAME_LOOKS)
-            if name := next(twins, ""):
-                raise Refusal(f"the same image is there already in {name}")
+            for other, name in self.looks.items():
+                if (looks ^ other).bit_count() <= SAME_LOOKS:
+                    raise ImageError(f"the same image is there already in {name}")
+        except ImageError as error:
+            entry |= {"outcome": "refused", "reason": str(error).split(" (")[0]}
         except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
-            refusal = error if isinstance(error, Refusal) else Refusal(f"unexpected {error!r}", passing=True)
-            outcome = "failed" if refusal.passing else "refused"
-            entry |= {"outcome": outcome, "reason": str(refusal), **refusal.facts}
-            self.journal.append(entry)
-            return False
-        entry |= facts
-        temporary = self.path / f".retrain-{facts['file']}.tmp"
-        temporary.write_bytes(data)
+            entry |= {"outcome": "failed", "reason": str(error)}
+        else:
+            entry |= {"outcome": "kept", **facts}
+            temporary = self.path / f".retrain-{facts['file']}.tmp"
+            temporary.write_bytes(data)
         self.journal.append(entry)
-        temporary.replace(self.path / facts["file"])
-        self.looks[looks] = self.path.name
-        return True
+        if entry["outcome"] == "kept":
+            temporary.replace(self.path / facts["file"])
+            self.looks[looks] = self.path.name
+            self.count += 1
 
 
-def lines_of(path: str) -> list[tuple[int, str]]:
-    """Return (number, text) of the lines of a file that say something, without comments."""
-    lines = Path(path).read_text("utf-8-sig", "replace").splitlines()
-    texts = (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)
-    return [(number, text) for number, text in enumerate(texts, 1) if text]
+def lines_of(path: str) -> list[str]:
+    """Return the lines of a file that say something, without comments."""
+    text = Path(path).read_text("utf-8-sig", "replace")
+    return re.findall(r"^\s*([^\s#].*?)\s*(?:\s#.*)?$", text, re.MULTILINE)
 
 
 def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
     """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
 
-    Raises UserError for a name that can't be a folder's, or OSError.
+    A class goes into the folder that has its label already. Raises UserError for a name that can't be a folder's.
     """
-    composed = functools.partial(unicodedata.normalize, "NFC")  # macOS takes all forms of Unicode for one name
-    there = {label_of(composed(path.name)): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
-    # In UTF-8; U+FFFD stands for what is none, and Windows keeps some names for devices.
-    forbidden = rb'^\.|\.$|[\\/<>"|?*\x00-\x1f]|\xef\xbf\xbd|.{201}|^(con|prn|aux|nul|(com|lpt)\d)\s*(\.|$)'
+    there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
     classes: dict[str, str] = {}
-    for number_of_line, line in lines_of(names_path):
-        folder, _, words = (part.strip() for part in composed(line).partition(":"))
-        where = f"--crawl {names_path}, line {number_of_line}: {folder!r}"
+    for line in lines_of(names_path):
+        folder, _, words = (part.strip() for part in line.partition(":"))
         label = label_of(folder)
-        if re.search(forbidden, folder.encode(), re.IGNORECASE) or not label.strip():
-            raise UserError(f"{where} can't be the name of a folder; write `folder: search words`, in UTF-8.")
+        if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
+            told = "can't be the name of a folder; write `folder: search words`, in UTF-8"
+            raise UserError(f"--crawl {names_path}: {folder!r} {told}.")
         place = there.setdefault(label, folder)
-        if place in classes or composed(place) != folder:
-            raise UserError(f"{where} is there already, as {place!r}; rename or remove one of them.")
+        if place in classes:
+            raise UserError(f"--crawl {names_path}: {folder!r} is there already, as {place!r}; remove one of them.")
         classes[place] = words or folder
-    if not classes:
-        raise UserError(f"--crawl {names_path}: it names no class; write one per line.")
     return classes
 
 
-def crawl_class(folder: ClassFolder, candidates: Iterator[Candidate], web: Web) -> None:
+def crawl_class(folder: ClassFolder, candidates: Iterator[dict], web: Web) -> None:
     """Fetch candidates until as many images are kept as are wanted, or there are no more candidates.
 
     Never more are under way than are wanted, so nothing is fetched in vain.
     """
     wanted = web.flags.crawl_count
-    kept = folder.count()
-    unknown = (candidate for candidate in candidates if not folder.is_known(candidate, web.flags.crawl_min_side))
-    running: dict[concurrent.futures.Future, Candidate] = {}
+    unknown = (entry for entry in candidates if entry["url"] not in folder.entries)
+    running: dict[concurrent.futures.Future, dict] = {}
     pool = concurrent.futures.ThreadPoolExecutor(web.flags.crawl_parallel)
     try:
-        with progress_bar(folder.path.name, wanted, "image", initial=kept) as bar:
-            while kept < wanted:
-                free = min(web.flags.crawl_parallel, wanted - kept) - len(running)
-                for candidate in itertools.islice(unknown, free):
-                    running[pool.submit(fetch_image, candidate.url, web)] = candidate
+        with progress_bar(folder.path.name, wanted, "image", initial=folder.count) as bar:
+            while folder.count < wanted:
+                free = min(web.flags.crawl_parallel, wanted - folder.count) - len(running)
+                for entry in itertools.islice(unknown, free):
+                    folder.entries[entry["url"]] = entry
+                    running[pool.submit(fetch_image, entry["url"], web)] = entry
                 if not running:
                     return
                 done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
-                added = sum(folder.settle(running.pop(future), future) for future in done)
-                kept += added
-                bar.update(added)
+                for future in done:
+                    folder.settle(running.pop(future), future)
+                bar.update(folder.count - bar.n)
     finally:  # nobody waits for what is under way
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def report_crawl(folders: Sequence[ClassFolder], wanted: int, ended: bool) -> None:
-    """Print a table of what was kept and refused of each class, so far and in all runs before.
-
-    ended: whether all was asked; then also what could be done for classes that stayed short.
-    """
-    width = max(5, *(len(folder.path.name) for folder in folders))
-    log.info("%s", f"{'Class':<{width}}    kept   asked  refused")
-    advice = []
+def report_crawl(folders: Sequence[ClassFolder], wanted: int) -> None:
+    """Print a table of what was kept and refused of each class, so far and in all runs before."""
+    row = "%-24s %6s %6s %8s  %s"
+    log.info(row, "Class", "kept", "asked", "refused", "why")
     for folder in folders:
-        name = folder.path.name
-        kept = folder.count()
-        refused = [entry for entry in folder.entries.values() if entry["outcome"] != "kept"]
-        reasons = Counter(str(entry.get("reason")) for entry in refused)
+        reasons = Counter(entry["reason"] for entry in folder.entries.values() if "reason" in entry)
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        log.info("%s", f"{name:<{width}}  {kept:>6}  {wanted:>6}  {len(refused):>7}  {told}".rstrip())
-        if ended and kept < wanted:
-            failed = sum(entry["outcome"] == "failed" for entry in refused)
-            ways = [f"run the same command again, which tries {failed} that failed once more"] if failed else []
-            ways += [ADVICE[reason] for reason in reasons if reason in ADVICE]
-            ways += [f"search for other words (`{name}: other words` in the file of names) or add a --crawl_source"]
-            advice.append(f"{name} stayed {wanted - kept} short; what could be done: {'; '.join(ways)}.")
-    for line in advice:
-        log.info("%s", line)
+        log.info(row, folder.path.name, folder.count, wanted, reasons.total(), told)
 
 
 def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
@@ -3781,20 +3679,22 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     folders = {name: ClassFolder(crawl_dir / name, looks) for name in sorted(names)}
     asked = [folders[name] for name in classes]
     web = Web(flags)
-    ended = False
     try:
         for folder, words in zip(asked, classes.values(), strict=True):
             crawl_class(folder, candidates_of(sources, words, web), web)
-        ended = not web.away
     finally:
-        report_crawl(asked, flags.crawl_count, ended)
+        report_crawl(asked, flags.crawl_count)
         lock.release()
-    counts = [folder.count() for folder in asked]
-    if web.away and min(counts) < flags.crawl_count:
-        source, why = next(iter(web.away.items()))
-        raise UserError(f"{source}: {why}; see whether this machine is online, and run the same command again.")
-    if not any(counts):
+    short = [folder.path.name for folder in asked if folder.count < flags.crawl_count]
+    if short and web.away:
+        raise UserError(f"{web.away}; see whether this machine is online, and run the same command again.")
+    if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")
+    if short:
+        told = (
+            "%s stayed short; run the same command again, which tries what failed once more, or search for other words."
+        )
+        log.info(told, ", ".join(short))
 
 
 # ======================================================================================================================

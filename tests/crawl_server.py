@@ -30,27 +30,28 @@ import PIL.Image
 BAD = {
     "404": "HTTP 404",
     "500": "HTTP 500",
-    "stall": "timed out",
+    "stall": "no answer (ReadTimeout)",
     "drip": "too slow",
-    "cut": "the connection failed",
+    "cut": "no answer (ProtocolError)",
     "truncated": "the file is truncated",
     "empty": "the file is empty",
     "text": "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format",
     "endless": "too many bytes",
     "gzip_bomb": "too many bytes",
     "loop": "too many redirects",
-    "to_10": "private address",
-    "to_loopback": "private address",
+    "to_10": "private address, see --crawl_allow_private",
+    "to_loopback": "private address, see --crawl_allow_private",
     "to_file": "no http or https address",
     "bomb": "more pixels than any honest image has",
-    "small": "too small",
+    "small": "too small, see --crawl_min_side",
     "forbidden": "forbidden by robots.txt",
     "copy": "the same image is there already",
     "smaller": "the same image is there already",
     "larger": "the same image is there already",
     "poorer": "the same image is there already",
 }
-PASSING = {"500", "stall", "cut", "drip"}  # another time they might go well
+# Another time they might go well, or with another flag.
+PASSING = {"500", "stall", "cut", "drip", "small", "to_10", "to_loopback"}
 TWINS = {"copy", "smaller", "larger", "poorer"}  # of the good image of the same seed
 GOOD = ("good", "png", "gif", "bmp", "webp", "429", "500_once", "hops5", "gzip", "mislabelled", "chunked", "unlengthed")
 ENDINGS = {"png": ".png", "gif": ".gif", "bmp": ".bmp", "webp": ".webp", "mislabelled": ".png"}  # else .jpg
@@ -214,7 +215,7 @@ GALLERY = """<!DOCTYPE html>
 # The addresses in it that are images, each in its largest form.
 GALLERY_PATHS = [
     "/gallery/plain.jpg", "/up/one.jpg?a=1&b=2", "/gallery/w1280.jpg", "/gallery/x3.jpg", "/c_fill,w_900/a.jpg",
-    "/gallery/pic-1600.webp", "/gallery/pic.jpg", "/gallery/lazy.jpg", "/gallery/lz-2.jpg", "/gallery/full.JPG",
+    "/gallery/pic.jpg", "/gallery/lazy.jpg", "/gallery/lz-2.jpg", "/gallery/full.JPG",
     "/gallery/thumb.jpg", "/gallery/linked.jpg", "/gallery/alone.png", "/scheme.jpg",
 ]  # fmt: skip
 
