@@ -3216,7 +3216,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
 # ======================================================================================================================
 
 ROBOT = "retrain.py"  # what robots.txt files know us by
-USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images to train an image classifier; {{}})"
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images for a classifier; {{}})"
 # Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
 TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
 # HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
@@ -3250,10 +3250,7 @@ class Host:
 
 
 class Web:
-    """Fetches addresses with a polite visitor's patience: robots.txt, a pause between two requests to a host.
-
-    Only http and https, only public addresses (behind a proxy, as far as names are known here), no cookies.
-    """
+    """Fetches what lies at public http and https addresses, with a polite visitor's patience and without cookies."""
 
     def __init__(self, flags: argparse.Namespace):
         import requests
@@ -3272,7 +3269,7 @@ class Web:
 
         robots: whether robots.txt has a say. Search engines forbid their results to all robots; whoever names one asks
         it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
-        options: `params` and `headers` of requests.Request.
+        options: of requests.Request.
         """
         for _ in range(MOST_REDIRECTS + 1):
             request, host = self.prepare(url, {"headers": self.headers, **options})
@@ -3296,16 +3293,18 @@ class Web:
             request: Any = requests.Request("GET", url, **options).prepare()
             self.session.get_adapter(request.url)
             parts = urllib.parse.urlsplit(request.url)
-            places = socket.getaddrinfo(parts.hostname, parts.port)
+            site = parts.hostname, parts.port
+            places = socket.getaddrinfo(*site)
         except ValueError:
             raise ImageError("no http or https address") from None
         except OSError:
             places = []  # a proxy may know the name; if not, the connection fails
+        allowed = self.flags.crawl_allow_private
         for place in places:
             ip = ipaddress.ip_address(place[4][0])
-            if not ip.is_global and not any(ip in network for network in self.flags.crawl_allow_private):
+            if not ip.is_global and not any(ip in network for network in allowed):
                 raise Failure("private address, see --crawl_allow_private")
-        return request, self.hosts.setdefault((parts.hostname, parts.port), Host(self.flags.crawl_host_delay))
+        return request, self.hosts.setdefault(site, Host(self.flags.crawl_host_delay))
 
     def check_robots(self, url: str, host: Host) -> None:
         """Raise ImageError if the robots.txt of a host forbids an address; a host without one allows all."""
@@ -3323,10 +3322,7 @@ class Web:
             raise ImageError("forbidden by robots.txt")
 
     def ask(self, request: Any, host: Host, tries: int = TRIES) -> tuple[Any, bytes]:
-        """Return a host's answer and its body, when it is its turn. Raises ImageError, or Failure after the last try.
-
-        By the adapter, since a session would read all of a redirect's body, and send cookies.
-        """
+        """Return a host's answer and its body, when it is its turn. Raises ImageError, or Failure after some tries."""
         import urllib3
 
         with self.lock:
@@ -3335,6 +3331,7 @@ class Web:
             if host.lost >= MOST_LOST:
                 raise Failure("the host gives no answers")
         time.sleep(max(0, started - time.monotonic()))
+        # Not by the session itself, which would send cookies, and read a redirect's body whatever its size.
         settings = self.session.merge_environment_settings(request.url, {}, True, None, None)
         body, pause = bytearray(), BACKOFF
         try:
@@ -3354,7 +3351,8 @@ class Web:
                 host.lost += time.monotonic() + pause - started
             if tries > 1:
                 return self.ask(request, host, tries - 1)
-            raise error if isinstance(error, Failure) else Failure(f"no answer ({type(error).__name__})") from None
+            known = isinstance(error, Failure)
+            raise Failure(str(error) if known else f"no answer ({type(error).__name__})") from None
         host.lost = 0
         return answer, bytes(body)
 
@@ -3362,7 +3360,7 @@ class Web:
 # The sources: generator functions of (web, the address of the search, search words).
 
 # Around what reads one entry of an answer; an odd one is no reason to lose the others.
-skipping_odd_ones = contextlib.suppress(LookupError, TypeError, ValueError, AttributeError)
+skipping_odd_ones = contextlib.suppress(Exception)
 
 
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
@@ -3411,39 +3409,41 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     while found := json.loads(web.get(url, params=query)[1])["results"]:
         for observation in found:
             with skipping_odd_ones:
-                user = observation["user"]
-                facts = [observation["taxon"]["name"], user["name"] or user["login"]]
+                species = observation["taxon"]["name"]
                 for photo in observation["photos"]:
                     if photo["license_code"] in wanted:
                         image = photo["url"].replace("/square.", "/large.")
-                        yield Candidate(image, observation["uri"], photo["license_code"], *facts)
+                        facts = [photo["license_code"], species, photo["attribution"]]
+                        yield Candidate(image, observation["uri"], *facts)
         query["id_below"] = found[-1]["id"]
 
 
 def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Bing finds; the licenses are unknown."""
-    for tile in scrape(web, f"{url}?count=35&mmasync=1", {"q": words}, "first", 35, r'class="iusc"[^>]* m="([^"]*)'):
-        with skipping_odd_ones:
-            facts = json.loads(html.unescape(tile))
-            title = re.sub("[\ue000-\uf8ff]", "", facts["t"])  # without its marks around the words searched for
-            yield Candidate(facts["murl"], facts["purl"], title=title)
+    tiles: list[str] = []
+    for first in itertools.count(0, 35):
+        query = {"q": words, "first": first, "count": 35, "mmasync": 1}
+        page = web.get(url, params=query)[1].decode("utf-8", "replace")
+        last, tiles = tiles, re.findall(r'class="iusc"[^>]* m="([^"]*)', page)
+        if tiles == last:  # behind the end it repeats its last page
+            return
+        for tile in tiles:
+            with skipping_odd_ones:
+                facts = json.loads(html.unescape(tile))
+                title = re.sub("[\ue000-\uf8ff]", "", facts["t"])  # its marks around the words searched for
+                yield Candidate(facts["murl"], facts["purl"], title=title)
 
 
 def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Baidu finds; the licenses are unknown, and the addresses of the pages enciphered."""
-    for address in scrape(web, f"{url}?tn=baiduimage&ie=utf-8", {"word": words}, "pn", 60, r'"objURL":\s*"([^"\s]+)"'):
-        yield Candidate(address.replace("\\/", "/"))
-
-
-def scrape(web: Web, url: str, query: dict, first: str, step: int, pattern: str) -> Iterator[str]:
-    """Yield what a pattern finds in page after page of results, until one is like the last."""
     found: list[str] = []
-    for start in itertools.count(0, step):
-        page = web.get(url, params=query | {first: start})[1].decode("utf-8", "replace")
-        last, found = found, re.findall(pattern, page)
+    for first in itertools.count(0, 60):
+        query = {"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first}
+        page = web.get(url, params=query)[1].decode("utf-8", "replace").replace("\\/", "/")
+        last, found = found, re.findall(r'"objURL":\s*"([^"\s]+)"', page)
         if found == last:
             return
-        yield from found
+        yield from map(Candidate, found)
 
 
 def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
@@ -3488,7 +3488,7 @@ def source_named(text: str) -> tuple[str, str]:
     if name in SOURCES and (address or SOURCES[name][1]):
         return name, address or SOURCES[name][1]
     known = ", ".join(SOURCES)
-    raise argparse.ArgumentTypeError(f"{text!r} is not known; choose {known} (as page:https://..., list:FILE)")
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {known} (page:https://..., list:FILE)")
 
 
 def license_names(text: str) -> list[str]:
@@ -3502,7 +3502,7 @@ def license_names(text: str) -> list[str]:
 def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> Iterator[dict]:
     """Yield what the sources find as entries of a crawl.jsonl; tell what goes wrong with one."""
     for name, address in sources:
-        problem = f"it has no images for {words!r}; if it shows some in a browser, its form has changed"
+        problem = f"it has no images for {words!r}, or its form has changed"
         try:
             for candidate in SOURCES[name][0](web, address, words):
                 problem = ""
@@ -3510,8 +3510,10 @@ def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> I
         except Failure as failure:
             problem = str(failure)
             web.away = f"--crawl_source {name}:{address}: {problem}"
-        except Exception as error:  # an answer may hold anything, and parsers give up in many ways
-            problem = str(error) if isinstance(error, ImageError | OSError) else f"its form has changed ({error!r})"
+        except (ImageError, OSError) as error:
+            problem = str(error)
+        except Exception as error:  # an answer may hold anything
+            problem = f"its form has changed ({error!r})"
         if problem:
             log.warning("--crawl_source %s:%s: %s.", name, address, problem)
 
@@ -3524,22 +3526,22 @@ def looks_of(data: bytes) -> int:
     return int(str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16)), 16)
 
 
-def fetch_image(url: str, web: Web) -> tuple[bytes, dict[str, str]]:
-    """Return (file, {file: its name, looks: its perceptual hash in hexadecimal}). Raises ImageError and Failure."""
+def fetch_image(url: str, web: Web) -> tuple[bytes, int, str]:
+    """Return (file, its perceptual hash, the name to keep it under). Raises ImageError and Failure."""
     _, data = web.get(url, robots=True)
     looks = looks_of(data)
     image = PIL.Image.open(io.BytesIO(data))
     if min(image.size) < web.flags.crawl_min_side:
         raise Failure("too small, see --crawl_min_side")
     ending = "jpg" if image.format in ("JPEG", "MPO") else str(image.format).lower()
-    return data, {"file": f"{hashlib.sha256(data).hexdigest()}.{ending}", "looks": f"{looks:064x}"}
+    return data, looks, f"{hashlib.sha256(data).hexdigest()}.{ending}"
 
 
 class ClassFolder:
     """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
 
     url, page, source, licence, title, creator; `outcome`: kept, refused, or failed (which another time might go well),
-    and why not, `reason`; of a kept image what fetch_image says.
+    and why not, `reason`; of a kept image its name, `file`, and `looks`, its perceptual hash in hexadecimal.
     looks: of the images of all classes, {perceptual hash: class}.
     """
 
@@ -3548,23 +3550,22 @@ class ClassFolder:
         self.path = path
         self.looks = looks
         self.journal = Journal(path / MANIFEST)
-        entries = self.journal.read()
-        self.entries = {
-            entry["url"]: entry for entry in entries if entry["outcome"] != "failed"
-        }  # they are tried again
-        kept = [entry for entry in self.entries.values() if entry["outcome"] == "kept"]
-        # Of deleted ones, too: whoever deleted one doesn't want it back.
-        looks.update({int(entry["looks"], 16): path.name for entry in kept})
-        files = {path / entry["file"] for entry in kept}
+        self.entries: dict[str, dict] = {}  # by address; what failed is tried again
+        files = set()
+        for entry in self.journal.read():
+            if entry["outcome"] != "failed":
+                self.entries[entry["url"]] = entry
+            if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
+                looks[int(entry["looks"], 16)] = path.name
+                files.add(path / entry["file"])
         for leftover in path.glob(".retrain-*.tmp"):  # of a killed run: see settle
             place = path / leftover.stem.removeprefix(".retrain-")
             leftover.replace(place) if place in files else leftover.unlink()
         there = set(path.iterdir())
         self.count = len(there & files)  # of the crawled images that are there
-        strangers = there - files - {self.journal.path}  # the user's own images, which no download may double
-        for file in progress_bar(f"Images in {path.name}", None, "image", iterable=strangers) if strangers else ():
+        for stranger in there - files:  # the user's own images, which no download may double
             with contextlib.suppress(OSError, ImageError):  # no image
-                looks[looks_of(file.read_bytes())] = path.name
+                looks[looks_of(stranger.read_bytes())] = path.name
 
     def settle(self, entry: dict, fetched: concurrent.futures.Future) -> None:
         """Keep what was fetched (see fetch_image), or say in its entry why not, and record that.
@@ -3572,37 +3573,33 @@ class ClassFolder:
         An image comes to its place after its record, so that a killed run leaves none without one.
         """
         try:
-            data, facts = fetched.result()
-            looks = int(facts["looks"], 16)
+            data, looks, file = fetched.result()
             for other, name in self.looks.items():
                 if (looks ^ other).bit_count() <= SAME_LOOKS:
                     raise ImageError(f"the same image is there already in {name}")
         except ImageError as error:
             entry |= {"outcome": "refused", "reason": str(error).split(" (")[0]}
-        except Exception as error:  # whatever one server or decoder comes up with is no reason to end a long crawl
+        except Exception as error:  # whatever a server sends, it ends no long crawl
             entry |= {"outcome": "failed", "reason": str(error)}
         else:
-            entry |= {"outcome": "kept", **facts}
-            temporary = self.path / f".retrain-{facts['file']}.tmp"
+            entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
+            temporary = self.path / f".retrain-{file}.tmp"
             temporary.write_bytes(data)
         self.journal.append(entry)
         if entry["outcome"] == "kept":
-            temporary.replace(self.path / facts["file"])
+            temporary.replace(self.path / file)
             self.looks[looks] = self.path.name
             self.count += 1
 
 
 def lines_of(path: str) -> list[str]:
     """Return the lines of a file that say something, without comments."""
-    text = Path(path).read_text("utf-8-sig", "replace")
-    return re.findall(r"^\s*([^\s#].*?)\s*(?:\s#.*)?$", text, re.MULTILINE)
+    text = re.sub(r"(^|\s)#.*", "", Path(path).read_text("utf-8-sig", "replace"))
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
-    """Return {class folder: search words} from a file with a class per line, `folder: search words` where they differ.
-
-    A class goes into the folder that has its label already. Raises UserError for a name that can't be a folder's.
-    """
+    """Return {class folder: search words}; a folder that is there keeps its name. Raises UserError and OSError."""
     there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
     classes: dict[str, str] = {}
     for line in lines_of(names_path):
@@ -3619,10 +3616,7 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
 
 
 def crawl_class(folder: ClassFolder, candidates: Iterator[dict], web: Web) -> None:
-    """Fetch candidates until as many images are kept as are wanted, or there are no more candidates.
-
-    Never more are under way than are wanted, so nothing is fetched in vain.
-    """
+    """Fetch candidates until enough images are kept; never more at a time than are wanted, so none in vain."""
     wanted = web.flags.crawl_count
     unknown = (entry for entry in candidates if entry["url"] not in folder.entries)
     running: dict[concurrent.futures.Future, dict] = {}
@@ -3657,8 +3651,7 @@ def report_crawl(folders: Sequence[ClassFolder], wanted: int) -> None:
 def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
     """Fill a folder of `crawl_dir` for each class with images from the sources, and print what came of it.
 
-    classes: {folder: search words}. Raises UserError when nothing could be found, or a source was out of reach while
-    images were missing.
+    classes: {folder: search words}. Raises UserError if there is none, or a source that was needed was out of reach.
     """
     import filelock
 
@@ -3675,14 +3668,16 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
         told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
         raise UserError(told) from None
     looks: dict[int, str] = {}
-    names = {*classes, *(path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))}  # of other runs, too
-    folders = {name: ClassFolder(crawl_dir / name, looks) for name in sorted(names)}
-    asked = [folders[name] for name in classes]
+    others = [path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}")]  # of other runs
+    names = sorted({*classes, *others})
+    bar = progress_bar("Images that are there", len(names), "class", iterable=names)
+    folders = {name: ClassFolder(crawl_dir / name, looks) for name in bar}
     web = Web(flags)
     try:
-        for folder, words in zip(asked, classes.values(), strict=True):
-            crawl_class(folder, candidates_of(sources, words, web), web)
+        for name, words in classes.items():
+            crawl_class(folders[name], candidates_of(sources, words, web), web)
     finally:
+        asked = [folders[name] for name in classes]
         report_crawl(asked, flags.crawl_count)
         lock.release()
     short = [folder.path.name for folder in asked if folder.count < flags.crawl_count]
@@ -3691,10 +3686,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")
     if short:
-        told = (
-            "%s stayed short; run the same command again, which tries what failed once more, or search for other words."
-        )
-        log.info(told, ", ".join(short))
+        told = "run the same command again, which tries what failed once more, or search for other words"
+        log.info("%s stayed short; %s.", ", ".join(short), told)
 
 
 # ======================================================================================================================

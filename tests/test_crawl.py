@@ -206,7 +206,7 @@ def test_commons_gives_thumbnails_in_order_with_license_and_creator(server):
 def test_inaturalist_gives_large_photographs_that_are_licensed(server):
     source = f"inaturalist:{answer_with(server, '/v1/observations', INATURALIST, {**INATURALIST, 'results': []})}"
     image = "https://inaturalist-open-data.s3.amazonaws.com/photos/11/large.jpg"
-    expected = entry(image, OBSERVATION["uri"], "cc-by", "Lasius niger", "zoe", "inaturalist")
+    expected = entry(image, OBSERVATION["uri"], "cc-by", "Lasius niger", PHOTO["attribution"], "inaturalist")
     assert results(source, "ants") == [expected]
     assert server.traffic.queries["/v1/observations"][1]["id_below"] == "7"
 
@@ -388,8 +388,8 @@ def test_each_misbehaviour_is_refused_for_its_reason(server, kind):
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_each_odd_but_good_image_is_taken(server, kind):
-    data, facts = retrain.fetch_image(server.site + Result(kind, 1).path, web())
-    assert (data, facts["file"]) == (file_of(kind, 1), name_of(Result(kind, 1)))
+    data, _, name = retrain.fetch_image(server.site + Result(kind, 1).path, web())
+    assert (data, name) == (file_of(kind, 1), name_of(Result(kind, 1)))
 
 
 @pytest.mark.parametrize(
