@@ -3262,7 +3262,7 @@ class Web:
         self.away = ""  # a source that was out of reach, and why
         self.session = requests.Session()
         contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
-        self.headers = {"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"}
+        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
 
     def get(self, url: str, robots: bool = False, **options: Any) -> tuple[str, bytes]:
         """Return (address, body) of what an address leads to, after redirects. Raises ImageError and Failure.
@@ -3272,7 +3272,7 @@ class Web:
         options: of requests.Request.
         """
         for _ in range(MOST_REDIRECTS + 1):
-            request, host = self.prepare(url, {"headers": self.headers, **options})
+            request, host = self.prepare(url, {"headers": self.session.headers, **options})
             if robots:
                 self.check_robots(request.url, host)
             answer, body = self.ask(request, host)
@@ -3366,7 +3366,7 @@ skipping_odd_ones = contextlib.suppress(Exception)
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
     token = os.environ.get("OPENVERSE_TOKEN")
-    headers = dict(web.headers)
+    headers = dict(web.session.headers)
     if token:
         headers["Authorization"] = f"Bearer {token}"
     query = {"q": words, "license": ",".join(web.licenses), "page_size": 50 if token else 20}
@@ -3455,14 +3455,16 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
 
     url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
     page: Any = bs4.BeautifulSoup(body, "html.parser")
-    for element in page.select("img, a[href$='.jpg' i], a[href$='.jpeg' i], a[href$='.png' i], a[href$='.webp' i]"):
+    base = urllib.parse.urljoin(url, page.base.get("href", "")) if page.base else url
+    links = "a[href$='.jpg' i], a[href$='.jpeg' i], a[href$='.png' i], a[href$='.webp' i]"
+    for element in page.select(f"img, picture > source, {links}"):
         srcset = element.get("data-srcset") or element.get("srcset", "")
         sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]+)[wx])?\s*(?:,|$)", srcset)
         largest = max(sizes, key=lambda pair: float(pair[1] or 1), default=[""])[0]
         address = largest or element.get("href") or element.get("data-src") or element.get("src") or "data:"
         if not address.startswith("data:"):
             with skipping_odd_ones:
-                yield Candidate(urllib.parse.urljoin(url, address), url, title=element.get("alt"))
+                yield Candidate(urllib.parse.urljoin(base, address), url, title=element.get("alt"))
 
 
 def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
@@ -3470,7 +3472,6 @@ def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
     return map(Candidate, lines_of(path.replace("{}", words)))
 
 
-# What finds candidates, and where.
 SOURCES: dict[str, tuple[Callable, str]] = {
     "openverse": (search_openverse, "https://api.openverse.org/v1/images/"),
     "commons": (search_commons, "https://commons.wikimedia.org/w/api.php"),

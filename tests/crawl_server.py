@@ -215,7 +215,7 @@ GALLERY = """<!DOCTYPE html>
 # The addresses in it that are images, each in its largest form.
 GALLERY_PATHS = [
     "/gallery/plain.jpg", "/up/one.jpg?a=1&b=2", "/gallery/w1280.jpg", "/gallery/x3.jpg", "/c_fill,w_900/a.jpg",
-    "/gallery/pic.jpg", "/gallery/lazy.jpg", "/gallery/lz-2.jpg", "/gallery/full.JPG",
+    "/gallery/pic-1600.webp", "/gallery/pic.jpg", "/gallery/lazy.jpg", "/gallery/lz-2.jpg", "/gallery/full.JPG",
     "/gallery/thumb.jpg", "/gallery/linked.jpg", "/gallery/alone.png", "/scheme.jpg",
 ]  # fmt: skip
 

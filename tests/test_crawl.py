@@ -252,9 +252,9 @@ def test_a_page_gives_each_image_in_its_largest_form(server):
     assert found[0]["title"] == "Un éléphant"
 
 
-def test_an_odd_address_on_a_page_costs_no_other(server):
-    server.bodies["/odd"] = [b'<img src="http://[odd/x.jpg"><img src="one.jpg"><img src="">']
-    assert [one["url"] for one in results(f"page:{server.site}/odd", "any")] == [f"{server.site}/one.jpg"]
+def test_a_page_may_say_what_its_addresses_begin_with(server):
+    server.bodies["/based"] = [b'<base href="/else/"><img src="http://[odd/x.jpg"><img src="one.jpg"><img src="">']
+    assert [one["url"] for one in results(f"page:{server.site}/based", "any")] == [f"{server.site}/else/one.jpg"]
 
 
 def test_a_list_for_each_class(server, crawl, tmp_path):
