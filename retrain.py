@@ -3393,10 +3393,10 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
             with skipping_odd_ones:
                 image = page["imageinfo"][0]
                 told = {name: field["value"] for name, field in image["extmetadata"].items()}
-                code = re.sub(r"^cc-|-[\d.]+.*", "", told["License"]).replace("pd", "pdm")
+                code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
                 if code in web.licenses or not web.flags.crawl_license:
                     creator = html.unescape(re.sub("<[^>]*>", "", told.get("Artist", "")))
-                    facts = [image["descriptionurl"], told["LicenseShortName"], page["title"], creator]
+                    facts = [image["descriptionurl"], told.get("LicenseShortName"), page["title"], creator]
                     yield Candidate(image["thumburl"], *facts)
         more = answer.get("continue")
 
@@ -3447,10 +3447,7 @@ def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
 
 
 def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
-    """The images of a web page and those it links to, each in its largest form; {} in the address is for the words.
-
-    Pages that load their images as one scrolls keep the true address in a data- attribute, and a blank in `src`.
-    """
+    """The images of a web page and those it links to, each in its largest form; {} in the address is for the words."""
     import bs4
 
     url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
@@ -3461,6 +3458,7 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
         srcset = element.get("data-srcset") or element.get("srcset", "")
         sizes = re.findall(r"([^\s,]\S*[^\s,])(?:\s+([\d.]+)[wx])?\s*(?:,|$)", srcset)
         largest = max(sizes, key=lambda pair: float(pair[1] or 1), default=[""])[0]
+        # What is loaded as one scrolls has its address in a data- attribute, and a blank in `src`.
         address = largest or element.get("href") or element.get("data-src") or element.get("src") or "data:"
         if not address.startswith("data:"):
             with skipping_odd_ones:
@@ -3569,10 +3567,7 @@ class ClassFolder:
                 looks[looks_of(stranger.read_bytes())] = path.name
 
     def settle(self, entry: dict, fetched: concurrent.futures.Future) -> None:
-        """Keep what was fetched (see fetch_image), or say in its entry why not, and record that.
-
-        An image comes to its place after its record, so that a killed run leaves none without one.
-        """
+        """Keep what was fetched (see fetch_image), or say in its entry why not; record either."""
         try:
             data, looks, file = fetched.result()
             for other, name in self.looks.items():
@@ -3587,6 +3582,7 @@ class ClassFolder:
             temporary = self.path / f".retrain-{file}.tmp"
             temporary.write_bytes(data)
         self.journal.append(entry)
+        # An image comes to its place after its record, so that a killed run leaves none without one.
         if entry["outcome"] == "kept":
             temporary.replace(self.path / file)
             self.looks[looks] = self.path.name
