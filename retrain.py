@@ -3539,8 +3539,8 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, int, str]:
 class ClassFolder:
     """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
 
-    url, page, source, licence, title, creator; `outcome`: kept, refused, or failed (which another time might go well),
-    and why not, `reason`; of a kept image its name, `file`, and `looks`, its perceptual hash in hexadecimal.
+    url, page, source, licence, title, creator; `outcome`: kept, refused, or failed (which another time or with another
+    flag might go well), and why not, `reason`; of a kept image `file` and `looks`, its perceptual hash in hex digits.
     looks: of the images of all classes, {perceptual hash: class}.
     """
 
