@@ -37,7 +37,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -97,32 +97,29 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         raise KeyboardInterrupt(signal_number)
 
     signal.signal(signal.SIGTERM, stop)
-    # They are None where they were closed, as by >&-.
-    sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     code = 1
     try:
-        code = work() or 0
-        sys.stdout.flush()  # while there are still words for what goes wrong
-        return code
-    except UserError as error:
-        message = f"error: {error}"
+        done = work() or 0
+        print(end="", flush=True)  # while there are still words for what goes wrong
+        return done
     except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
-    except ImportError as error:
-        missing = str(error.name).replace("_", "-") if IS_ALONE else "--force-reinstall -r requirements.txt"
-        message = f"error: {error}; install what is missing with: {INSTALL} {missing}"
-    except MemoryError:
-        message = "error: there is not enough memory for so many images, or for such large ones."
     except KeyboardInterrupt as error:
         resumes = "; what is done is kept, and the same command goes on from there" if program == "retrain.py" else ""
         message = f"stopped{resumes}."
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
+    except UserError as error:
+        message = f"error: {error}"
+    except OSError as error:
+        message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
+    except MemoryError:
+        message = "error: there is not enough memory for so many images, or for such large ones."
+    except ImportError as error:
+        missing = str(error.name).replace("_", "-") if IS_ALONE else "--force-reinstall -r requirements.txt"
+        message = f"error: {error}; install what is missing with: {INSTALL} {missing}"
     print(f"{program}: {printable(message)}", file=sys.stderr)
     return code
 
@@ -130,7 +127,7 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
 def end_process(code: int) -> None:
     """End the process with an exit code, now, before a late signal or a thread that is stuck can spoil the end."""
     with contextlib.suppress(OSError):
-        sys.stdout.flush()
+        print(end="", flush=True)
     os._exit(code)
 
 
@@ -161,12 +158,12 @@ def core_count(at_most: int = 0) -> int:
     return min(cores, at_most or cores)
 
 
-def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tuple, None, None]:
+def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Generator[tuple, None, None]:
     """Yield (item, result) in the order of the items; a worker is a function of one item, for one thread at a time.
 
     Threads do, since decoders and networks release the interpreter lock. What a worker raises is raised here.
     """
-    items, idle = list(items), list(workers)
+    idle = list(workers)
 
     def work(item: Any) -> Any:
         worker = idle.pop()
@@ -183,7 +180,6 @@ def on_all_cores(workers: Sequence[Callable], items: Iterable) -> Generator[tupl
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):  # faster than the whole at once, for which memory must be found
@@ -194,7 +190,6 @@ def sha256_of(path: Path) -> str:
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch."""
-    sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -236,27 +231,27 @@ class Parser(argparse.ArgumentParser):
             wrong = re.split("[ =]", rest)[0]
             name, flags = wrong.lstrip("-").replace("-", "_"), self._option_string_actions
             near = difflib.get_close_matches(f"--{name}", flags, n=1)
-            if not wrong.startswith("-"):  # no flag, but what one may have been forgotten before
-                near = [f"--image_dir {wrong}"] if "--image_dir" in flags and Path(wrong).is_dir() else []
-            near = [self.meant[name]] if name in self.meant else near
+            if name in self.meant:
+                near = [self.meant[name]]
+            elif "--image_dir" in flags and Path(wrong).is_dir():  # no flag, but what one was forgotten before
+                near = [f"--image_dir {wrong}"]
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
-def number(kind: type, low: float, high: float = math.inf, also: Sequence[float] = ()) -> Callable:
-    """Return an argparse type: an int or float from low to high, or one of `also` (such as -1 for 'all')."""
+def number(kind: type, low: float, high: float = math.inf, also: float | None = None) -> Callable:
+    """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
-        if not (low <= value <= high and math.isfinite(value)) and value not in also:
-            allowed = f"{low} to {high}" if high < math.inf else f"{low} or more"
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({', or '.join([allowed, *map(str, also)])})")
+        value = kind(text)
+        if value != also and not (low <= value <= high and math.isfinite(value)):
+            allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            or_else = "" if also is None else f", or {also}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed}{or_else})")
         return value
 
+    parse.__name__ = "whole number" if kind is int else "number"  # for argparse, whose words begin with "invalid"
     return parse
 
 
@@ -267,34 +262,32 @@ def at_home(name: str) -> str:
 
 def check_writable(name: str, path: Path, is_folder: bool) -> None:
     """Raise UserError if a file or folder, by the name of its flag, can't be written."""
-    path = path.absolute()
-    if path.exists() and not path.is_file() and not is_folder:  # a device, too, would be replaced
-        kind = "folder" if path.is_dir() else "device"
-        raise UserError(f"--{name} {path}: a {kind} of that name lies there; name another file.")
+    path, fault = path.absolute(), ""
     places = [path, *path.parents] if is_folder else path.parents
     place = next(place for place in places if place.exists())
-    if not place.is_dir():
-        raise UserError(f"--{name} {path}: {place} is a file, not a folder; name another place.")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"--{name} {path}: the folder {place} is read-only; name another place.")
+    if path.exists() and not path.is_file() and not is_folder:  # a device, too, would be replaced
+        fault = "what lies there is no file"
+    elif not place.is_dir():
+        fault = f"{place} is a file, not a folder"
+    elif not os.access(place, os.W_OK):
+        fault = f"the folder {place} is read-only"
+    if fault:
+        raise UserError(f"--{name} {path}: {fault}; name another place.")
 
 
 # ======================================================================================================================
 # Images: read, decoded, upright, resized
 # ======================================================================================================================
 
-# What is read, by the names that Pillow gives to formats, and HEIC, by pi-heif; and how such files begin.
+# What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
-BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II|MM|....ftyp(he|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_BYTES = 150_000_000
-# Pillow refuses more than twice as many, which leaves phones their JPEGs of 200 million, decoded at reduced scale.
-PIL.Image.MAX_IMAGE_PIXELS, MOST_PIXELS = 150_000_000, 179_000_000
+PIL.Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many; phones take 200 million
 # Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 # Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
 NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
 # Raw photographs are what the sensor saw, often with a small preview that a reader of TIFF takes for the image.
-RAW = "a raw photograph, which is not read; save it as JPEG"
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 
 
@@ -311,19 +304,27 @@ def is_hidden(path: Any) -> bool:
     return path.name.startswith(".") or path.name.lower() in NOT_IMAGES
 
 
+def label_of(folder: str) -> str:
+    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
+
+    Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
+    """
+    import unicodedata
+
+    letters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
+    return re.sub(" +", " ", "".join(letters))
+
+
 def read_bytes(path: Any) -> bytes:
     """Return the content of a file. Raises ImageError for one that can't be read."""
     if path.name.lower().endswith(RAW_NAMES):
-        raise ImageError(RAW)
+        raise ImageError("a raw photograph, which is not read; save it as JPEG")
     try:
-        if not path.is_file():  # a pipe or a device could be read for ever
-            raise ImageError("it can't be read (no such file, or no ordinary one)")
-        if path.stat().st_size > MOST_BYTES:
+        if path.stat().st_size > MOST_BYTES:  # films and archives, too, lie in folders of images
             raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
-        with path.open("rb") as file:  # films and archives, too, lie in folders of images
-            return file.read() if BEGINNINGS.match(file.peek()) else file.peek()
+        return path.read_bytes()
     except OSError as error:
-        raise ImageError(f"it can't be read ({error.strerror or error})") from None
+        raise ImageError(f"it can't be read ({error.strerror})") from None
 
 
 def read_image(path: Any, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
@@ -345,15 +346,13 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         register_heic()
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=["HEIF", "AVIF"] if is_heic else FORMATS)
-        is_jpeg, shorter, target, scale = image.format in ("JPEG", "MPO"), min(image.size), max(input_size), 1
-        if is_jpeg and shorter > 4 * target and not reading.exact_decode:
+        shorter, target, scale = min(image.size), max(input_size), 1
+        if shorter > 4 * target and not reading.exact_decode:
             scale = next(s for s in (8, 4, 2) if shorter / s >= 2 * target)
-        if image.width * image.height > MOST_PIXELS * scale:
-            raise PIL.Image.DecompressionBombError
-        if is_jpeg:
+        if image.format in ("JPEG", "MPO"):
             pixels = decode_jpeg(data, image, scale)
         elif image.mode.startswith("I"):
-            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
             pixels = np.repeat(grey[:, :, None], 3, axis=2)
         else:
             pixels = np.asarray(image.convert("RGB"))
@@ -366,9 +365,6 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     except Exception as error:  # decoders raise many kinds of errors on damaged data
         truncated = "truncated" in str(error).lower()
         raise ImageError("the file is truncated" if truncated else f"damaged ({first_line(error)})") from None
-    tags = getattr(image, "tag_v2", {})  # of TIFF
-    if 50706 in tags or tags.get(254, 0) & 1:  # the version of DNG; what the file begins with is a preview
-        raise ImageError(RAW)
     if not reading.ignore_exif_orientation:
         with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
             turned = PIL.Image.fromarray(pixels)
@@ -394,21 +390,17 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     """
     space = "CMYK" if image.mode == "CMYK" else "RGB"
     height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
-    decode = functools.partial(simplejpeg.decode_jpeg, data, space, True, min_height=height, min_width=width)
-    try:
-        pixels = decode()
-    except ValueError:  # also for a harmless blemish, such as stray bytes between two markers
+    for strict in (True, False):  # False forgives a harmless blemish, such as stray bytes between two markers
+        with contextlib.suppress(ValueError):
+            pixels = simplejpeg.decode_jpeg(data, space, True, False, height, width, strict=strict)
+            if space == "RGB":
+                return pixels
+            inks = pixels.astype(np.uint16)
+            if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
+                inks = 255 - inks
+            return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
         image.load()  # raises if the file is truncated
-        try:
-            pixels = decode(strict=False)
-        except ValueError:  # a blemish before the scan is never forgiven; Pillow's pixels are a few levels off
-            return np.asarray(image.convert("RGB"))
-    if space == "RGB":
-        return pixels
-    inks = pixels.astype(np.uint16)
-    if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
-        inks = 255 - inks
-    return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
+    return np.asarray(image.convert("RGB"))  # a blemish before the scan is never forgiven; a few levels off
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -451,21 +443,19 @@ JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool
 # which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
 # calls an operation stateless says little, since ReadFile is. A graph made to crash one ends the process, no more.
 PURE_OPS = """
-Abs Add AddN AddV2 All Any ArgMax ArgMin Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
-BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast Ceil CheckNumerics ClipByValue Concat
-ConcatV2 Const Conv2D Conv2DBackpropInput Cos CropAndResize Cumsum DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng
-DecodeWebP DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum Elu EnsureShape Equal Erf Erfc Exp ExpandDims Expm1
-ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor
-FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual
-Identity IdentityN If IsFinite IsNan L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax LogicalAnd LogicalNot
-LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mod Mul Neg NoOp NotEqual OneHot
-OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
-QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 RandomStandardNormal RandomUniform
-RandomUniformInt Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic ResizeBilinear
-ResizeNearestNeighbor ReverseV2 Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Sign Sin Size Slice Softmax
-Softplus Softsign SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall
-StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniform StatelessRandomUniformV2 StatelessWhile StopGradient
-StridedSlice Sub Sum Switch Tan Tanh Tile TopKV2 Transpose TruncateDiv TruncatedNormal Unpack Where While ZerosLike
+Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
+BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast CheckNumerics ClipByValue Concat
+ConcatV2 Const Conv2D Conv2DBackpropInput DecodeJpeg DecodePng DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum
+Elu EnsureShape Equal Erf Erfc Exp ExpandDims Expm1 ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
+FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather
+GatherNd GatherV2 Greater GreaterEqual Identity IdentityN If L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax
+LogicalAnd LogicalNot LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mul Neg NoOp
+NotEqual OneHot OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
+RandomStandardNormal RandomUniform Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic
+ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Size Slice Softmax
+Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall
+StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniformV2 StopGradient StridedSlice Sub Sum Switch Tanh Tile
+Transpose TruncatedNormal Unpack Where ZerosLike
 """
 
 
@@ -613,7 +603,6 @@ class Familiar:
     exemplars: np.ndarray
     least_similarity: float
     least_score: float
-    coverage: float
 
     def likeness(self, features: np.ndarray) -> np.ndarray:
         """Return the greatest cosine with an exemplar, float32 [rows], of features [rows, n]."""
@@ -629,9 +618,7 @@ class Familiar:
         return reasons
 
     def as_facts(self) -> dict:
-        """Return it as it is kept in output_graph.json."""
         return {
-            "coverage": self.coverage,
             "least_score": self.least_score,
             "least_similarity": self.least_similarity,
             "exemplars_shape": self.exemplars.shape,
@@ -640,10 +627,9 @@ class Familiar:
 
     @classmethod
     def from_facts(cls, facts: dict) -> Familiar:
-        """Return what `as_facts` has kept."""
         values = np.frombuffer(base64.b64decode(facts["exemplars_float16"]), np.float16)
-        limits = (float(facts[name]) for name in ("least_similarity", "least_score", "coverage"))
-        return cls(values.reshape(facts["exemplars_shape"]), *limits)
+        exemplars = values.reshape(facts["exemplars_shape"])
+        return cls(exemplars, float(facts["least_similarity"]), float(facts["least_score"]))
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -698,20 +684,17 @@ def load_classifier(
 
 
 def read_labels(path: Path) -> list[str]:
-    """Return the labels of a file, a line each."""
-    if not path.is_file():
-        raise UserError(f"--labels {path}: there is no such file; train first with retrain.sh, or name the file.")
     try:
         return [line for line in path.read_text("utf-8-sig").splitlines() if line]
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--labels {path}: it can't be read ({first_line(error)}); name a file in UTF-8.") from error
+        remedy = "name a file in UTF-8, or train first with retrain.sh"
+        raise UserError(f"--labels {path}: it can't be read ({first_line(error)}); {remedy}.") from error
 
 
 def read_facts(files: OutputFiles) -> dict:
     """Return what retrain.py noted about the graph, or {} if that is another's; `lite_is_whole`: so is the .tflite."""
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
-        facts["labels"] = list(map(str, facts["labels"]))
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
         tied = facts["graph_sha256"] == sha256_of(files.graph) if files.graph.is_file() else facts["lite_is_whole"]
         return facts if tied else {}
@@ -766,23 +749,15 @@ class Prediction:
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """Return the files that the arguments of --image name: files, folders (with those in them) and globs.
 
-    What names nothing is returned as it is, to be told like an image that can't be read, if others are found; else
-    UserError is raised.
+    What names nothing is returned as it is, to be told like an image that can't be read. Raises UserError if all do.
     """
-    if not patterns:
-        raise UserError("name an image: python3 predict.py photo.jpg")
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern)
-        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-        files = [file for match in matches for file in (files_below(match) if match.is_dir() else [match])]
-        found += files or [path]
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        for path in map(Path, matches or [pattern]):
+            found += files_below(path) if path.is_dir() else [path]
     if not any(path.is_file() for path in found):
-        fault = "there is no such image"
-        if any(path.is_dir() for path in found):
-            fault = "there is no file in that folder, nor in those in it (links are not followed)"
-        elif len(patterns) > 1:
-            fault += "; put a name that has spaces into quotes"
+        fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
         raise UserError(f"--image {', '.join(patterns)}: {fault}.")
     return list(dict.fromkeys(found))
 
@@ -805,7 +780,7 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         probabilities, *features = model(resize_bilinear(pixels, size))
         if len(probabilities) != len(labels):
             raise UserError(f"The graph has {len(probabilities)} classes but its file of labels {len(labels)}.")
-        in_order = probabilities.tolist()
+        in_order = [round(score, 6) for score in probabilities.tolist()]
         scores = sorted(zip(labels, in_order, strict=True), key=lambda pair: -pair[1])
         if familiar is None or not features:
             return Prediction(path, scores, in_order=in_order)
@@ -832,20 +807,16 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
 
 def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
-
-    def plain(name: str) -> str:  # a folder and the label that was made of its name are the same
-        return re.sub(r"[\W_]+", " ", name.lower()).strip()
-
     counts = collections.Counter(each.outcome for each in predictions).most_common()
     told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
     print(f"{len(predictions):,} images: {told}.")
-    classes = {plain(label) for label in labels}
+    classes = {label_of(label) for label in labels}
     sure: list[bool] = []  # whether images in such folders are named rightly
     unsure: list[bool] = []
     for each in predictions:
-        folder = plain(each.path.absolute().parent.name)
+        folder = label_of(each.path.absolute().parent.name)
         if folder in classes and each.scores:
-            (unsure if each.reason else sure).append(folder == plain(each.scores[0][0]))
+            (unsure if each.reason else sure).append(folder == label_of(each.scores[0][0]))
     if known := sure + unsure:
         of_sure = f"; of the {len(sure):,} not unsure {np.mean(sure):.1%}" if sure and unsure else ""
         print(f"Accuracy on the {len(known):,} in folders named like classes: {np.mean(known):.1%}{of_sure}.")
@@ -874,19 +845,18 @@ def csv_rows(path: str, labels: Sequence[str]) -> Iterator[Callable[[Prediction]
     Excel takes a file for UTF-8 by the mark at its beginning only, and what begins like a formula for one.
     """
 
-    def write(*cells: str | float | None) -> None:
-        harmless = (re.sub(r"^(?=[-=+@\t\r\n])", "'", cell) if isinstance(cell, str) else cell for cell in cells)
-        writer.writerow(round(cell, 6) if isinstance(cell, float) else cell for cell in harmless)
-        file.flush()
-
-    def write_row(prediction: Prediction) -> None:
-        best = prediction.scores[0] if prediction.scores else ("", "")
-        doubt = "unsure" if prediction.reason else "", prediction.reason, prediction.likeness
-        write(str(prediction.path), *best, prediction.error, *(prediction.in_order or [None] * len(labels)), *doubt)
-
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8-sig", "backslashreplace", "") as file:
         writer = csv.writer(file)
-        write("image", "label", "score", "error", *labels, "unsure", "reason", "likeness")
+        writer.writerow(["image", "label", "score", "error", *labels, "unsure", "reason", "likeness"])
+
+        def write_row(prediction: Prediction) -> None:
+            harmless = re.sub(r"^(?=[-=+@\t\r\n])", "'", str(prediction.path))
+            best = prediction.scores[0] if prediction.scores else ("", "")
+            scores = prediction.in_order or [None] * len(labels)
+            doubt = "unsure" if prediction.reason else "", prediction.reason, prediction.likeness
+            writer.writerow([harmless, *best, prediction.error, *scores, *doubt])
+            file.flush()
+
         yield write_row
 
 
@@ -952,7 +922,6 @@ EXAMPLES = """examples:
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed command line."""
     shape: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     purpose = "Name images with what retrain.py has trained."
     parser = Parser(prog="predict.py", description=purpose, epilog=EXAMPLES, **shape)
@@ -979,8 +948,7 @@ def run(flags: argparse.Namespace) -> int:
     for name in ("csv", "json", "sort_into"):
         if getattr(flags, name):
             check_writable(name, Path(getattr(flags, name)), is_folder=name == "sort_into")
-    ours = [at_home("test_images")] if Path(at_home("test_images")).exists() else []
-    paths = [] if flags.page else find_images(flags.images + flags.image or ours)
+    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
     classifier = load_classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
         serve_page(classifier, flags.top_k)

