@@ -236,8 +236,7 @@ class Parser(argparse.ArgumentParser):
             elif "--image_dir" in flags and Path(wrong).is_dir():  # no flag, but what one was forgotten before
                 near = [f"--image_dir {wrong}"]
             message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def number(kind: type, low: float, high: float = math.inf, also: float | None = None) -> Callable:
@@ -353,7 +352,7 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
             pixels = decode_jpeg(data, image, scale)
         elif image.mode.startswith("I"):
             grey = (np.asarray(image) >> 8).astype(np.uint8)
-            pixels = np.repeat(grey[:, :, None], 3, axis=2)
+            pixels = np.dstack([grey, grey, grey])
         else:
             pixels = np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError:
@@ -437,7 +436,7 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 # Graphs: by LiteRT or TensorFlow, and only such as do nothing but compute
 # ======================================================================================================================
 
-JPEG_NODE, RESIZED_NODE, BOTTLENECK_NODE = "DecodeJpeg", "ResizeBilinear", "pool_3/_reshape"
+RESIZED_NODE, BOTTLENECK_NODE = "ResizeBilinear", "pool_3/_reshape"
 
 # A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations,
 # which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
@@ -653,7 +652,7 @@ class Classifier:
 
 
 def load_classifier(
-    graph: str, labels: str = "", images: int = 2, cpu_threads: int = 0, trusted: bool = False
+    graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False
 ) -> Classifier:
     """Return the classifier of a graph (or .tflite) file, for so many images; 0 threads: all cores.
 
@@ -678,8 +677,8 @@ def load_classifier(
         model, input_size = tensorflow_model(files.graph, trusted)
         return Classifier(names, [model], input_size, reading, familiar)
     cores = core_count(cpu_threads)
-    # One image alone is done by all cores, several by a core each.
-    models = [LiteModel(files.lite, cores)] if images == 1 else [LiteModel(files.lite) for _ in range(cores)]
+    at_once = min(cores, images)  # one image alone is done by all cores, many by a core each
+    models = [LiteModel(files.lite, cores // at_once) for _ in range(at_once)]
     return Classifier(names, [model.run for model in models], models[0].input_size, reading, familiar)
 
 
@@ -710,8 +709,8 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], 
     graph = read_graph(path, trusted)
     names = [node.name for node in graph.node]
     softmax = [node.name for node in graph.node if node.op == "Softmax"]
-    if not softmax or not {JPEG_NODE, RESIZED_NODE} <= {*names}:
-        raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {JPEG_NODE!r} to a softmax layer.")
+    if not softmax or RESIZED_NODE not in names:
+        raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax.")
     wanted = [name for name in (softmax[-1], BOTTLENECK_NODE) if name in names]
     with telling_of_damage(path):
         graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
@@ -844,7 +843,6 @@ def csv_rows(path: str, labels: Sequence[str]) -> Iterator[Callable[[Prediction]
 
     Excel takes a file for UTF-8 by the mark at its beginning only, and what begins like a formula for one.
     """
-
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8-sig", "backslashreplace", "") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "score", "error", *labels, "unsure", "reason", "likeness"])
@@ -874,8 +872,7 @@ def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None
         for prediction in predictions
     ]
     with whole_file(path) as temporary:
-        text = json.dumps(entries, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", "utf-8", "backslashreplace")
+        temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
 # ======================================================================================================================

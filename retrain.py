@@ -59,7 +59,6 @@ from typing import TYPE_CHECKING, Any
 from predict import (
     BOTTLENECK_NODE,
     INSTALL,
-    JPEG_NODE,
     MOST_BYTES,
     RESIZED_NODE,
     Familiar,
@@ -787,7 +786,7 @@ EFFICIENTNETS = {
     "efficientnet_lite1": (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     "efficientnet_lite2": (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
-EXPECTED_NODES = ("DecodeJpeg/contents", JPEG_NODE, RESIZED_NODE, "Mul", BOTTLENECK_NODE)
+EXPECTED_NODES = ("DecodeJpeg/contents", "DecodeJpeg", RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 # What a SavedModel holds beside PURE_OPS: its variables, and how they are saved and restored.
 VARIABLE_OPS = """
 AssignVariableOp DisableCopyOnRead MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2 ShardedFilename
@@ -1165,7 +1164,7 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
         frozen = convert_variables_to_constants_v2(traced)
     with tf.Graph().as_default() as graph:
         contents = tf.compat.v1.placeholder(tf.string, [], "DecodeJpeg/contents")
-        pixels = tf.raw_ops.DecodeJpeg(contents=contents, channels=3, name=JPEG_NODE)
+        pixels = tf.raw_ops.DecodeJpeg(contents=contents, channels=3, name="DecodeJpeg")
         # By the same kernel as for Inception-v3: the features differ by which pixels, not by which base model.
         resized = tf.raw_ops.ResizeBilinear(
             images=tf.cast(pixels, tf.float32)[None], size=input_size, name=RESIZED_NODE
