@@ -37,7 +37,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -158,7 +158,7 @@ def core_count(at_most: int = 0) -> int:
     return min(cores, at_most or cores)
 
 
-def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Generator[tuple, None, None]:
+def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator[tuple]:
     """Yield (item, result) in the order of the items; a worker is a function of one item, for one thread at a time.
 
     Threads do, since decoders and networks release the interpreter lock. What a worker raises is raised here.
@@ -768,7 +768,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Yield what each image is taken for, in the order of `paths`. Raises UserError if there are too few labels."""
+    """Return what each image is taken for, in the order of `paths`. Raises UserError if there are too few labels."""
     labels, familiar, size = classifier.labels, classifier.familiar, classifier.input_size
 
     def name(model: Callable, path: Path) -> Prediction:
@@ -788,8 +788,7 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         return Prediction(path, scores, "", reason, likeness, in_order)
 
     workers = [functools.partial(name, model) for model in classifier.models]
-    for _, prediction in on_all_cores(workers, paths):
-        yield prediction
+    return (prediction for _, prediction in on_all_cores(workers, paths))
 
 
 def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
