@@ -127,12 +127,6 @@ def test_without_anything_held_out_it_says_so(tmp_path):
     assert "too few images" in page
 
 
-def test_without_the_template_the_other_files_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrain, "REPORT_TEMPLATE", tmp_path / "gone.html")
-    page = write(made_up(tmp_path, ["ants", "bees"]), tmp_path)
-    assert page.with_suffix(".json").is_file() and page.with_suffix(".tsv").is_file() and not page.exists()
-
-
 def test_an_axis_makes_no_drama_of_noise():
     from matplotlib.figure import Figure
 
