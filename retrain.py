@@ -2184,7 +2184,7 @@ class HeldOut:
 
     def share(self, some: np.ndarray | slice) -> Proportion:
         """Return how many of some of the rows, bool [n], are named rightly."""
-        divisor = CROSS_VALIDATED if self.folds.any() else 1.0
+        divisor = 1.0 if self.source == "test" else CROSS_VALIDATED
         return Proportion.of((self.predicted == self.classes)[some], self.groups[some], divisor)
 
     @functools.cached_property
@@ -2271,7 +2271,6 @@ class Diagnostics:
     pairs: list[NearDuplicate]  # most alike first
     cue: str  # what alone tells the classes apart, such as "brightness", or ""
     cue_accuracy: float  # how often such measures are right, where chance gives half
-    familiar: Familiar | None
     histories: dict[str, list[Scores]]  # training curves, by the names of the trainings
 
     @property
@@ -2386,26 +2385,20 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
 # ... the same head, trained again on parts of the images
 
 
-def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray | None:
-    """Return the fold that holds out each row, int [rows], classes spread and groups whole; None for too few rows.
+def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Return the fold that holds out each row, int [rows], classes spread and groups whole.
 
     The first row of a group speaks for it. Where every class is one group, no more than a word on that remains, and an
     interval of hardly any use: groups are then divided, so that there are mistakes and doubtful images to look at.
     """
-    from sklearn.model_selection import StratifiedKFold
-
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
     if np.bincount(classes[first]).max() < 2:
         first = group_of = np.arange(len(classes))
-    count = min(FOLDS, int(np.bincount(classes[first]).max()))
-    if count < 2:
-        return None
+    # Dealt like cards: shuffled, then class by class.
+    order = np.random.default_rng(seed).permutation(len(first))
+    order = order[np.argsort(classes[first[order]], kind="stable")]
     folds = np.zeros(len(first), np.intp)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes of fewer images than folds: each is held out once all the same
-        parts = StratifiedKFold(count, shuffle=True, random_state=seed).split(first, classes[first])
-        for fold, (_, held_out) in enumerate(parts):
-            folds[held_out] = fold
+    folds[order] = np.arange(len(first)) % FOLDS
     return folds[group_of]
 
 
@@ -2430,7 +2423,7 @@ def cross_validate(
 ) -> HeldOut | None:
     """Predict each known row by a head that learnt from the other folds; None for too few. groups: int [rows]."""
     folds = held_out_folds(known.classes, groups, settings.random_seed or 0)
-    if folds is None or any(len(np.unique(known.classes[folds != fold])) < 2 for fold in np.unique(folds)):
+    if any(len(np.unique(known.classes[folds != fold])) < 2 for fold in np.unique(folds)):
         return None
     logits = held_out_logits(known, folds >= 0, folds, class_count, settings, train)
     return HeldOut(known.rows, known.classes, logits, groups, folds)
@@ -2592,45 +2585,37 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
 
 
 def diagnose(
-    data: Dataset,
-    head: Head,
-    settings: TrainingSettings,
-    histories: dict[str, list[Scores]],
-    coverage: float,
-    train: Callable,
+    data: Dataset, head: Head, settings: TrainingSettings, histories: dict[str, list[Scores]], train: Callable
 ) -> Diagnostics:
     """Find out how good a head is, and what is wrong with its images.
 
-    head: before any temperature; coverage: the share of the classes' images that predict.py is to name; train: what is
-    repeated for the cross-validation, as `train_head`.
+    head: before any temperature; train: what is repeated for the cross-validation, as `train_head`.
     """
     from threadpoolctl import threadpool_limits
 
     images, labels, known, testing = data.images, data.labels, data.known, data.testing
     silent = dataclasses.replace(settings, eval_step_interval=0)
     groups, pairs = find_groups(data.features, images)  # by large products, which all cores share
-    temperature, curve, cue, familiar, doubts = 1.0, None, ("", 0.5), None, []
+    temperature, curve, cue, doubts = 1.0, None, ("", 0.5), []
     with threadpool_limits(1):  # several threads halve the speed of small products
         validated = cross_validate(known, groups[known.rows], len(labels), silent, train)
         if validated:
             curve = learning_curve(known, validated, silent, train)
             temperature = fit_temperature(validated.logits, validated.classes)
             cue = spurious_cue(data.cues[known.rows], validated)
-            familiar = become_familiar(known.features(), validated, temperature, coverage)
             doubts = mislabelled(validated, temperature, labels)
     doubted = {doubt.row for doubt in doubts}
     bad = of_bad_quality(data.cues, [labels.index(image.label) for image in images])
     doubts += [doubt for doubt in bad if doubt.row not in doubted]
-    test, accuracy, logits = None, None, head.logits(testing.features())
+    logits = head.logits(testing.features())
+    right = logits.argmax(axis=1) == testing.classes
     clean = ~np.isin(groups[testing.rows], groups[known.rows])
-    if len(clean):
-        accuracy = float((logits.argmax(axis=1) == testing.classes).mean())
-    if clean.any():
-        rows = testing.rows[clean]
-        test = HeldOut(rows, testing.classes[clean], logits[clean], groups[rows], np.zeros_like(rows))
+    rows = testing.rows[clean]
+    test = HeldOut(rows, testing.classes[clean], logits[clean], groups[rows], np.zeros_like(rows))
+    accuracy = float(right.mean()) if len(right) else None
     return Diagnostics(
-        labels, images, groups, validated, test, accuracy, int((~clean).sum()), curve, temperature, doubts, pairs, *cue,
-        familiar, histories,
+        labels, images, groups, validated, test if len(rows) else None, accuracy, int((~clean).sum()), curve,
+        temperature, doubts, pairs, *cue, histories,
     )  # fmt: skip
 
 
@@ -2654,9 +2639,11 @@ def findings(found: Diagnostics) -> Iterator[str]:
         yield "There is no cross-validation: too few images."
     if judged:
         recalls = [(judged.recall(c), label) for c, label in enumerate(found.labels)]
-        behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9]
+        behind = sorted(
+            (recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9
+        )
         if behind:
-            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3]]
+            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in behind[:3]]
             yield f"Recognised less often than the others: {joined(names)}."
     if curve and curve.hardly:
         yield "Twice as many images would hardly help: by less than one point."
@@ -2815,7 +2802,10 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
         "printable": printable,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         "findings": list(findings(found)),
-        "plots": plots_of(found),
+        "drawn": drawn,
+        "draw_learning_curve": draw_learning_curve,
+        "draw_training": draw_training,
+        "draw_calibration": draw_calibration,
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
         "splits": Counter(image.split for image in found.images),
         "counts": Counter((image.label, image.split) for image in found.images),
@@ -2908,16 +2898,6 @@ def data_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
 # ... its plots
 
 
-def plots_of(found: Diagnostics) -> dict[str, str]:
-    """Return the plots of the page, as SVG, those for which there is something to draw."""
-    plots = {"training": drawn("training", draw_training, found.histories)}
-    if found.curve:
-        plots["curve"] = drawn("curve", draw_learning_curve, found.curve)
-    if found.believed:
-        plots["calibration"] = drawn("calibration", draw_calibration, found.believed, found.temperature)
-    return plots
-
-
 def drawn(name: str, draw: Callable, *values: Any) -> str:
     """Return what `draw` draws of the values, on the axes that it is given, as SVG whose text is the browser's.
 
@@ -2995,17 +2975,15 @@ def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
 
 def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder: Path) -> None:
     """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
-    from sklearn.decomposition import PCA
+    import PIL.ImageOps
     from tensorboardX import SummaryWriter
 
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     rows = np.sort(np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]).tolist()
-    points = PCA(min(50, len(rows), features.shape[1]), random_state=0).fit_transform(features[rows])
+    small = thumbnails_of(images, rows, SPRITE)
+    rows = list(small)  # those that are gone are not shown
+    sprites = np.array([PIL.ImageOps.pad(image, (SPRITE, SPRITE), color="white") for image in small.values()])
     cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
-    sprites, small = np.ones((len(rows), 3, SPRITE, SPRITE), np.float32), thumbnails_of(images, rows, SPRITE)
-    for sprite, row in zip(sprites, rows, strict=True):
-        if row in small:
-            sprite[:, : small[row].height, : small[row].width] = np.asarray(small[row]).transpose(2, 0, 1) / 255
     for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
         old.unlink()
     shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
@@ -3013,7 +2991,8 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
         for row, thumbnail in thumbnails_of(images, list(named)[:MOST_LOGGED], 240).items():
             tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
             writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
-        writer.add_embedding(points, cells, sprites, 0, "features", ["label", "split", "taken for", "image"])
+        columns = ["label", "split", "taken for", "image"]
+        writer.add_embedding(features[rows], cells, sprites.transpose(0, 3, 1, 2) / 255, 0, "features", columns)
 
 
 # ======================================================================================================================
@@ -3984,13 +3963,16 @@ def make_classifier(flags: argparse.Namespace) -> None:
     facts = final_test(flags, head, data) | {"temperature": 1.0, "familiar": None}
     found, report = None, Path(flags.output_report)
     if not flags.no_report:
-        found = diagnose(data, head, settings, histories, flags.coverage, train)
+        found = diagnose(data, head, settings, histories, train)
         if found.believed:
             log.info("The accuracy to believe, by %s: %s.", found.believed.source, found.believed.accuracy)
         for finding in findings(found):
             log.info("%s", finding)
         head = head.cooled(found.temperature)
-        facts |= {"temperature": found.temperature, "familiar": found.familiar and found.familiar.as_facts()}
+        facts["temperature"] = found.temperature
+        if found.validated:
+            given = data.known.features(), found.validated, found.temperature, flags.coverage
+            facts["familiar"] = become_familiar(*given).as_facts()
     write_all(flags, base, head, labels, facts)
     if found:
         write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})

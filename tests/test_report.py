@@ -41,7 +41,7 @@ def made_up(folder: Path, names: list[str], count: int = 20, file_name: str = "i
     return Diagnostics(
         labels=names, images=images, groups=rows // 2, validated=held_out, test=None,
         classic_accuracy=0.9, test_duplicates=0, curve=curve, temperature=1.2,
-        doubts=doubts, pairs=pairs, cue="", cue_accuracy=0.0, familiar=None, histories={"head": history},
+        doubts=doubts, pairs=pairs, cue="", cue_accuracy=0.0, histories={"head": history},
     )  # fmt: skip
 
 
