@@ -2574,14 +2574,13 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     brightness, contrast, sharpness, width, height = cues.T
     measures = {"brightness": brightness, "contrast": contrast, "sharpness": sharpness}
     measures |= {"size": width * height, "aspect ratio": width / height}
-    classes, best = validated.classes, ("", 0.0)
+    classes, shares = validated.classes, []
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
     for name, values in measures.items():
         predicted = cross_val_predict(tree, values[:, None], classes, cv=PredefinedSplit(validated.folds))
-        for c in np.unique(classes):
-            share = float(balanced_accuracy_score(classes == c, predicted == c))
-            best = max(best, (name, share), key=lambda cue: cue[1])
-    return best if best[1] > CUE_ALARM else ("", best[1])
+        shares += [(float(balanced_accuracy_score(classes == c, predicted == c)), name) for c in np.unique(classes)]
+    share, name = max(shares)
+    return name if share > CUE_ALARM else "", share
 
 
 def diagnose(
@@ -2708,10 +2707,8 @@ def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
 # ... for programs
 
 
-def held_out_as_json(held_out: HeldOut | None, labels: Sequence[str]) -> dict | None:
+def held_out_as_json(held_out: HeldOut, labels: Sequence[str]) -> dict:
     """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
-    if not held_out:
-        return None
     counts = held_out.confusion
     return {
         "accuracy": held_out.accuracy,
@@ -2748,10 +2745,10 @@ def report_as_json(found: Diagnostics) -> dict:
         "believe": judged.source if judged else "",
         "labels": found.labels,
         "images": Counter(image.split for image in images),
-        "test": held_out_as_json(found.test, found.labels),
+        "test": found.test and held_out_as_json(found.test, found.labels),
         "test_duplicates": found.test_duplicates,
         "classic_accuracy": found.classic_accuracy,
-        "cross_validation": held_out_as_json(found.validated, found.labels),
+        "cross_validation": found.validated and held_out_as_json(found.validated, found.labels),
         "learning_curve": found.curve,  # images trained on, accuracies, range of the gain by twice as many
         "temperature": found.temperature,
         # Before and after dividing by the temperature.
@@ -2763,9 +2760,7 @@ def report_as_json(found: Diagnostics) -> dict:
             dataclasses.asdict(pair) | {"first": keys[pair.first], "second": keys[pair.second]} for pair in found.pairs
         ],
         "training": [
-            {"of": name, **dataclasses.asdict(scores)}
-            for name, history in found.histories.items()
-            for scores in history
+            {"of": name, **dataclasses.asdict(each)} for name, scores in found.histories.items() for each in scores
         ],
     }
 
@@ -2792,12 +2787,12 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
     """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
     import jinja2
 
-    doubted = {doubt.row for doubt in found.doubts}
+    judged, doubted = found.believed, {doubt.row for doubt in found.doubts}
     doubts, pairs = found.doubts[:MOST_CARDS], found.pairs[: MOST_CARDS // 2]
     mistakes = [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2]
     page = {
         "found": found,
-        "judged": found.believed,
+        "judged": judged,
         "about": about,
         "printable": printable,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
@@ -2807,30 +2802,20 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
         "draw_training": draw_training,
         "draw_calibration": draw_calibration,
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
-        "splits": Counter(image.split for image in found.images),
         "counts": Counter((image.label, image.split) for image in found.images),
         "doubts": doubts,
         "pairs": pairs,
         "mistakes": mistakes,
         **images_of_page(found, doubts + mistakes, pairs),
     }
-    if found.believed:
-        page |= classes_of_page(found.believed)
+    if judged:
+        recalls = [judged.recall(c) for c in range(len(found.labels))]
+        # The worst first; those without an image last.
+        page["classes"] = sorted(range(len(recalls)), key=lambda c: (recalls[c].count == 0, recalls[c].value))
+        wrong = judged.confusion - np.diag(judged.confusion.diagonal())
+        page["confused"] = sorted(np.argsort(-wrong.sum(axis=0) - wrong.sum(axis=1))[:MOST_CONFUSED].tolist())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
-
-
-def classes_of_page(judged: HeldOut) -> dict:
-    """Return the classes in the order of their recall, those mistaken most, and what each is taken for most often."""
-    recalls = [judged.recall(c) for c in range(len(judged.confusion))]
-    wrong = judged.confusion - np.diag(judged.confusion.diagonal())
-    confused = np.argsort(-wrong.sum(axis=0) - wrong.sum(axis=1), kind="stable")[:MOST_CONFUSED]
-    return {
-        # Classes without an image come last.
-        "classes": sorted(range(len(recalls)), key=lambda c: (recalls[c].count == 0, recalls[c].value)),
-        "confused": sorted(confused.tolist()),
-        "taken_for": np.argsort(-wrong, axis=1, kind="stable")[:, :3].tolist(),  # [classes, 3]
-    }
 
 
 def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[NearDuplicate]) -> dict:
@@ -2895,9 +2880,6 @@ def data_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
     return urls
 
 
-# ... its plots
-
-
 def drawn(name: str, draw: Callable, *values: Any) -> str:
     """Return what `draw` draws of the values, on the axes that it is given, as SVG whose text is the browser's.
 
@@ -2941,9 +2923,8 @@ def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
 
 def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     """Draw the accuracy against the images trained on, and the range for twice as many."""
-    middle = [100 * share.value for share in curve.accuracies]
-    low = [100 * share.low for share in curve.accuracies]
-    high = [100 * share.high for share in curve.accuracies]
+    values = [(100 * share.value, 100 * share.low, 100 * share.high) for share in curve.accuracies]
+    middle, low, high = zip(*values, strict=True)
     axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
     axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
     ends = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain]
@@ -2953,7 +2934,7 @@ def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     axes.set_xticks([*curve.sizes, twice], map(str, [*curve.sizes, twice]))
     axes.minorticks_off()
     axes.set_xlabel("images trained on")
-    from_below(axes, low + ends)
+    from_below(axes, [*low, *ends])
 
 
 def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
@@ -2983,6 +2964,7 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
     small = thumbnails_of(images, rows, SPRITE)
     rows = list(small)  # those that are gone are not shown
     sprites = np.array([PIL.ImageOps.pad(image, (SPRITE, SPRITE), color="white") for image in small.values()])
+    sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
     for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
         old.unlink()
@@ -2991,8 +2973,8 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
         for row, thumbnail in thumbnails_of(images, list(named)[:MOST_LOGGED], 240).items():
             tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
             writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
-        columns = ["label", "split", "taken for", "image"]
-        writer.add_embedding(features[rows], cells, sprites.transpose(0, 3, 1, 2) / 255, 0, "features", columns)
+        header = ["label", "split", "taken for", "image"]
+        writer.add_embedding(features[rows], cells, sprites, 0, "features", header)
 
 
 # ======================================================================================================================
