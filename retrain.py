@@ -2307,13 +2307,12 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
 
     A group hangs together by features within GROUP_RADIUS, by listed pairs, or by a `_nohash_` stem.
     """
-    _, first, stems = np.unique([stem_of(image.key) for image in images], return_index=True, return_inverse=True)
-    groups = merged(np.arange(len(images)), np.arange(len(images)), first[stems])
+    _, groups = np.unique([stem_of(image.key) for image in images], return_inverse=True)
     directions, alike = unit(features), []
     at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
     for start in range(0, len(images), at_once):
-        cosines = directions[start : start + at_once] @ directions[start:].T
-        cosines = np.triu(cosines, 1)  # each pair once, and none with itself
+        # Each pair once, and none with itself.
+        cosines = np.triu(directions[start : start + at_once] @ directions[start:].T, 1)
         near = np.nonzero(cosines > 1 - GROUP_RADIUS)
         groups = merged(groups, start + near[0], start + near[1])
         for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
@@ -2540,10 +2539,11 @@ def mislabelled(validated: HeldOut, temperature: float, labels: Sequence[str]) -
     from cleanlab.filter import find_label_issues
 
     scores = validated.probabilities(temperature)
-    how = {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        places = find_label_issues(validated.classes, scores, filter_by="both", **how)
+        places = find_label_issues(
+            validated.classes, scores, return_indices_ranked_by="self_confidence", filter_by="both", n_jobs=1
+        )
     places = places[validated.predicted[places] != validated.classes[places]]
     return doubts_of(validated, places, temperature, [f"looks like {label}" for label in labels])
 
