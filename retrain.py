@@ -1757,6 +1757,22 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The usable images of --image_dir, and what they are used for."""
+
+    images: list[Image]
+    labels: list[str]
+    features: np.ndarray  # float32 [images, n]
+    cues: np.ndarray  # float32 [images, 5], see CUES
+    training: Rows  # with the distorted variants, if any
+    validation: Rows
+    testing: Rows
+    known: Rows  # training and validation, without those variants
+    coarse: Rows | None  # of stage one, if there are two
+    coarse_labels: list[str]  # `labels` themselves, if stage one has the same
+
+
+@dataclasses.dataclass(frozen=True)
 class Head:
     """The softmax layer: weights float32 [n, classes], biases float32 [classes]; and hidden layers before it, if any.
 
@@ -2149,14 +2165,18 @@ class HeldOut:
     groups: np.ndarray
     folds: np.ndarray
 
+    @property
+    def source(self) -> str:
+        return "cross-validation" if self.folds.any() else "test"
+
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         return self.logits.argmax(axis=1)
 
     def share(self, some: np.ndarray | slice) -> Proportion:
         """Return how many of some of the rows, bool [n], are named rightly."""
-        right, divisor = (self.predicted == self.classes)[some], CROSS_VALIDATED if self.folds.any() else 1.0
-        return Proportion.of(right, self.groups[some], divisor)
+        divisor = 1.0 if self.source == "test" else CROSS_VALIDATED
+        return Proportion.of((self.predicted == self.classes)[some], self.groups[some], divisor)
 
     @functools.cached_property
     def accuracy(self) -> Proportion:
@@ -2171,9 +2191,8 @@ class HeldOut:
     @functools.cached_property
     def confusion(self) -> np.ndarray:
         """How many images of the row's class were predicted to be of the column's, int [classes, classes]."""
-        counts = np.zeros((self.logits.shape[1],) * 2, np.intp)
-        np.add.at(counts, (self.classes, self.predicted), 1)
-        return counts
+        count = self.logits.shape[1]
+        return np.bincount(self.classes * count + self.predicted, minlength=count**2).reshape(count, count)
 
     def probabilities(self, temperature: float) -> np.ndarray:
         return softmax(self.logits / np.float32(temperature))
@@ -2243,34 +2262,22 @@ class Diagnostics:
     pairs: list[NearDuplicate]  # most alike first
     cue: str  # what alone tells the classes apart, such as "brightness", or ""
     cue_accuracy: float  # how often such measures are right, where chance gives half
-    familiar: Familiar | None
     histories: dict[str, list[Scores]]  # training curves, by the names of the trainings
 
     @property
-    def source(self) -> str:
-        """Where the accuracy to believe comes from: "test", "cross-validation", or "" for nowhere."""
-        if self.test and (self.validated is None or self.test.accuracy.effective >= ENOUGH_TO_TEST):
-            return "test"
-        return "cross-validation" if self.validated else ""
-
-    @property
     def believed(self) -> HeldOut | None:
-        return self.test if self.source == "test" else self.validated
-
-    @property
-    def calibration_error(self) -> tuple[float, float] | None:
-        """That of what is believed, before and after the logits are divided by the temperature."""
-        judged = self.believed
-        return (judged.calibration_error(1.0), judged.calibration_error(self.temperature)) if judged else None
+        """Whose accuracy is to be believed: the test's, if it is worth enough images."""
+        if self.test and (self.validated is None or self.test.accuracy.effective >= ENOUGH_TO_TEST):
+            return self.test
+        return self.validated
 
     @functools.cached_property
     def mistakes(self) -> list[Doubt]:
         """All mistakes, of test and cross-validation, the surest first."""
         found = []
-        for source, held_out in (("test", self.test), ("cross-validation", self.validated)):
-            if held_out:
-                wrong = np.flatnonzero(held_out.predicted != held_out.classes)
-                found += doubts_of(held_out, wrong, self.temperature, [source] * len(self.labels))
+        for held_out in filter(None, (self.test, self.validated)):
+            wrong = np.flatnonzero(held_out.predicted != held_out.classes)
+            found += doubts_of(held_out, wrong, self.temperature, [held_out.source] * len(self.labels))
         return sorted(found, key=lambda doubt: -doubt.score)
 
 
@@ -2291,85 +2298,74 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
 
     A group hangs together by features within GROUP_RADIUS, by listed pairs, or by a `_nohash_` stem.
     """
-    _, first, stems = np.unique([stem_of(image.key) for image in images], return_index=True, return_inverse=True)
-    groups = merged(np.arange(len(images)), np.arange(len(images)), first[stems])
-    lengths = np.sqrt(np.maximum(np.einsum("ij,ij->i", features, features), 1e-24))  # which copies nothing
-    alike: list[tuple[float, int, int]] = []
+    _, groups = np.unique([stem_of(image.key) for image in images], return_inverse=True)
+    directions, alike = unit(features), []
     at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
     for start in range(0, len(images), at_once):
-        rows = slice(start, start + at_once)
-        cosines = features[rows] @ features[start:].T / (lengths[rows, None] * lengths[start:])
-        cosines = np.triu(cosines, 1)  # each pair once, and none with itself
+        # Each pair once, and none with itself.
+        cosines = np.triu(directions[start : start + at_once] @ directions[start:].T, 1)
         near = np.nonzero(cosines > 1 - GROUP_RADIUS)
         groups = merged(groups, start + near[0], start + near[1])
         for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
-            nearest = cosines.argmax(axis=1)
-            best = np.take_along_axis(cosines, nearest[:, None], axis=1)[:, 0]
-            alike += [(float(best[i]), start + int(i), start + int(nearest[i])) for i in np.flatnonzero(best >= ALIKE)]
-            np.put_along_axis(cosines, nearest[:, None], 0, axis=1)
+            nearest = cosines.argmax(axis=1)[:, None]
+            best = np.take_along_axis(cosines, nearest, axis=1)
+            np.put_along_axis(cosines, nearest, 0, axis=1)
+            alike += [(float(best[i, 0]), start + i, start + int(nearest[i, 0])) for i in range(len(best))]
         alike = sorted(alike, reverse=True)[:MOST_PAIRS]
     pairs = same_images(alike, images)
     return merged(groups, np.array([p.first for p in pairs], int), np.array([p.second for p in pairs], int)), pairs
 
 
-def thumbnail_crops(path: Path | UPath) -> np.ndarray | None:
-    """Return unit vectors float32 [100, 256], grey, 16 pixels square: an image, and its crops; None if it is gone.
+def thumbnail_crops(path: Path | UPath) -> np.ndarray:
+    """Return unit vectors float32 [100, 256], grey, 16 pixels square: an image, and its crops; zeros if it is gone.
 
     They are windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and end.
     """
     try:
         pixels = read_image(path, Reading(), (64, 64))
     except ImageError:
-        return None
+        return np.zeros((100, 256), np.float32)
     grey = PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
-    sums = np.pad(np.asarray(grey, np.float32).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))  # [65, 65]
-    sides = [(0.0, 64.0)]
-    sides += [(start, 64 * side) for side in (0.95, 0.9, 0.85) for start in np.linspace(0, 64 * (1 - side), 3)]
-    edges = np.concatenate([start + side / 16 * np.arange(17) for start, side in sides])  # of 16 cells each, [170]
-    low = np.minimum(edges.astype(int), 63)
-    part = (edges - low)[:, None]
-    sums = sums[low] * (1 - part) + sums[low + 1] * part
-    sums = sums[:, low] * (1 - part.T) + sums[:, low + 1] * part.T
-    cells = np.diff(np.diff(sums.reshape(10, 17, 10, 17), axis=1), axis=3).swapaxes(1, 2).reshape(100, 256)
-    return unit(cells - cells.mean(axis=1, keepdims=True)).astype(np.float32)
+    spans = [(0.0, 64.0)]
+    for side in (60.8, 57.6, 54.4):
+        spans += [(start, start + side) for start in (0, (64 - side) / 2, 64 - side)]
+    boxes = [(left, top, right, bottom) for top, bottom in spans for left, right in spans]
+    crops = np.array([grey.resize((16, 16), PIL.Image.Resampling.HAMMING, box) for box in boxes], np.float32)
+    crops = crops.reshape(100, 256)
+    return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
 def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[NearDuplicate]:
-    """Return those pairs (cosine, row, row) of images that show the same, and not just the like.
+    """Return those pairs (cosine, row, row) that are ALIKE enough and show the same image, and not just the like.
 
     That is told by the best correlation of all of one thumbnail, mirrored or not, with a crop of the other.
     """
+    alike = [pair for pair in alike if pair[0] >= ALIKE]
     rows = sorted({row for _, *both in alike for row in both})
     crops = dict(on_all_cores([lambda row: thumbnail_crops(images[row].path)] * core_count(), rows))
-
-    def correlation(whole: np.ndarray, other: np.ndarray) -> float:
-        mirrored = whole.reshape(16, 16)[:, ::-1].reshape(256)
-        return float((other @ np.stack([whole, mirrored], axis=1)).max())
-
     pairs = []
     for cosine, first, second in alike:
-        one, other = crops[first], crops[second]
-        if one is None or other is None or max(correlation(one[0], other), correlation(other[0], one)) < SAME_IMAGE:
-            continue
-        same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
-        pairs.append(NearDuplicate(first, second, min(cosine, 1.0), same_file))
+        correlations = []
+        for one, other in ((crops[first], crops[second]), (crops[second], crops[first])):
+            mirrored = one[0].reshape(16, 16)[:, ::-1].reshape(256)
+            correlations += [other @ one[0], other @ mirrored]
+        if np.max(correlations) >= SAME_IMAGE:
+            same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
+            pairs.append(NearDuplicate(first, second, cosine, same_file))
     return pairs
 
 
 def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
     """Return the coarse rows but for those that show what another image shows, which would make that an easy test.
 
-    features: float32 [images, n]. Left out is what has the very features of another, or is confirmed by its thumbnail.
+    features: float32 [images, n], of the coarse images and of the others.
     """
     others = np.flatnonzero([image.split != "coarse" for image in images])
-    known, copies, alike = unit(features[others]), set(), []
+    known, alike = unit(features[others]), []
     for row in coarse.rows.tolist():
         cosines = known @ unit(features[[row]])[0]
-        nearest = np.argsort(-cosines)[:3].tolist()
-        if np.array_equal(features[row], features[others[nearest[0]]]):
-            copies.add(row)
-        alike += [(float(cosines[i]), row, int(others[i])) for i in nearest if cosines[i] >= ALIKE]
-    copies |= {pair.first for pair in same_images(alike, images)}
+        alike += [(float(cosines[i]), row, int(others[i])) for i in np.argsort(-cosines)[:3]]
+    copies = {pair.first for pair in same_images(alike, images)}
     if copies:
         log.warning("%d coarse images are left out, since they show the same as other images.", len(copies))
     kept = ~np.isin(coarse.rows, list(copies))
@@ -2379,26 +2375,20 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
 # ... the same head, trained again on parts of the images
 
 
-def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray | None:
-    """Return the fold that holds out each row, int [rows], classes spread and groups whole; None for too few rows.
+def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Return the fold that holds out each row, int [rows], classes spread and groups whole.
 
     The first row of a group speaks for it. Where every class is one group, no more than a word on that remains, and an
     interval of hardly any use: groups are then divided, so that there are mistakes and doubtful images to look at.
     """
-    from sklearn.model_selection import StratifiedKFold
-
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
     if np.bincount(classes[first]).max() < 2:
         first = group_of = np.arange(len(classes))
-    count = min(FOLDS, int(np.bincount(classes[first]).max()))
-    if count < 2:
-        return None
+    # Dealt like cards: shuffled, then class by class.
+    order = np.random.default_rng(seed).permutation(len(first))
+    order = order[np.argsort(classes[first[order]], kind="stable")]
     folds = np.zeros(len(first), np.intp)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes of fewer images than folds: each is held out once all the same
-        parts = StratifiedKFold(count, shuffle=True, random_state=seed).split(first, classes[first])
-        for fold, (_, held_out) in enumerate(parts):
-            folds[held_out] = fold
+    folds[order] = np.arange(len(first)) % FOLDS
     return folds[group_of]
 
 
@@ -2423,7 +2413,7 @@ def cross_validate(
 ) -> HeldOut | None:
     """Predict each known row by a head that learnt from the other folds; None for too few. groups: int [rows]."""
     folds = held_out_folds(known.classes, groups, settings.random_seed or 0)
-    if folds is None or any(len(np.unique(known.classes[folds != fold])) < 2 for fold in np.unique(folds)):
+    if any(len(np.unique(known.classes[folds != fold])) < 2 for fold in np.unique(folds)):
         return None
     logits = held_out_logits(known, folds >= 0, folds, class_count, settings, train)
     return HeldOut(known.rows, known.classes, logits, groups, folds)
@@ -2436,12 +2426,8 @@ def learning_curve(
 
     Of each class the same share is taken, group by group, so that a rare one stays in every part.
     """
-    groups, classes, folds, class_count = (
-        validated.groups,
-        validated.classes,
-        validated.folds,
-        validated.logits.shape[1],
-    )
+    groups, classes, folds = validated.groups, validated.classes, validated.folds
+    class_count = validated.logits.shape[1]
     batch = len(classes) if settings.train_batch_size == -1 else settings.train_batch_size
     affordable = int(MOST_SEEN / (settings.how_many_training_steps * FOLDS * batch)) - 1
     shares = [share for share in CURVE_SHARES if share * len(classes) >= 2 * class_count]
@@ -2451,14 +2437,14 @@ def learning_curve(
     before = np.zeros(len(classes))  # the share of a fold's images of its class that come before each
     for fold, c in itertools.product(np.unique(folds), np.unique(classes)):
         own = np.flatnonzero((folds == fold) & (classes == c))
-        before[own[np.argsort(order[own], kind="stable")]] = np.arange(len(own)) / max(len(own), 1)
+        before[own[np.argsort(order[own], kind="stable")]] = np.arange(len(own)) / len(own)
     parts = [before < share for share in shares[-affordable:]]
     logits = [held_out_logits(known, part, folds, class_count, settings, train) for part in parts]
     right = [each.argmax(axis=1) == classes for each in (*logits, validated.logits)]
-    sizes = [*(int(part.sum()) for part in parts), len(classes)]
-    accuracies, learnt = [Proportion.of(each, groups, CROSS_VALIDATED) for each in right], 1 - 1 / len(np.unique(folds))
-    gain = expected_gain(sizes, right, accuracies[-1].effective)
-    return LearningCurve([round(learnt * size) for size in sizes], accuracies, gain)
+    learnt = 1 - 1 / len(np.unique(folds))  # the share of the images that each of the heads may see
+    sizes = [round(learnt * int(part.sum())) for part in (*parts, classes >= 0)]
+    accuracies = [Proportion.of(each, groups, CROSS_VALIDATED) for each in right]
+    return LearningCurve(sizes, accuracies, expected_gain(sizes, right, accuracies[-1].effective))
 
 
 def expected_gain(sizes: Sequence[int], right: Sequence[np.ndarray], effective: float) -> tuple[float, float]:
@@ -2544,10 +2530,11 @@ def mislabelled(validated: HeldOut, temperature: float, labels: Sequence[str]) -
     from cleanlab.filter import find_label_issues
 
     scores = validated.probabilities(temperature)
-    how = {"return_indices_ranked_by": "self_confidence", "n_jobs": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        places = find_label_issues(validated.classes, scores, filter_by="both", **how)
+        places = find_label_issues(
+            validated.classes, scores, return_indices_ranked_by="self_confidence", filter_by="both", n_jobs=1
+        )
     places = places[validated.predicted[places] != validated.classes[places]]
     return doubts_of(validated, places, temperature, [f"looks like {label}" for label in labels])
 
@@ -2556,13 +2543,13 @@ def of_bad_quality(cues: np.ndarray, classes: Sequence[int]) -> list[Doubt]:
     """Return the images that are tiny, nearly black or blurred; cues: float32 [images, 5]; classes: [images]."""
     brightness, contrast, sharpness, width, height = cues.T
     usual = np.nanmedian(sharpness) if np.isfinite(sharpness).any() else 0
-    bad = {
-        "tiny": np.minimum(width, height) < TINY,
-        "nearly black": brightness + contrast < NEARLY_BLACK,
+    reasons = {
         "blurred": sharpness < BLURRED * usual,
+        "nearly black": brightness + contrast < NEARLY_BLACK,
+        "tiny": np.minimum(width, height) < TINY,
     }
-    reasons = {int(row): reason for reason, rows in bad.items() for row in np.flatnonzero(rows)}
-    return [Doubt(row, classes[row], 0.0, 0.0, reason) for row, reason in sorted(reasons.items())]
+    told = np.select(list(reasons.values()), list(reasons), "")
+    return [Doubt(row, classes[row], 0.0, 0.0, str(told[row])) for row in np.flatnonzero(told != "").tolist()]
 
 
 def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
@@ -2571,59 +2558,54 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     cues: float32 [rows, 5] of the validated rows. Then the images of the classes may have been taken under different
     circumstances, and the head may have learnt these. The share is of a world half of which is that class.
     """
+    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import PredefinedSplit, cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
     brightness, contrast, sharpness, width, height = cues.T
-    columns = [brightness, contrast, sharpness, width * height, width / height]
-    names, classes = ["brightness", "contrast", "sharpness", "size", "aspect ratio"], validated.classes
+    measures = {"brightness": brightness, "contrast": contrast, "sharpness": sharpness}
+    measures |= {"size": width * height, "aspect ratio": width / height}
+    classes, shares = validated.classes, []
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
-    shares, own = [], np.bincount(classes)
-    for chosen in (columns, *([column] for column in columns)):
-        predicted = cross_val_predict(tree, np.stack(chosen, axis=1), classes, cv=PredefinedSplit(validated.folds))
-        right = np.bincount(classes[predicted == classes], minlength=len(own))
-        wrong = np.bincount(predicted, minlength=len(own)) - right  # of other classes, but named so
-        shares.append((right / own + 1 - wrong / (len(classes) - own))[own > 0].max() / 2)
-    return names[int(np.argmax(shares[1:]))] if max(shares) > CUE_ALARM else "", float(max(shares))
+    for name, values in measures.items():
+        predicted = cross_val_predict(tree, values[:, None], classes, cv=PredefinedSplit(validated.folds))
+        shares += [(float(balanced_accuracy_score(classes == c, predicted == c)), name) for c in np.unique(classes)]
+    share, name = max(shares)
+    return name if share > CUE_ALARM else "", share
 
 
 def diagnose(
-    images: Sequence[Image], features: np.ndarray, cues: np.ndarray, known: Rows, testing: Rows, head: Head,
-    labels: list[str], settings: TrainingSettings, histories: dict[str, list[Scores]], coverage: float,
-    train: Callable = train_head,
-) -> Diagnostics:  # fmt: skip
+    data: Dataset, head: Head, settings: TrainingSettings, histories: dict[str, list[Scores]], train: Callable
+) -> Diagnostics:
     """Find out how good a head is, and what is wrong with its images.
 
-    features: float32 [images, n]; cues: float32 [images, 5]; known: the rows of training and validation, without their
-    distorted variants; testing: those of the test; head: before any temperature; coverage: the share of the classes'
-    images that predict.py is to name; train: what is repeated for the cross-validation, as `train_head`.
+    head: before any temperature; train: what is repeated for the cross-validation, as `train_head`.
     """
     from threadpoolctl import threadpool_limits
 
-    silent = dataclasses.replace(settings, eval_step_interval=0, intermediate_store_frequency=0)
-    groups, pairs = find_groups(features, images)  # by large products, which all cores share
-    temperature, curve, cue, familiar, doubts = 1.0, None, ("", 0.5), None, []
+    images, labels, known, testing = data.images, data.labels, data.known, data.testing
+    silent = dataclasses.replace(settings, eval_step_interval=0)
+    groups, pairs = find_groups(data.features, images)  # by large products, which all cores share
+    temperature, curve, cue, doubts = 1.0, None, ("", 0.5), []
     with threadpool_limits(1):  # several threads halve the speed of small products
         validated = cross_validate(known, groups[known.rows], len(labels), silent, train)
         if validated:
             curve = learning_curve(known, validated, silent, train)
             temperature = fit_temperature(validated.logits, validated.classes)
-            cue = spurious_cue(cues[known.rows], validated)
-            familiar = become_familiar(known.features(), validated, temperature, coverage)
+            cue = spurious_cue(data.cues[known.rows], validated)
             doubts = mislabelled(validated, temperature, labels)
     doubted = {doubt.row for doubt in doubts}
-    bad = of_bad_quality(cues, [labels.index(image.label) for image in images])
+    bad = of_bad_quality(data.cues, [labels.index(image.label) for image in images])
     doubts += [doubt for doubt in bad if doubt.row not in doubted]
-    test, accuracy, logits = None, None, head.logits(testing.features())
+    logits = head.logits(testing.features())
+    right = logits.argmax(axis=1) == testing.classes
     clean = ~np.isin(groups[testing.rows], groups[known.rows])
-    if len(clean):
-        accuracy = float((logits.argmax(axis=1) == testing.classes).mean())
-    if clean.any():
-        rows = testing.rows[clean]
-        test = HeldOut(rows, testing.classes[clean], logits[clean], groups[rows], np.zeros_like(rows))
+    rows = testing.rows[clean]
+    test = HeldOut(rows, testing.classes[clean], logits[clean], groups[rows], np.zeros_like(rows))
+    accuracy = float(right.mean()) if len(right) else None
     return Diagnostics(
-        labels, images, groups, validated, test, accuracy, int((~clean).sum()), curve, temperature, doubts, pairs, *cue,
-        familiar, histories,
+        labels, images, groups, validated, test if len(rows) else None, accuracy, int((~clean).sum()), curve,
+        temperature, doubts, pairs, *cue, histories,
     )  # fmt: skip
 
 
@@ -2635,15 +2617,7 @@ def joined(parts: Sequence[str]) -> str:
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
-def log_diagnostics(found: Diagnostics, list_path: Path) -> None:
-    """Say how good it is, and the findings; list_path: where the doubtful images are listed."""
-    if found.believed:
-        log.info("The accuracy to believe, by %s: %s.", found.source, found.believed.accuracy)
-    for finding in findings(found, list_path):
-        log.info("%s", finding)
-
-
-def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
+def findings(found: Diagnostics) -> Iterator[str]:
     """Yield in plain sentences what would make it better, and which images to look at."""
     judged, images, doubts, curve = found.believed, found.images, found.doubts, found.curve
     if found.test_duplicates:
@@ -2655,9 +2629,11 @@ def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
         yield "There is no cross-validation: too few images."
     if judged:
         recalls = [(judged.recall(c), label) for c, label in enumerate(found.labels)]
-        behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9]
+        behind = sorted(
+            (recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9
+        )
         if behind:
-            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3]]
+            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in behind[:3]]
             yield f"Recognised less often than the others: {joined(names)}."
     if curve and curve.hardly:
         yield "Twice as many images would hardly help: by less than one point."
@@ -2670,8 +2646,12 @@ def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
             f"Of only {len(images)} images none can be spared: with --testing_percentage 0 "
             "--validation_percentage 0 it learns from all, and the cross-validation judges it all the same."
         )
-    if scenes := large_scenes(found):
-        yield f"Each of one scene only: {joined(scenes)}; images of others would teach more."
+    counts = Counter(image.label for image in images)
+    scenes = Counter(zip((image.label for image in images), found.groups.tolist(), strict=True)).most_common()
+    large = [(size, label) for (label, _), size in scenes if size >= 5 and size > LARGE_SHARE * counts[label]]
+    if large:
+        told = [f"{size} of the {counts[label]} images of {printable(label)}" for size, label in large[:3]]
+        yield f"Each of one scene only: {joined(told)}; images of others would teach more."
     if found.cue:
         yield (
             f"{found.cue.capitalize()} alone tells a class from the others (such measures are right in "
@@ -2682,35 +2662,21 @@ def findings(found: Diagnostics, list_path: Path | str) -> Iterator[str]:
         across = sum(images[pair.first].label != images[pair.second].label for pair in found.pairs)
         yield f"Pairs of images that show the same: {len(found.pairs)}, {across} of them in two classes."
     if doubts and judged and judged.accuracy.value < ENOUGH_TO_DOUBT:
-        yield f"It errs too often to tell which images lie in the wrong folder; {list_path} lists where it differs."
+        yield "It errs too often to tell which images lie in the wrong folder; the .tsv lists where it differs."
     elif doubts:
         named = joined([f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3]])
-        yield f"Doubtful images: {len(doubts)}, such as {named}. {list_path} lists all, for --exclude or --relabel."
-
-
-def large_scenes(found: Diagnostics) -> list[str]:
-    """Return words on the classes of which one scene is a large share, three at most."""
-    scenes, sizes = [], {label: Counter[int]() for label in found.labels}  # of the groups in each class
-    for image, group in zip(found.images, found.groups.tolist(), strict=True):
-        sizes[image.label][group] += 1
-    for label, counts in sizes.items():
-        largest, count = max(counts.values()), counts.total()
-        if largest >= 5 and largest > LARGE_SHARE * count:
-            scenes.append(f"{largest} of the {count} images of {printable(label)}")
-    return scenes[:3] + [f"those of {len(scenes) - 3} more classes"] * (len(scenes) > 3)
+        yield f"Doubtful images: {len(doubts)}, such as {named}; the .tsv lists all, for --exclude or --relabel."
 
 
 # ======================================================================================================================
 # Report: output_report.html for people, and its numbers and doubtful images as .json and .tsv
 # ======================================================================================================================
 
-# The page, which Jinja2 fills in; who copies retrain.py alone gets the .json and .tsv.
-REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")
+REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")  # the page, which Jinja2 fills in
 # The longer side of a thumbnail in pixels, the most of them, and the most bytes of all as text: a page can be mailed.
 THUMBNAIL, MOST_THUMBNAILS, THUMBNAIL_BYTES = 200, 480, 5_500_000
-# The most images with a card in each list of the page, and named in all cells; classes in the confusion matrix.
-MOST_CARDS, MOST_NAMED, MOST_CONFUSED = 48, 10_000, 24
-MOST_LISTED = 10_000  # mistakes, confusions and steps in the .json
+# The most images with a card in a list of the page and in a cell, and named in all cells; classes in the confusion.
+MOST_CARDS, MOST_IN_CELL, MOST_NAMED, MOST_CONFUSED = 48, 12, 10_000, 24
 INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
 # In TensorBoard: images in the projector, the width and height of their thumbnails, and mistakes shown.
 MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
@@ -2721,32 +2687,30 @@ def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
 
     about: what else stands at the head of the page, by its name.
     """
-    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "default": dataclasses.asdict}
-    texts = {".tsv": doubts_as_list(found), ".json": json.dumps(report_as_json(found), indent=1, **options) + "\n"}
-    if REPORT_TEMPLATE.is_file():
-        texts[".html"] = report_page(found, page.with_suffix(".tsv").name, about)
-    else:
-        log.warning("There is no %s, so none could be filled in; it comes with retrain.py.", REPORT_TEMPLATE)
+    numbers = json.dumps(report_as_json(found), indent=1, ensure_ascii=False, default=dataclasses.asdict)
+    texts = {".html": report_page(found, about), ".json": numbers + "\n", ".tsv": doubts_as_list(found)}
     for suffix, text in texts.items():
         with whole_file(page.with_suffix(suffix)) as temporary:
             temporary.write_text(text, "utf-8")
-    log.info("Wrote the report: %s.", joined([str(page.with_suffix(suffix)) for suffix in sorted(texts)]))
+    log.info("Wrote the report: %s.", joined([str(page.with_suffix(suffix)) for suffix in texts]))
 
 
 # ... for programs
 
 
-def held_out_as_json(held_out: HeldOut | None, labels: Sequence[str]) -> dict | None:
+def held_out_as_json(held_out: HeldOut, labels: Sequence[str]) -> dict:
     """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
-    if not held_out:
-        return None
     counts = held_out.confusion
-    ends = np.argwhere(counts)[np.argsort(-counts[counts > 0], kind="stable")][:MOST_LISTED].tolist()
-    shares = [(label, held_out.recall(c), held_out.precision(c)) for c, label in enumerate(labels)]
     return {
         "accuracy": held_out.accuracy,
-        "classes": [{"label": label, "recall": recall, "precision": precision} for label, recall, precision in shares],
-        "confusion": [{"label": labels[c], "named": labels[n], "images": int(counts[c, n])} for c, n in ends],
+        "classes": [
+            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
+            for c, label in enumerate(labels)
+        ],
+        "confusion": [
+            {"label": labels[c], "named": labels[named], "images": int(counts[c, named])}
+            for c, named in np.argwhere(counts)
+        ],
     }
 
 
@@ -2754,35 +2718,41 @@ def report_as_json(found: Diagnostics) -> dict:
     """Return the numbers of a report, in which a Proportion stands for an object of its fields.
 
     believe: "test", "cross-validation" or "", whose accuracy is the one to believe; test: without the test_duplicates,
-    which training images show, too; lists of images begin with the surest or worst, and none has over MOST_LISTED.
+    which training images show, too; lists of images begin with the surest or worst.
     """
-    images, keys = found.images, [printable(image.key) for image in found.images]
+    images, keys, judged = found.images, [printable(image.key) for image in found.images], found.believed
 
     def image_of(doubt: Doubt) -> dict:
-        image, proposed = images[doubt.row], found.labels[doubt.proposed]
-        facts = {"image": keys[doubt.row], "label": image.label, "split": image.split}
-        return facts | {"proposed": proposed, "score": doubt.score, "reason": doubt.reason}
+        return {
+            "image": keys[doubt.row],
+            "label": images[doubt.row].label,
+            "split": images[doubt.row].split,
+            "proposed": found.labels[doubt.proposed],
+            "score": doubt.score,
+            "reason": doubt.reason,
+        }
 
-    pairs = [{"first": keys[pair.first], "second": keys[pair.second]} for pair in found.pairs]
-    steps = [
-        {"of": name, **dataclasses.asdict(scores)} for name, history in found.histories.items() for scores in history
-    ]
     return {
-        "believe": found.source,
+        "believe": judged.source if judged else "",
         "labels": found.labels,
         "images": Counter(image.split for image in images),
-        "test": held_out_as_json(found.test, found.labels),
+        "test": found.test and held_out_as_json(found.test, found.labels),
         "test_duplicates": found.test_duplicates,
         "classic_accuracy": found.classic_accuracy,
-        "cross_validation": held_out_as_json(found.validated, found.labels),
+        "cross_validation": found.validated and held_out_as_json(found.validated, found.labels),
         "learning_curve": found.curve,  # images trained on, accuracies, range of the gain by twice as many
         "temperature": found.temperature,
-        "calibration_error": found.calibration_error,  # before and after dividing by the temperature
+        # Before and after dividing by the temperature.
+        "calibration_error": judged and [judged.calibration_error(each) for each in (1.0, found.temperature)],
         "cue": {"name": found.cue, "recall": found.cue_accuracy},
-        "mistakes": list(map(image_of, found.mistakes[:MOST_LISTED])),
-        "doubtful": list(map(image_of, found.doubts[:MOST_LISTED])),
-        "duplicates": [dataclasses.asdict(pair) | named for pair, named in zip(found.pairs, pairs, strict=True)],
-        "training": steps[:: len(steps) // MOST_LISTED + 1],
+        "mistakes": list(map(image_of, found.mistakes)),
+        "doubtful": list(map(image_of, found.doubts)),
+        "duplicates": [
+            dataclasses.asdict(pair) | {"first": keys[pair.first], "second": keys[pair.second]} for pair in found.pairs
+        ],
+        "training": [
+            {"of": name, **dataclasses.asdict(each)} for name, scores in found.histories.items() for each in scores
+        ],
     }
 
 
@@ -2796,88 +2766,76 @@ def doubts_as_list(found: Diagnostics) -> str:
     )
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     for doubt in found.doubts:
-        scores = f"{doubt.score:.3f}", f"{doubt.own_score:.3f}"
-        writer.writerow([printable(found.images[doubt.row].key), found.labels[doubt.proposed], *scores, doubt.reason])
+        key, proposed = printable(found.images[doubt.row].key), found.labels[doubt.proposed]
+        writer.writerow([key, proposed, f"{doubt.score:.3f}", f"{doubt.own_score:.3f}", doubt.reason])
     return text.getvalue()
 
 
 # ... for people
 
 
-def report_page(found: Diagnostics, list_name: str, about: dict[str, str]) -> str:
+def report_page(found: Diagnostics, about: dict[str, str]) -> str:
     """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
     import jinja2
 
-    doubted = {doubt.row for doubt in found.doubts}
+    judged, doubted = found.believed, {doubt.row for doubt in found.doubts}
     doubts, pairs = found.doubts[:MOST_CARDS], found.pairs[: MOST_CARDS // 2]
     mistakes = [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2]
-    page: dict[str, Any] = {
+    page = {
         "found": found,
-        "judged": found.believed,
+        "judged": judged,
         "about": about,
-        "list_name": list_name,
         "printable": printable,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        "findings": list(findings(found, list_name)),
-        "plots": plots_of(found),
+        "findings": list(findings(found)),
+        "drawn": drawn,
+        "draw_learning_curve": draw_learning_curve,
+        "draw_training": draw_training,
+        "draw_calibration": draw_calibration,
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
-        "splits": Counter(image.split for image in found.images),
         "counts": Counter((image.label, image.split) for image in found.images),
         "doubts": doubts,
         "pairs": pairs,
         "mistakes": mistakes,
+        **images_of_page(found, doubts + mistakes, pairs),
     }
-    if found.believed:
-        page |= classes_of_page(found.believed)
-    page |= images_of_page(found, doubts + mistakes, pairs)
+    if judged:
+        recalls = [judged.recall(c) for c in range(len(found.labels))]
+        # The worst first; those without an image last.
+        page["classes"] = sorted(range(len(recalls)), key=lambda c: (recalls[c].count == 0, recalls[c].value))
+        wrong = judged.confusion - np.diag(judged.confusion.diagonal())
+        page["confused"] = sorted(np.argsort(-wrong.sum(axis=0) - wrong.sum(axis=1))[:MOST_CONFUSED].tolist())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
-
-
-def classes_of_page(judged: HeldOut) -> dict:
-    """Return the classes in the order of their recall, those mistaken most, and what each is taken for most often."""
-    counts = judged.confusion
-    recalls = [recall.value if recall.count else 2.0 for recall in map(judged.recall, range(len(counts)))]
-    wrong = counts - np.diag(counts.diagonal())
-    most_often = [[n for n in np.argsort(-row, kind="stable")[:3].tolist() if row[n]] for row in wrong]
-    confused = np.argsort(-wrong.sum(axis=0) - wrong.sum(axis=1), kind="stable")[:MOST_CONFUSED]
-    # Classes without an image come last.
-    return {"classes": np.argsort(recalls).tolist(), "confused": sorted(confused.tolist()), "taken_for": most_often}
 
 
 def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[NearDuplicate]) -> dict:
     """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
 
-    cells: "class,class named" -> rows, mistakes before what is right, the surest mistakes and the least sure right ones
-    first; images: row -> [class folder/file name, class, class to propose, score]. The thumbnails that only the script
-    shows are in its data: 12 of each cell, in turn, as far as there is room.
+    cells: "class,class named" -> rows, the surest mistakes and the least sure right ones first; images: row -> [class
+    folder/file name, class, class to propose, score]. The thumbnails that only the script shows are in its data: 12 of
+    each cell, in turn, as far as there is room.
     """
-    images, judged = found.images, found.believed
+    images, judged, judgements = found.images, found.believed, []
     class_of = {label: c for c, label in enumerate(found.labels)}
-    cells: dict[str, list[int]] = defaultdict(list)
-    known: dict[int, list] = {}
-    ranked: list[tuple[int, int]] = []
-
-    def know(row: int, proposed: int, score: float) -> None:
-        known[row] = [printable(images[row].key), class_of[images[row].label], proposed, round(score, 4)]
-
     if judged:
         scores = judged.probabilities(found.temperature).max(axis=1)
-        wrong = judged.predicted != judged.classes
-        for i in np.lexsort((np.where(wrong, -scores, scores), ~wrong))[:MOST_NAMED].tolist():
-            row, cell = int(judged.rows[i]), cells[f"{judged.classes[i]},{judged.predicted[i]}"]
-            ranked.append((len(cell), row))
-            cell.append(row)
-            know(row, int(judged.predicted[i]), float(scores[i]))
-    for pair in pairs:  # of two copies in two classes, each may belong to the other's
-        for row, other in ((pair.first, pair.second), (pair.second, pair.first)):
-            if row not in known:
-                know(row, class_of[images[other].label], 0)
-    for doubt in reversed(doubts):
-        know(doubt.row, doubt.proposed, doubt.score)
-    in_lists = {doubt.row for doubt in doubts} | {row for pair in pairs for row in (pair.first, pair.second)}
-    in_cells = [row for rank, row in sorted(ranked, key=lambda pair: pair[0]) if rank < 12]
-    urls = data_urls(images, list(dict.fromkeys([*sorted(in_lists), *in_cells]))[:MOST_THUMBNAILS])
+        order = np.argsort(np.where(judged.predicted == judged.classes, scores, -scores))[:MOST_NAMED]
+        judgements = doubts_of(judged, order, found.temperature, found.labels)
+    # Of two copies in two classes, each may belong to the other's.
+    both = [ends for pair in pairs for ends in itertools.permutations((pair.first, pair.second))]
+    copies = [Doubt(row, class_of[images[other].label], 0, 0, "") for row, other in both]
+    known = {
+        doubt.row: [printable(images[doubt.row].key), class_of[images[doubt.row].label], doubt.proposed, doubt.score]
+        for doubt in (*copies, *judgements, *doubts)
+    }
+    cells: dict[str, list[int]] = defaultdict(list)
+    for doubt in judgements:
+        cells[f"{class_of[images[doubt.row].label]},{doubt.proposed}"].append(doubt.row)
+    in_lists = [doubt.row for doubt in (*doubts, *copies)]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*(rows[:MOST_IN_CELL] for rows in cells.values())))
+    wanted = dict.fromkeys(row for row in (*in_lists, *in_turn) if row is not None)
+    urls = data_urls(images, list(wanted)[:MOST_THUMBNAILS])
     hidden = {row: url for row, url in urls.items() if row not in in_lists}
     return {
         "thumbnails": urls,
@@ -2911,21 +2869,6 @@ def data_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
             break
         urls[row] = url
     return urls
-
-
-# ... its plots
-
-
-def plots_of(found: Diagnostics) -> dict[str, str]:
-    """Return the plots of the page, as SVG, those for which there is something to draw."""
-    judged, curve, plots = found.believed, found.curve, {}
-    if curve:
-        plots["curve"] = drawn("curve", draw_learning_curve, curve)
-    if any(found.histories.values()):
-        plots["training"] = drawn("training", draw_training, found.histories)
-    if judged:
-        plots["calibration"] = drawn("calibration", draw_calibration, judged, found.temperature)
-    return plots
 
 
 def drawn(name: str, draw: Callable, *values: Any) -> str:
@@ -2971,9 +2914,8 @@ def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
 
 def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     """Draw the accuracy against the images trained on, and the range for twice as many."""
-    middle, low, high = (
-        [100 * getattr(share, name) for share in curve.accuracies] for name in ("value", "low", "high")
-    )
+    values = [(100 * share.value, 100 * share.low, 100 * share.high) for share in curve.accuracies]
+    middle, low, high = zip(*values, strict=True)
     axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
     axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
     ends = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain]
@@ -2983,20 +2925,20 @@ def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     axes.set_xticks([*curve.sizes, twice], map(str, [*curve.sizes, twice]))
     axes.minorticks_off()
     axes.set_xlabel("images trained on")
-    from_below(axes, low + ends)
+    from_below(axes, [*low, *ends])
 
 
 def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
     """Draw how often it is right against the score that it gives, in ten steps of the score."""
-    scores = judged.probabilities(temperature).max(axis=1)
-    bins = [own for own in (np.arange(10)[:, None] == (scores * 9.999).astype(int)) if own.any()]  # bool [rows] each
-    shares = [judged.share(own) for own in bins]
-    middle = [100 * float(scores[own].mean()) for own in bins]
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
-    axes.vlines(middle, [100 * share.low for share in shares], [100 * share.high for share in shares], BLUE, alpha=0.4)
-    sizes = [12 + 150 * share.count / len(scores) for share in shares]
-    values = [100 * share.value for share in shares]
-    axes.scatter(middle, values, sizes, color=BLUE, label="measured, with 95 % interval", zorder=3, clip_on=False)
+    axes.scatter([], [], color=BLUE, label="measured, with 95 % interval")
+    scores = judged.probabilities(temperature).max(axis=1)
+    steps = (scores * 9.999).astype(int)
+    for step in np.unique(steps):
+        own = steps == step
+        share, middle = judged.share(own), 100 * scores[own].mean()
+        axes.vlines(middle, 100 * share.low, 100 * share.high, BLUE, alpha=0.4)
+        axes.scatter(middle, 100 * share.value, 12 + 150 * own.mean(), color=BLUE, zorder=3, clip_on=False)
     axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="score, %", ylabel="% right")
 
 
@@ -3005,29 +2947,25 @@ def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
 
 def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder: Path) -> None:
     """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
-    from sklearn.decomposition import PCA
+    import PIL.ImageOps
     from tensorboardX import SummaryWriter
 
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     rows = np.sort(np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]).tolist()
-    points = PCA(min(50, len(rows), features.shape[1]), random_state=0).fit_transform(features[rows])
+    small = thumbnails_of(images, rows, SPRITE)
+    rows = list(small)  # those that are gone are not shown
+    sprites = np.array([PIL.ImageOps.pad(image, (SPRITE, SPRITE), color="white") for image in small.values()])
+    sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
-    sprites, small = np.ones((len(rows), 3, SPRITE, SPRITE), np.float32), thumbnails_of(images, rows, SPRITE)
-    for sprite, row in zip(sprites, rows, strict=True):
-        if row in small:
-            sprite[:, : small[row].height, : small[row].width] = np.asarray(small[row]).transpose(2, 0, 1) / 255
-    columns = ["label", "split", "taken for", "image"]
-    try:
-        for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
-            old.unlink()
-        shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
-        with SummaryWriter(str(folder)) as writer:
-            for row, thumbnail in thumbnails_of(images, list(named)[:MOST_LOGGED], 240).items():
-                tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
-                writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
-            writer.add_embedding(points, cells, sprites, 0, "features", columns)
-    except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from error
+    for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
+        old.unlink()
+    shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
+    with SummaryWriter(str(folder)) as writer:
+        for row, thumbnail in thumbnails_of(images, list(named)[:MOST_LOGGED], 240).items():
+            tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
+            writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
+        header = ["label", "split", "taken for", "image"]
+        writer.add_embedding(features[rows], cells, sprites, 0, "features", header)
 
 
 # ======================================================================================================================
@@ -3841,22 +3779,6 @@ def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Seq
     return inside + others
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """The usable images of --image_dir, and what they are used for."""
-
-    images: list[Image]
-    labels: list[str]
-    features: np.ndarray  # float32 [images, n]
-    cues: np.ndarray  # float32 [images, 5], see CUES
-    training: Rows  # with the distorted variants, if any
-    validation: Rows
-    testing: Rows
-    known: Rows  # training and validation, without those variants
-    coarse: Rows | None  # of stage one, if there are two
-    coarse_labels: list[str]  # `labels` themselves, if stage one has the same
-
-
 def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
     """Return the usable images and their features, kept or computed, here or on a cluster. Raises UserError."""
     engine = "litert" if flags.quantize else flags.engine
@@ -4014,13 +3936,16 @@ def make_classifier(flags: argparse.Namespace) -> None:
     facts = final_test(flags, head, data) | {"temperature": 1.0, "familiar": None}
     found, report = None, Path(flags.output_report)
     if not flags.no_report:
-        found = diagnose(
-            data.images, data.features, data.cues, data.known, data.testing, head, labels, settings, histories,
-            flags.coverage, train,
-        )  # fmt: skip
-        log_diagnostics(found, report.with_suffix(".tsv"))
+        found = diagnose(data, head, settings, histories, train)
+        if found.believed:
+            log.info("The accuracy to believe, by %s: %s.", found.believed.source, found.believed.accuracy)
+        for finding in findings(found):
+            log.info("%s", finding)
         head = head.cooled(found.temperature)
-        facts |= {"temperature": found.temperature, "familiar": found.familiar and found.familiar.as_facts()}
+        facts["temperature"] = found.temperature
+        if found.validated:
+            given = data.known.features(), found.validated, found.temperature, flags.coverage
+            facts["familiar"] = become_familiar(*given).as_facts()
     write_all(flags, base, head, labels, facts)
     if found:
         write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})

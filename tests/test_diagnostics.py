@@ -13,7 +13,7 @@ from conftest import make_image, make_image_dir
 
 import predict
 import retrain
-from retrain import HeldOut, Image, Proportion, Rows, TrainingSettings
+from retrain import Dataset, HeldOut, Image, Proportion, Rows, TrainingSettings
 
 SETTINGS = TrainingSettings(100, 0.01, random_seed=0, eval_step_interval=0)
 
@@ -39,7 +39,7 @@ def held_out(logits: np.ndarray, classes: np.ndarray) -> HeldOut:
     return HeldOut(np.arange(len(classes)), classes, logits, np.arange(len(classes)), np.zeros(len(classes), np.intp))
 
 
-def diagnose(features, classes, split: str = "", cues=None, **changes) -> retrain.Diagnostics:
+def diagnose(features, classes, split: str = "", cues=None) -> retrain.Diagnostics:
     """Return the diagnostics of images that are nowhere; split: a letter for each, t for testing."""
     labels = [f"label {c}" for c in range(classes.max() + 1)]
     names = {"t": "testing", "v": "validation"}
@@ -49,12 +49,13 @@ def diagnose(features, classes, split: str = "", cues=None, **changes) -> retrai
     known, testing = (Rows(features, np.flatnonzero(some), classes[some]) for some in (~is_test, is_test))
     head, history = retrain.train_head(known, testing, len(labels), SETTINGS)
     cues = np.tile(np.float32([0.5, 0.2, 0.01, 300, 200]), (len(images), 1)) if cues is None else cues
-    given = images, features, cues, known, testing, head, labels, SETTINGS, {"head": history}, 0.95
-    return retrain.diagnose(*given, **changes)
+    nothing = Rows(features, known.rows[:0], known.classes[:0])
+    data = Dataset(images, labels, features, cues, known, nothing, testing, known, None, labels)
+    return retrain.diagnose(data, head, SETTINGS, {"head": history}, retrain.train_head)
 
 
 def told(found: retrain.Diagnostics) -> str:
-    return "\n".join(retrain.findings(found, "list.tsv"))
+    return "\n".join(retrain.findings(found))
 
 
 # How good it is
@@ -93,7 +94,6 @@ def test_every_row_is_held_out_once_classes_are_spread_and_scenes_stay_whole():
     scenes = np.arange(60) // 2
     folds = retrain.held_out_folds(classes, scenes, 0)
     assert len(set(zip(folds.tolist(), scenes.tolist(), strict=True))) == 30
-    assert retrain.held_out_folds(np.array([0, 1]), np.arange(2), 0) is None
     assert set(retrain.held_out_folds(classes, classes, 0)) == set(range(5))  # all of a class show one scene
 
 
@@ -115,16 +115,15 @@ def test_scenes_of_classes_by_chance_promise_nothing():
     assert len(np.unique(found.groups)) == 30 and accuracy.effective == pytest.approx(30)
     assert accuracy.low < 0.5 < accuracy.high < 0.85
     assert found.test is None and found.test_duplicates == 150 and found.classic_accuracy > 0.9
-    assert found.source == "cross-validation" and "near duplicates of training or validation images: 150;" in told(
-        found
-    )
+    assert found.believed.source == "cross-validation"
+    assert "near duplicates of training or validation images: 150;" in told(found)
 
 
 def test_the_test_is_believed_once_it_is_worth_enough():
     features, classes = clusters(200, spread=3)
-    assert diagnose(features, classes, split="t    " * 120).source == "test"
+    assert diagnose(features, classes, split="t    " * 120).believed.source == "test"
     few = diagnose(features, classes, split="t" + " " * 199 + "t" + " " * 199 + "t")
-    assert few.source == "cross-validation" and few.test.accuracy.count == 3
+    assert few.believed.source == "cross-validation" and few.test.accuracy.count == 3
     assert few.believed.accuracy.count == 597
 
 
@@ -143,7 +142,7 @@ def test_no_class_is_behind_where_all_are_right():
 
 def test_two_images_are_too_few():
     found = diagnose(np.eye(2, dtype=np.float32), np.arange(2))
-    assert found.validated is None and found.believed is None and found.familiar is None
+    assert found.validated is None and found.believed is None
     assert "There is no cross-validation: too few images." in told(found)
 
 
@@ -323,22 +322,22 @@ def test_a_class_of_one_scene_is_told():
 
 
 def test_coarse_images_that_show_what_another_shows_are_all_left_out(tmp_path, monkeypatch):
-    random, images = np.random.default_rng(0), [Image(tmp_path / "gone.jpg", "x", "testing")]
+    random, images = np.random.default_rng(0), []
     shown = [scene(random) for _ in range(3)]
     for i, split in enumerate(("validation", "training")):
         shown[i].save(tmp_path / f"{i}.jpg", quality=95)
         images.append(Image(tmp_path / f"{i}.jpg", "x", split))
     for i, name in enumerate(("copy0.jpg", "copy1.jpg", "other.jpg")):
         shown[i].resize((180, 135)).save(tmp_path / name, quality=60)
-    names = ["gone, too.jpg"] * 10 + ["copy0.jpg", "copy1.jpg", "other.jpg"]
+    names = ["copy0.jpg"] * 10 + ["copy1.jpg", "other.jpg"]
     images += [Image(tmp_path / name, "x", "coarse") for name in names]
-    features = np.eye(4, dtype=np.float32)[[0, 1, 2, *[0] * 10, 1, 2, 1]]
-    features[-3:, 3] = 0.6, 0.6, -0.6  # alike, but not the same
+    features = np.eye(3, dtype=np.float32)[[0, 1, *[0] * 10, 1, 1]]
+    features[-2:, 2] = 0.6, -0.6  # alike, but not the same
     warned = []
     monkeypatch.setattr(retrain.log, "warning", lambda *given: warned.append(given[1]))
-    coarse = Rows(features, np.arange(3, 16), np.zeros(13, np.intp))
-    assert retrain.without_copies(coarse, features, images).rows.tolist() == [15]
-    assert warned == [12]
+    coarse = Rows(features, np.arange(2, 14), np.zeros(12, np.intp))
+    assert retrain.without_copies(coarse, features, images).rows.tolist() == [13]
+    assert warned == [11]
 
 
 # The whole

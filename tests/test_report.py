@@ -41,7 +41,7 @@ def made_up(folder: Path, names: list[str], count: int = 20, file_name: str = "i
     return Diagnostics(
         labels=names, images=images, groups=rows // 2, validated=held_out, test=None,
         classic_accuracy=0.9, test_duplicates=0, curve=curve, temperature=1.2,
-        doubts=doubts, pairs=pairs, cue="", cue_accuracy=0.0, familiar=None, histories={"head": history},
+        doubts=doubts, pairs=pairs, cue="", cue_accuracy=0.0, histories={"head": history},
     )  # fmt: skip
 
 
@@ -125,12 +125,6 @@ def test_without_anything_held_out_it_says_so(tmp_path):
     page = write(found, tmp_path).read_text("utf-8")
     assert "Nobody knows" in page
     assert "too few images" in page
-
-
-def test_without_the_template_the_other_files_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrain, "REPORT_TEMPLATE", tmp_path / "gone.html")
-    page = write(made_up(tmp_path, ["ants", "bees"]), tmp_path)
-    assert page.with_suffix(".json").is_file() and page.with_suffix(".tsv").is_file() and not page.exists()
 
 
 def test_an_axis_makes_no_drama_of_noise():
