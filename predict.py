@@ -366,9 +366,11 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         raise ImageError("the file is truncated" if truncated else f"damaged ({first_line(error)})") from None
     if not reading.ignore_exif_orientation:
         with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
-            turned = PIL.Image.fromarray(pixels)
-            turned.getexif()[0x0112] = image.getexif().get(0x0112, 1)  # Pillow has turned TIFF and HEIC already
-            pixels = np.asarray(PIL.ImageOps.exif_transpose(turned))
+            orientation = image.getexif().get(0x0112, 1)  # Pillow has turned TIFF and HEIC already
+            if orientation != 1:
+                turned = PIL.Image.fromarray(pixels)
+                turned.getexif()[0x0112] = orientation
+                pixels = np.asarray(PIL.ImageOps.exif_transpose(turned))
     return pixels
 
 

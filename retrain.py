@@ -2316,22 +2316,33 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
     return merged(groups, np.array([p.first for p in pairs], int), np.array([p.second for p in pairs], int)), pairs
 
 
-def thumbnail_crops(path: Path | UPath) -> np.ndarray:
-    """Return unit vectors float32 [100, 256], grey, 16 pixels square: an image, and its crops; zeros if it is gone.
+@functools.cache
+def crop_weights() -> np.ndarray:
+    """Return what brings 64 pixels to 16 in ten ways, float32 [10 * 16, 64]: all of them, and windows of them.
 
-    They are windows of all, 95, 90 and 85 % of width and of height, each at its beginning, middle and end.
+    The windows are of 95, 90 and 85 %, each at the beginning, in the middle and at the end.
     """
-    try:
-        pixels = read_image(path, Reading(), (64, 64))
-    except ImageError:
-        return np.zeros((100, 256), np.float32)
-    grey = PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
     spans = [(0.0, 64.0)]
     for side in (60.8, 57.6, 54.4):
         spans += [(start, start + side) for start in (0, (64 - side) / 2, 64 - side)]
-    boxes = [(left, top, right, bottom) for top, bottom in spans for left, right in spans]
-    crops = np.array([grey.resize((16, 16), PIL.Image.Resampling.HAMMING, box) for box in boxes], np.float32)
-    crops = crops.reshape(100, 256)
+    identity, soft = PIL.Image.fromarray(np.eye(64, dtype=np.float32)), PIL.Image.Resampling.HAMMING
+    return np.concatenate([identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in spans])
+
+
+def grey_thumbnail(path: Path | UPath) -> np.ndarray:
+    """Return an image in grey, float32 [64, 64]; zeros if it is gone."""
+    try:
+        pixels = read_image(path, Reading(), (64, 64))
+    except ImageError:
+        return np.zeros((64, 64), np.float32)
+    grey = PIL.Image.fromarray(pixels).convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
+    return np.asarray(grey, np.float32)
+
+
+def crops_of(thumbnail: np.ndarray) -> np.ndarray:
+    """Return unit vectors float32 [100, 256], 16 pixels square: a thumbnail, float32 [64, 64], and its crops."""
+    crops = crop_weights() @ thumbnail @ crop_weights().T
+    crops = crops.reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 256)
     return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
@@ -2342,7 +2353,8 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     """
     alike = [pair for pair in alike if pair[0] >= ALIKE]
     rows = sorted({row for _, *both in alike for row in both})
-    crops = dict(on_all_cores([lambda row: thumbnail_crops(images[row].path)] * core_count(), rows))
+    thumbnails = on_all_cores([lambda row: grey_thumbnail(images[row].path)] * core_count(), rows)
+    crops = {row: crops_of(thumbnail) for row, thumbnail in thumbnails}
     pairs = []
     for cosine, first, second in alike:
         correlations = []
@@ -2964,8 +2976,10 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
         for row, thumbnail in thumbnails_of(images, list(named)[:MOST_LOGGED], 240).items():
             tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
             writer.add_image(f"mistakes/{tag}", np.asarray(thumbnail), dataformats="HWC")
+        centred = features[rows] - features[rows].mean(axis=0)
+        left, spread, _ = np.linalg.svd(centred, full_matrices=False)  # all features as text would take a second
         header = ["label", "split", "taken for", "image"]
-        writer.add_embedding(features[rows], cells, sprites, 0, "features", header)
+        writer.add_embedding((left * spread)[:, :50], cells, sprites, 0, "features", header)
 
 
 # ======================================================================================================================
