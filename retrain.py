@@ -45,7 +45,6 @@ import tempfile
 import threading
 import time
 import types
-import unicodedata
 import urllib.parse
 import uuid
 import warnings
