@@ -915,10 +915,11 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
             graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
             nodes = {node.name: node for node in graph.node}
             shape = nodes[f"{BOTTLENECK_NODE}/shape"]
+            _, count = tf.make_ndarray(shape.attr["value"].tensor)
             with tf.Graph().as_default() as better:
                 # A constant in the release, which not every reader can feed; and the first dimension is the batch.
                 tf.compat.v1.placeholder(tf.string, [], "DecodeJpeg/contents")
-                tf.constant([-1, tf.make_ndarray(shape.attr["value"].tensor)[1]], tf.int32, name=shape.name)
+                tf.constant([-1, count], tf.int32, name=shape.name)
             for node in better.as_graph_def().node:
                 nodes[node.name].CopyFrom(node)
         return graph
@@ -1041,11 +1042,10 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
         try:
             model = vgg16.VGG16(is_whole, source, input_shape=(224, 224, 3), pooling=pooling)
         except Exception as error:  # of all kinds, by the network, h5py and Keras
-            raise UserError(
-                f"--architecture vgg16: its weights can't be downloaded or are damaged ({first_line(error)}); download "
-                f"{path.name} on any machine and put it into {model_dir.resolve()}."
-            ) from error
-        output = model.get_layer("fc2").output if is_whole else model.output
+            told = f"its weights can't be downloaded or are damaged ({first_line(error)}); download"
+            told += f" {path.name} on any machine and put it into {model_dir.resolve()}."
+            raise UserError(f"--architecture vgg16: {told}") from error
+        output = model.get_layer(layer).output if is_whole else model.output
         model = tf.keras.Model(model.inputs, tf.keras.layers.Flatten()(output))
         # Preprocessed: RGB to BGR, minus ImageNet's means.
         return image_graph(lambda pixels: model(vgg16.preprocess_input(pixels)), (224, 224))
@@ -1065,13 +1065,10 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
             import tensorflow_hub
 
             folder = Path(tensorflow_hub.resolve(handle))
-        except Exception as error:  # of the network, of the file system, of archives; it may not be installed either
-            raise UserError(
-                f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)}); {INSTALL} tensorflow-hub "
-                "'setuptools<82', or download and unpack it on any machine, and name the folder."
-            ) from error
-    elif not folder.is_dir():
-        raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
+        except Exception as error:  # of the network, of the file system, of archives; of what is not installed
+            remedy = f"{INSTALL} tensorflow-hub 'setuptools<82', or unpack it yourself and name the folder"
+            told = f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)}); {remedy}."
+            raise UserError(told) from error
     digest = hashlib.sha256(f"image_size {image_size}".encode())
     for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
@@ -1097,16 +1094,15 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
     functions += [(module.signatures[name],) * 2 for name in HUB_SIGNATURES if name in module.signatures]
     reason = f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
     for function, traced in functions:
-        specs = [spec for spec in tf.nest.flatten(traced.structured_input_signature) if isinstance(spec, tf.TensorSpec)]
-        if len(specs) != 1 or specs[0].shape.rank != 4 or specs[0].dtype != tf.float32:
+        signature = tf.nest.flatten(traced.structured_input_signature)
+        specs = [spec for spec in signature if isinstance(spec, tf.TensorSpec)]
+        if [(spec.dtype, spec.shape.rank) for spec in specs] != [(tf.float32, 4)]:
             reason = f"it takes {specs} where one batch of images is expected"
             continue
         sides = specs[0].shape[1:3].as_list()
         size = [side or image_size for side in sides]
         if 0 in size or (image_size and size != [image_size, image_size]):
-            raise UserError(
-                f"--image_size {image_size}: the module takes images of {sides} (None: any); choose another."
-            )
+            raise UserError(f"--image_size {image_size}: name one that the module takes, {sides} (None: any).")
 
         def network(pixels: Tensor, function: Callable = function) -> Tensor:
             made = function(pixels / 255)  # the common image signatures ask for 0 to 1
@@ -1260,23 +1256,19 @@ class TensorFlowModel:
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
             while not answer:
-                self.run_batch()
+                taken = self.waiting[: self.BATCH]
+                # Filled up to a power of two: a GPU prepares itself anew for every size that it has not seen.
+                size = 1 << (len(taken) - 1).bit_length()
+                batch = np.resize([given for given, _ in taken], [size, *pixels.shape])
+                try:
+                    features = self.run(batch)[0].numpy()
+                except Exception as error:  # of many kinds; the others go on waiting, and find out for themselves
+                    told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
+                    raise UserError(told) from error
+                del self.waiting[: len(taken)]
+                for i, (_, asked) in enumerate(taken):
+                    asked.append(features[i])
         return answer[0]
-
-    def run_batch(self) -> None:
-        """Answer those who have waited the longest; if it fails they go on waiting, and find out for themselves."""
-        taken = self.waiting[: self.BATCH]
-        # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
-        size = 1 << (len(taken) - 1).bit_length()
-        batch = np.resize([pixels for pixels, _ in taken], [size, *taken[0][0].shape])
-        try:
-            features = self.run(batch)[0].numpy()
-        except Exception as error:  # TensorFlow raises many kinds
-            told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
-            raise UserError(told) from error
-        del self.waiting[: len(taken)]
-        for i, (_, answer) in enumerate(taken):
-            answer.append(features[i])
 
 
 # ======================================================================================================================
