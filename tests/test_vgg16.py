@@ -11,7 +11,7 @@ from test_export import FEATURES, FINAL, bytes_of, predicted, served, session_ru
 
 import retrain
 
-FULL, NOTOP = retrain.VGG16_FILES
+FULL, NOTOP = (f"vgg16_weights_tf_dim_ordering_tf_kernels{end}.h5" for end in ("", "_notop"))
 
 
 def vgg16(include_top: bool):

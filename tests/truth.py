@@ -52,7 +52,7 @@ class Sets:
     def __init__(self, photos: Path, architecture: str, model_dir: Path, kept: Path):
         self.photos, self.kept = photos, kept
         kept.mkdir(parents=True, exist_ok=True)
-        recipe, _ = retrain.find_recipe(architecture, "", model_dir)
+        recipe = retrain.find_recipe(architecture, "", model_dir)
         self.base = retrain.load_base_model(recipe, model_dir, kept)
 
     def compute(self, images: list[Image], name: str) -> Set:
