@@ -218,9 +218,14 @@ EVERYDAY += "exclude relabel crawl crawl_count"
 # What users of other programs type, and what it is called here.
 MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "--learning_rate"}
 MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
-ARCHITECTURES = ["auto", "inception_v3", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "vgg16"]
-ARCHITECTURES += [
-    f"mobilenet_{width}_{side}" for width in ("1.0", "0.75", "0.50", "0.25") for side in (224, 192, 160, 128)
+ARCHITECTURES = [
+    "auto",
+    "inception_v3",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "vgg16",
+    *(f"mobilenet_{width}_{side}" for width in ("1.0", "0.75", "0.50", "0.25") for side in (224, 192, 160, 128)),
 ]
 # The layers of vgg16 that can be its bottleneck, the usual one first.
 VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
@@ -291,11 +296,11 @@ def add_image_flags(flag: Callable) -> None:
     flag("--validation_percentage", "N", "percent that are kept to validate during training", 10, PERCENTAGE)
     flag("--test_dir", "DIR", "test on the images of this folder instead")
     flag("--validation_dir", "DIR", "validate on the images of this folder instead")
-    flag("--split_file", "FILE", "table of each image's path, label, and training, validation or testing; with tabs")
+    flag("--split_file", "FILE", "table of each image's path, label and split; see --write_split_file")
     flag("--write_split_file", "FILE", "write such a table of this run")
-    flag("--exclude", "FILE", "leave out the images in this list, which the report can save")
-    flag("--relabel", "FILE", "train the images in this list, which the report can save, under its labels")
-    flag("--coarse_image_dir", "DIR", "train first on these many images, which may be mislabelled, then on --image_dir")
+    flag("--exclude", "FILE", "leave out the images in this list of the report")
+    flag("--relabel", "FILE", "train the images in this list of the report under its labels")
+    flag("--coarse_image_dir", "DIR", "train first on these many doubtful images, then on --image_dir")
     flag("--ignore_exif_orientation", None, "don't turn photographs upright (the classic script never did)")
     flag("--exact_decode", None, "read very large photographs at full size: slower (the classic script always did)")
 
@@ -319,15 +324,15 @@ def add_crawl_flags(flag: Callable) -> None:
 
 
 def add_base_model_flags(flag: Callable) -> None:
-    names = "network that looks at the images: inception_v3; efficientnet_lite2, smaller, faster and better for few "
-    names += "images (also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; auto: "
-    names += "inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
+    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images "
+    names += "(also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; "
+    names += "auto: inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
     layer = "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2"
     flag("--architecture", "NAME", names, "auto", choices=ARCHITECTURES)
     flag("--bottleneck_layer", "NAME", layer, choices=VGG16_LAYERS)
     flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
-    flag("--trust_model", None, "run a network although it could read and write files; only for one that you trust")
+    flag("--trust_model", None, "run a network that could also read and write files")
     flag("--tfhub_module", "NAME", "use this network from TF-Hub or Kaggle, or in this folder with a SavedModel")
     flag("--image_size", "N", "pixels of a side that a --tfhub_module is given, if it takes any", 0, number(int, 0))
     flag("--quantize", None, "compute with 8-bit integers: two to three times as fast on most processors since 2020")
@@ -351,9 +356,9 @@ def add_bottleneck_flags(flag: Callable) -> None:
 def add_head_flags(flag: Callable) -> None:
     usual, share = TrainingSettings(), number(float, 0, 0.99)
     sizes = "train hidden layers of these sizes, too, as in 512,256"
-    way = "how the classes are learnt: softmax, step by step, or logistic, at once, which is often a little better"
-    weights = "balanced: a class of few images counts as much as one of many, even with --train_batch_size -1"
-    kept = "share of the later steps in which the images of --coarse_image_dir are trained on, so as not to forget them"
+    way = "softmax: learnt step by step; logistic: at once, which is often a little better"
+    weights = "balanced: all classes count alike, even with --train_batch_size -1"
+    kept = "share of the later steps for the images of --coarse_image_dir, so as not to forget them"
     optimizers = ("sgd", "momentum", "adam", "rmsprop")
 
     def whole_numbers(text: str) -> tuple[int, ...]:
@@ -379,13 +384,13 @@ def add_head_flags(flag: Callable) -> None:
 
 
 def add_output_flags(flag: Callable) -> None:
-    sure = "share of its right answers that predict.py shall be sure of; with more, it is sure of more wrong ones, too"
+    sure = "share of its right answers that predict.py shall be sure of; with more, also of more wrong ones"
     levels = ("DEBUG", "INFO", "WARN", "ERROR", "FATAL")
     intermediate = at_home("intermediate_graph")
     flag("--output_graph", "FILE", "the trained classifier", at_home("output_graph.pb"))
     flag("--output_labels", "FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
     flag("--output_report", "FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
-    flag("--no_report", None, "train, test and write the classifier, and no more: no cross-validation, no report")
+    flag("--no_report", None, "no cross-validation and no report")
     flag("--coverage", "X", sure, 0.93, number(float, 0.5, 1))
     flag("--test_batch_size", "N", "how many images the final test looks at; -1 for all", -1, COUNT_OR_ALL)
     flag("--print_misclassified_test_images", None, "list the test images that were taken for another class")
@@ -411,10 +416,17 @@ def build_parser() -> Parser:
         "head": add_head_flags,
         "report and export": add_output_flags,
     }
-    for name, add_flags in rooms.items():
-        add_flags(functools.partial(add_flag, parser.add_argument_group(name)))
-    told = "show this; `--help all` shows every flag"
-    parser.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], metavar="all", help=told)
+    for room, add_flags in rooms.items():
+        add_flags(functools.partial(add_flag, parser.add_argument_group(room)))
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=Help,
+        nargs="?",
+        choices=["all"],
+        metavar="all",
+        help="show this; `--help all` shows every flag",
+    )
     return parser
 
 
@@ -679,7 +691,8 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     named = [image for image in found.values() if image]
     if len(named) < len(found):
         log.warning("%d images of %s are not in %s, and are left out.", len(found) - len(named), image_dir, path)
-    check_classes(f"--split_file {path}", (image for image in named if image.split == "training"), sorted(labels))
+    training = [image for image in named if image.split == "training"]
+    check_classes(f"--split_file {path}", training, sorted(labels))
     return named
 
 
@@ -3065,11 +3078,11 @@ def append_head(model: Any, head: Head) -> None:
     """Add the head to a ModelT of LiteRT's schema, whose outputs become scores [1, classes] and bottleneck [1, n]."""
     from ai_edge_litert import schema_py_generated as schema
 
-    network, kinds, options = model.subgraphs[0], schema.BuiltinOperator, schema.BuiltinOptions
+    network = model.subgraphs[0]
+    kinds, options = schema.BuiltinOperator, schema.BuiltinOptions
 
     def tensor(name: str, shape: Sequence[int], buffer: int = 0) -> int:
-        kind = schema.TensorType.FLOAT32
-        network.tensors.append(schema.TensorT(list(shape), kind, buffer, name))
+        network.tensors.append(schema.TensorT(list(shape), schema.TensorType.FLOAT32, buffer, name))
         return len(network.tensors) - 1
 
     def constant(name: str, values: np.ndarray) -> int:
@@ -3079,16 +3092,24 @@ def append_head(model: Any, head: Head) -> None:
 
     def operator(code: int, inputs: list[int], output: int, option_type: int, option: object) -> None:
         model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
-        index = len(model.operatorCodes) - 1
-        network.operators.append(schema.OperatorT(index, inputs, [output], option_type, option))
+        network.operators.append(
+            schema.OperatorT(
+                opcodeIndex=len(model.operatorCodes) - 1,
+                inputs=inputs,
+                outputs=[output],
+                builtinOptionsType=option_type,
+                builtinOptions=option,
+            )
+        )
 
-    (bottleneck,), activations = network.outputs, schema.ActivationFunctionType
+    (bottleneck,) = network.outputs
     last = bottleneck
-    layers = [(f"hidden_{i}", *layer, activations.RELU) for i, layer in enumerate(head.hidden)]
-    for name, weights, biases, activation in [*layers, ("logits", head.weights, head.biases, activations.NONE)]:
+    relu, none = schema.ActivationFunctionType.RELU, schema.ActivationFunctionType.NONE
+    layers = [(f"hidden_{i}", *layer, relu) for i, layer in enumerate(head.hidden)]
+    for name, weights, biases, activation in [*layers, ("logits", head.weights, head.biases, none)]:
         inputs = [last, constant(f"{name}_weights", weights.T), constant(f"{name}_biases", biases)]
-        connected = schema.FullyConnectedOptionsT(activation)
         last = tensor(name, [1, len(biases)])
+        connected = schema.FullyConnectedOptionsT(activation)
         operator(kinds.FULLY_CONNECTED, inputs, last, options.FullyConnectedOptions, connected)
     scores = tensor("scores", [1, len(head.biases)])
     operator(kinds.SOFTMAX, [last], scores, options.SoftmaxOptions, schema.SoftmaxOptionsT(1.0))
@@ -3852,17 +3873,17 @@ def train_as_asked(
     same = data.coarse_labels == data.labels
     first, second = settings.stages(same)
     seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
-    base = train_head(data.coarse, seen, len(data.coarse_labels), first)
-    refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
-    alone = train_head(*given, settings)
-    both = refine(*given, second, after_step)
-    held_out, histories = data.testing if len(data.testing.rows) else data.validation, {}
-    for name, (head, history) in {"stage one": base, "without stage one": alone, "both stages": both}.items():
-        histories[name] = history
+    trained = {"stage one": train_head(data.coarse, seen, len(data.coarse_labels), first)}
+    base, _ = trained["stage one"]
+    refine = functools.partial(train_head, base=base, coarse=data.coarse if same else None)
+    trained["without stage one"] = train_head(*given, settings)
+    trained["both stages"] = refine(*given, second, after_step)
+    held_out = data.testing if len(data.testing.rows) else data.validation
+    for name, (head, _) in trained.items():
         if len(held_out.rows) and (same or name != "stage one"):
             right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
-    return both[0], histories, refine, second
+    return head, {name: history for name, (_, history) in trained.items()}, refine, second
 
 
 def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> dict:
@@ -3948,12 +3969,12 @@ def make_classifier(flags: argparse.Namespace) -> None:
         head = head.cooled(found.temperature)
         facts |= {"temperature": found.temperature, "familiar": found.familiar and found.familiar.as_facts()}
     write_all(flags, base, head, labels, facts)
-    if found:
-        write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
     if logs:
         write_summaries([*histories.values()][-1], logs)
-    if logs and found:
-        write_evaluation_summaries(found, data.features, logs / "evaluation")
+    if found:
+        write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
+        if logs:
+            write_evaluation_summaries(found, data.features, logs / "evaluation")
     if note:
         log.warning(note)
     chosen = "" if flags.output_graph == at_home("output_graph.pb") else f" --graph {flags.output_graph}"
