@@ -208,12 +208,17 @@ EVERYDAY += "exclude relabel crawl crawl_count"
 # What users of other programs type, and what it is called here.
 MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "--learning_rate"}
 MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
-# The base models by their names, and the layers that each can keep as its bottleneck, the usual one first.
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("auto", "inception_v3", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"), ()),
-    "vgg16": ("avg_pool", "block5_pool", "fc2"),
-    **{f"mobilenet_{width}_{size}": () for width in ("1.0", "0.75", "0.50", "0.25") for size in (224, 192, 160, 128)},
-}
+ARCHITECTURES = [
+    "auto",
+    "inception_v3",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "vgg16",
+    *(f"mobilenet_{width}_{side}" for width in ("1.0", "0.75", "0.50", "0.25") for side in (224, 192, 160, 128)),
+]
+# The layers of vgg16 that can be its bottleneck, the usual one first.
+VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
 # Kinds of values that several flags take.
 PERCENTAGE, RATE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(float, 0), number(int, 1), number(int, 1, also=-1)
 
@@ -281,23 +286,20 @@ def add_image_flags(flag: Callable) -> None:
     flag("--validation_percentage", "N", "percent that are kept to validate during training", 10, PERCENTAGE)
     flag("--test_dir", "DIR", "test on the images of this folder instead")
     flag("--validation_dir", "DIR", "validate on the images of this folder instead")
-    flag("--split_file", "FILE", "table of each image's path, label, and training, validation or testing; with tabs")
+    flag("--split_file", "FILE", "table of each image's path, label and split; see --write_split_file")
     flag("--write_split_file", "FILE", "write such a table of this run")
-    flag("--exclude", "FILE", "leave out the images in this list, which the report can save")
-    flag("--relabel", "FILE", "train the images in this list, which the report can save, under its labels")
-    flag("--coarse_image_dir", "DIR", "train first on these many images, which may be mislabelled, then on --image_dir")
+    flag("--exclude", "FILE", "leave out the images in this list of the report")
+    flag("--relabel", "FILE", "train the images in this list of the report under its labels")
+    flag("--coarse_image_dir", "DIR", "train first on these many doubtful images, then on --image_dir")
     flag("--ignore_exif_orientation", None, "don't turn photographs upright (the classic script never did)")
     flag("--exact_decode", None, "read very large photographs at full size: slower (the classic script always did)")
 
 
 def add_crawl_flags(flag: Callable) -> None:
-    """Add the flags of the room crawl."""
-    sources = "where to search, the preferred one first: openverse and commons (used by default), inaturalist, bing, "
-    sources += (
-        "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words; your address in the variable "
+    sources = (
+        "where to search, the preferred one first: openverse, commons (both by default), inaturalist, bing, baidu, "
     )
-    sources += "CRAWL_CONTACT tells the servers whom to write to; a key in OPENVERSE_TOKEN, "
-    sources += "which expires after ten hours, makes Openverse faster, but gives no more than 240 images a search"
+    sources += "page:URL, list:FILE; {} in URL or FILE stands for the search words"
     licenses = "download only images under one of these licenses, as in by,by-sa,cc0"
     flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
     flag("--crawl_count", "N", "how many images to download for each class", 100, COUNT)
@@ -312,14 +314,15 @@ def add_crawl_flags(flag: Callable) -> None:
 
 
 def add_base_model_flags(flag: Callable) -> None:
-    names = "network that looks at the images: inception_v3; efficientnet_lite2, smaller, faster and better for few "
-    names += "images (also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; auto: "
-    names += "inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
-    flag("--architecture", "NAME", names, "auto")
-    flag("--bottleneck_layer", "NAME", "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2")
+    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images "
+    names += "(also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; "
+    names += "auto: inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
+    layer = "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2"
+    flag("--architecture", "NAME", names, "auto", choices=ARCHITECTURES)
+    flag("--bottleneck_layer", "NAME", layer, choices=VGG16_LAYERS)
     flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
-    flag("--trust_model", None, "run a network although it could read and write files; only for one that you trust")
+    flag("--trust_model", None, "run a network that could also read and write files")
     flag("--tfhub_module", "NAME", "use this network from TF-Hub or Kaggle, or in this folder with a SavedModel")
     flag("--image_size", "N", "pixels of a side that a --tfhub_module is given, if it takes any", 0, number(int, 0))
     flag("--quantize", None, "compute with 8-bit integers: two to three times as fast on most processors since 2020")
@@ -343,9 +346,9 @@ def add_bottleneck_flags(flag: Callable) -> None:
 def add_head_flags(flag: Callable) -> None:
     usual, share = TrainingSettings(), number(float, 0, 0.99)
     sizes = "train hidden layers of these sizes, too, as in 512,256"
-    way = "how the classes are learnt: softmax, step by step, or logistic, at once, which is often a little better"
-    weights = "balanced: a class of few images counts as much as one of many, even with --train_batch_size -1"
-    kept = "share of the later steps in which the images of --coarse_image_dir are trained on, so as not to forget them"
+    way = "softmax: learnt step by step; logistic: at once, which is often a little better"
+    weights = "balanced: all classes count alike, even with --train_batch_size -1"
+    kept = "share of the later steps for the images of --coarse_image_dir, so as not to forget them"
     optimizers = ("sgd", "momentum", "adam", "rmsprop")
 
     def whole_numbers(text: str) -> tuple[int, ...]:
@@ -371,13 +374,13 @@ def add_head_flags(flag: Callable) -> None:
 
 
 def add_output_flags(flag: Callable) -> None:
-    sure = "share of its right answers that predict.py shall be sure of; with more, it is sure of more wrong ones, too"
+    sure = "share of its right answers that predict.py shall be sure of; with more, also of more wrong ones"
     levels = ("DEBUG", "INFO", "WARN", "ERROR", "FATAL")
     intermediate = at_home("intermediate_graph")
     flag("--output_graph", "FILE", "the trained classifier", at_home("output_graph.pb"))
     flag("--output_labels", "FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
     flag("--output_report", "FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
-    flag("--no_report", None, "train, test and write the classifier, and no more: no cross-validation, no report")
+    flag("--no_report", None, "no cross-validation and no report")
     flag("--coverage", "X", sure, 0.93, number(float, 0.5, 1))
     flag("--test_batch_size", "N", "how many images the final test looks at; -1 for all", -1, COUNT_OR_ALL)
     flag("--print_misclassified_test_images", None, "list the test images that were taken for another class")
@@ -403,14 +406,17 @@ def build_parser() -> Parser:
         "head": add_head_flags,
         "report and export": add_output_flags,
     }
-    for name, add_flags in rooms.items():
-        add_flags(functools.partial(add_flag, parser.add_argument_group(name)))
-    usual: dict[str, Any] = {
-        "help": "show this; `--help all` shows every flag",
-        "metavar": "all",
-        "default": argparse.SUPPRESS,
-    }
-    parser.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], **usual)
+    for room, add_flags in rooms.items():
+        add_flags(functools.partial(add_flag, parser.add_argument_group(room)))
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=Help,
+        nargs="?",
+        choices=["all"],
+        metavar="all",
+        help="show this; `--help all` shows every flag",
+    )
     return parser
 
 
@@ -422,19 +428,11 @@ def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
-
-    if not flags.output_report.endswith(".html"):
-        parser.error(f"--output_report: {flags.output_report!r} does not end in .html")
-
-    if flags.crawl_only and not flags.crawl:
-        parser.error("--crawl_only: there is nothing to crawl without --crawl")
-    trained_on = [os.path.abspath(path) for path in (flags.image_dir, flags.coarse_image_dir) if path]
-    apart = flags.crawl_dir and os.path.abspath(flags.crawl_dir) not in trained_on
-    if flags.crawl and not flags.crawl_only and apart:
-        parser.error("--crawl_dir: nothing is trained on what lies there; add --crawl_only, or name the --image_dir")
+    if Path(flags.output_report).with_suffix(".json") == OutputFiles(flags.output_graph).facts:
+        parser.error("--output_report: its numbers would replace what belongs to --output_graph; name another")
 
     local = ("crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize")
-    if is_store_url(flags.image_dir) and (not flags.ray_address or any(getattr(flags, name) for name in local)):
+    if is_store_url(flags.image_dir) and (not flags.ray_address or any(vars(flags)[name] for name in local)):
         told = f"an object store is read by a Ray cluster; add --ray_address, and leave out --{', --'.join(local)}"
         parser.error(f"--image_dir: {told}")
     if any(map(is_store_url, (flags.validation_dir, flags.test_dir, flags.coarse_image_dir, flags.crawl_dir))):
@@ -442,21 +440,10 @@ def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
     if flags.ray_address.startswith("ray://"):
         parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
 
-    name, layers = flags.architecture, ARCHITECTURES.get(flags.architecture, ())
-    if name.endswith("_quantized"):
-        parser.error(f"--architecture: what {name} did is done by --architecture {name[:-10]} --quantize")
-    if name not in ARCHITECTURES:
-        parser.error(f"--architecture: {name!r} is not known; choose {', '.join(ARCHITECTURES)}")
-    if flags.tfhub_module and name != "auto":
+    if flags.tfhub_module and flags.architecture != "auto":
         parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
-    if flags.image_size and not flags.tfhub_module:
-        parser.error("--image_size is for --tfhub_module only; the other base models have a size of their own")
-    if flags.bottleneck_layer and flags.bottleneck_layer not in layers:
-        choice = ", ".join(ARCHITECTURES["vgg16"])
-        parser.error(f"--bottleneck_layer: only --architecture vgg16 has layers to choose from, {choice}")
-
-    if flags.coarse_image_dir and not flags.hidden_units:
-        parser.error("--coarse_image_dir: training in two stages needs a hidden layer; leave --hidden_units out")
+    if flags.bottleneck_layer and flags.architecture != "vgg16":
+        parser.error("--bottleneck_layer: only --architecture vgg16 has layers to choose from")
     if not flags.hidden_units and (flags.dropout or flags.batch_norm):
         parser.error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
     if flags.head == "logistic" and (flags.hidden_units or flags.optimizer != "sgd"):
@@ -467,11 +454,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
-    for name in ("image_dir", "model_dir", "bottleneck_dir", "output_graph"):
-        if not getattr(flags, name).strip():
-            parser.error(f"--{name}: it needs a name")
-    if flags.crawl and not flags.crawl_dir and flags.image_dir == parser.get_default("image_dir"):
-        flags.image_dir = at_home("crawled")  # data/ holds the drawings that come along
+    if flags.crawl and flags.image_dir == parser.get_default("image_dir"):
+        flags.image_dir = flags.crawl_dir or at_home("crawled")  # data/ holds the drawings that come along
     files, two_stages = OutputFiles(flags.output_graph), bool(flags.coarse_image_dir)
     rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
     defaults = {
@@ -483,7 +467,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "dropout": 0.4 if two_stages else 0.0,
     }
     for name, value in defaults.items():
-        if getattr(flags, name) in (None, ""):
+        if vars(flags)[name] in (None, "", ()):
             setattr(flags, name, value)
     check_flags(parser, flags)
     return flags
@@ -541,9 +525,8 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | 
     """
     url = str(folder)
     entries: list = []
-    is_store = is_store_url(url)
     try:
-        if is_store:
+        if is_store_url(url):
             from upath import UPath
 
             store = UPath(folder)
@@ -557,34 +540,26 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | 
             entries = [(path, path.is_dir(), None) for path in Path(folder).iterdir()]
     except Exception as error:  # stores have errors of their own
         why = first_line(error).replace(url, shown(url))
-        remedy = f"; the package for it may be missing: {INSTALL} -r requirements-ray.txt" if is_store else ""
+        remedy = f"; the package for it may be missing: {INSTALL} -r requirements-ray.txt" if is_store_url(url) else ""
         raise UserError(f"{shown(url)} could not be listed ({why}){remedy}.") from error
-    entries = [entry for entry in entries if not is_hidden(entry[0])]
-    return sorted(entries, key=lambda entry: entry[0].name)
+    return sorted((entry for entry in entries if not is_hidden(entry[0])), key=lambda entry: entry[0].name)
 
 
-def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> list[Image]:
+def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
     """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
 
-    Whether a file is an image is told by its content, when it is decoded. Raises UserError for a folder from which no
-    classifier could be trained, with less than two classes or `least` files of one, by the name of its flag.
+    Whether a file is an image is told by its content, when it is decoded. Raises UserError, by the name of the flag,
+    for a folder from which no classifier could be trained.
     """
     given = f"{flag} {shown(image_dir)}"
-    if os.path.isfile(image_dir):
-        raise UserError(f"{given}: it is a file; if it is an archive, unpack it, and name the folder that comes out.")
     if not is_store_url(image_dir) and not os.path.isdir(image_dir):
-        raise UserError(f"{given}: there is no such folder (looked for {os.path.abspath(image_dir)}).")
+        where = os.path.abspath(image_dir)
+        raise UserError(f"{given}: there is no such folder (looked for {where}); an archive has to be unpacked first.")
     entries = entries_of(image_dir)
-    folders = [path for path, is_folder, _ in entries if is_folder]
     unread = [path for path, is_folder, _ in entries if not is_folder]
-    if not folders:
-        raise UserError(
-            f"{given}: it holds no folders; put the images of each class into a folder of its own. "
-            "If it is the folder of one class, name the folder above it."
-        )
     images: list[Image] = []
     folder_of: dict[str, str] = {}
-    for folder in folders:
+    for folder in [path for path, is_folder, _ in entries if is_folder]:
         label = label_of(folder.name)
         other = folder_of.setdefault(label, folder.name)
         if other != folder.name:
@@ -598,25 +573,27 @@ def list_images(image_dir: str, flag: str = "--image_dir", least: int = 2) -> li
     if unread:
         told = "Only the files directly in a class's folder are read; %d others are not, such as %s."
         log.warning(told, len(unread), printable(unread[0]))
-    if len(folder_of) == 1:
-        raise UserError(f"{given}: it holds one class only, {label!r}; a classifier needs two or more.")
-    check_classes(given, images, list(folder_of), least)
+    if len(folder_of) < 2:
+        told = f"a classifier needs the folders of two classes or more, and it holds {list(folder_of) or 'none'}"
+        raise UserError(f"{given}: {told}; if it is the folder of one class, name the folder above it.")
+    check_classes(given, images, folder_of)
     return images
 
 
-def check_classes(given: str, images: Sequence[Image], labels: Sequence[str], least: int = 2) -> None:
-    """Raise UserError unless there are `least` images or more of each class; given: the flag and its value."""
-    counts = Counter(image.label for image in images)
-    if few := [f"{label!r} ({counts[label]})" for label in labels if counts[label] < least]:
-        remedy = f"each class needs {least} or more; add images, or remove the class"
-        raise UserError(f"{given}: too few usable images of {', '.join(few)}; {remedy}.")
+def check_classes(given: str, images: Iterable[Image], labels: Iterable[str]) -> None:
+    """Raise UserError for a class without images; given: the flag that names them, and its value."""
+    present = {image.label for image in images}
+    missing = [repr(label) for label in labels if label not in present]
+    if missing:
+        told = f"no usable images of {', '.join(missing)} to train on; add some, or remove the class"
+        raise UserError(f"{given}: {told}.")
 
 
 def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
     """Return (line, cells) of a table with tabs between its cells, without empty lines and those that begin with #."""
     try:
-        text = Path(path).read_text("utf-8-sig", "surrogateescape")
-        rows = list(enumerate(csv.reader(io.StringIO(text), delimiter="\t"), 1))
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = list(enumerate(csv.reader(file, delimiter="\t"), 1))
     except (OSError, csv.Error) as error:
         raise UserError(f"{flag} {path}: it can't be read ({error}); name the right file.") from error
     return [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
@@ -677,7 +654,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     """Return the images that a split file names, with their splits, those of `images` (all of image_dir) first.
 
     It is a table of tabs: path (from image_dir, or absolute), label, and training, validation or testing. Raises
-    UserError for a path that is no image's, one named twice, another label or split, and classes with none to train.
+    UserError for a path that is no image's, one named twice, and another label or split.
     """
     true_folder = functools.cache(os.path.realpath)
 
@@ -704,21 +681,22 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     named = [image for image in found.values() if image]
     if len(named) < len(found):
         log.warning("%d images of %s are not in %s, and are left out.", len(found) - len(named), image_dir, path)
-    trained = [image for image in named if image.split == "training"]
-    check_classes(f"--split_file {path}, training", trained, sorted(labels), least=1)
+    training = [image for image in named if image.split == "training"]
+    check_classes(f"--split_file {path}", training, sorted(labels))
     return named
 
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
     """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
-    text = io.StringIO()
-    table = csv.writer(text, delimiter="\t", lineterminator="\n")
-    table.writerow(["path", "label", "split"])
-    for image in images:
-        where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
-        table.writerow([where, image.label, image.split])
-    with whole_file(path) as temporary:
-        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(["path", "label", "split"])
+        for image in images:
+            where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
+            table.writerow([where, image.label, image.split])
 
 
 def stem_of(key: str) -> str:
@@ -827,7 +805,7 @@ def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str =
     if architecture in EFFICIENTNETS:
         return efficientnet_recipe(architecture)
     if architecture == "vgg16":
-        return vgg16_recipe(layer or "avg_pool", model_dir)
+        return vgg16_recipe(layer or VGG16_LAYERS[0], model_dir)
     if architecture.startswith("mobilenet"):
         return mobilenet_recipe(architecture, model_dir, model_url, trusted)
     try:
@@ -1728,10 +1706,6 @@ class Head:
     biases: np.ndarray
     hidden: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
-    @property
-    def feature_count(self) -> int:
-        return len(self.hidden[0][0] if self.hidden else self.weights)
-
     def variables(self) -> dict[str, np.ndarray]:
         """Return all its numbers, under the classic script's names where that has them."""
         named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
@@ -1911,11 +1885,13 @@ def keras_learner(
     model.add(dense[-1])
     for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
         layer.set_weights([weights if i else weights / np.float32(scale), biases])
-    has_momentum = settings.optimizer == "momentum"
-    optimizer = keras.optimizers.get("sgd" if has_momentum else settings.optimizer)
-    optimizer.learning_rate = settings.learning_rate
-    if has_momentum:
-        optimizer.momentum = 0.9
+    optimizers = {
+        "sgd": keras.optimizers.SGD,
+        "momentum": functools.partial(keras.optimizers.SGD, momentum=0.9),
+        "adam": keras.optimizers.Adam,
+        "rmsprop": keras.optimizers.RMSprop,
+    }
+    optimizer = optimizers[settings.optimizer](settings.learning_rate)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     def head_now() -> Head:
@@ -2932,19 +2908,6 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
 # ======================================================================================================================
 
 
-def check_final_tensor_name(base: BaseModel, name: str) -> None:
-    """Raise UserError for a --final_tensor_name that another node of the trained graph has, or a damaged base model."""
-    from google.protobuf.message import DecodeError
-    from tensorboardX.proto.graph_pb2 import GraphDef
-
-    try:
-        names = {node.name for node in GraphDef.FromString(base.graph_path.read_bytes()).node}
-    except DecodeError:
-        raise UserError(f"{base.graph_path} is damaged; remove it, and it is made again.") from None
-    if name in names or name.startswith(("input/", "final_training_ops/")):
-        raise UserError(f"--final_tensor_name {name}: the graph has a node of that name; choose another.")
-
-
 def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str) -> None:
     """Write the frozen GraphDef from the bytes of an image (`DecodeJpeg/contents:0`) to its probabilities.
 
@@ -2962,7 +2925,7 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
         return node
 
     features = add("PlaceholderWithDefault", "input/BottleneckInputPlaceholder", BOTTLENECK_NODE, typed="dtype")
-    for size in (-1, head.feature_count):
+    for size in (-1, base.bottleneck_size):
         features.attr["shape"].shape.dim.add(size=size)
     for name, values in head.variables().items():
         tensor = add("Const", f"{scope}/{name}", typed="dtype").attr["value"].tensor
@@ -3003,11 +2966,11 @@ def append_head(model: Any, head: Head) -> None:
     """Add the head to a ModelT of LiteRT's schema, whose outputs become scores [1, classes] and bottleneck [1, n]."""
     from ai_edge_litert import schema_py_generated as schema
 
-    network, kinds, options = model.subgraphs[0], schema.BuiltinOperator, schema.BuiltinOptions
+    network = model.subgraphs[0]
+    kinds, options = schema.BuiltinOperator, schema.BuiltinOptions
 
     def tensor(name: str, shape: Sequence[int], buffer: int = 0) -> int:
-        kind = schema.TensorType.FLOAT32
-        network.tensors.append(schema.TensorT(np.array(shape, np.int32), kind, buffer, name))
+        network.tensors.append(schema.TensorT(list(shape), schema.TensorType.FLOAT32, buffer, name))
         return len(network.tensors) - 1
 
     def constant(name: str, values: np.ndarray) -> int:
@@ -3015,30 +2978,31 @@ def append_head(model: Any, head: Head) -> None:
         model.buffers.append(schema.BufferT(np.frombuffer(data, np.uint8)))
         return tensor(name, values.shape, len(model.buffers) - 1)
 
-    def operator(code: int, inputs: Sequence[int], output: int, option_type: int, option: object) -> None:
+    def operator(code: int, inputs: list[int], output: int, option_type: int, option: object) -> None:
         model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
         network.operators.append(
             schema.OperatorT(
                 opcodeIndex=len(model.operatorCodes) - 1,
-                inputs=np.array(inputs, np.int32),
-                outputs=np.array([output], np.int32),
+                inputs=inputs,
+                outputs=[output],
                 builtinOptionsType=option_type,
                 builtinOptions=option,
             )
         )
 
-    (bottleneck,), activations = network.outputs, schema.ActivationFunctionType
+    (bottleneck,) = network.outputs
     last = bottleneck
-    layers = [(f"hidden_{i}", *layer, activations.RELU) for i, layer in enumerate(head.hidden)]
-    for name, weights, biases, activation in [*layers, ("logits", head.weights, head.biases, activations.NONE)]:
+    relu, none = schema.ActivationFunctionType.RELU, schema.ActivationFunctionType.NONE
+    layers = [(f"hidden_{i}", *layer, relu) for i, layer in enumerate(head.hidden)]
+    for name, weights, biases, activation in [*layers, ("logits", head.weights, head.biases, none)]:
         inputs = [last, constant(f"{name}_weights", weights.T), constant(f"{name}_biases", biases)]
-        connected = schema.FullyConnectedOptionsT(activation)
         last = tensor(name, [1, len(biases)])
+        connected = schema.FullyConnectedOptionsT(activation)
         operator(kinds.FULLY_CONNECTED, inputs, last, options.FullyConnectedOptions, connected)
     scores = tensor("scores", [1, len(head.biases)])
     operator(kinds.SOFTMAX, [last], scores, options.SoftmaxOptions, schema.SoftmaxOptionsT(1.0))
     # The bottleneck second, for whoever asks whether an image is like those of the training.
-    network.outputs = np.array([scores, bottleneck], np.int32)
+    network.outputs = [scores, bottleneck]
 
 
 def write_outputs(
@@ -3579,9 +3543,13 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
 # Main: the rooms in their order
 # ======================================================================================================================
 
-# The flags that name folders of images, and those that name lists.
 IMAGE_FOLDERS = ("image_dir", "validation_dir", "test_dir", "coarse_image_dir")
-LISTS = ("exclude", "relabel", "split_file", "crawl")
+# The flags for which the folders of a set that is split already stand, by the names that they usually have.
+FOLDERS_OF_SPLITS = {
+    **dict.fromkeys(("train", "training"), "image_dir"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation_dir"),
+    **dict.fromkeys(("test", "testing"), "test_dir"),
+}
 # The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
 RESULT = logging.WARNING + 1
 
@@ -3599,8 +3567,8 @@ class Console(logging.Handler):
 
 def set_up_logging(verbosity: str) -> None:
     """Print what is at least as serious as `verbosity`; on a terminal a progress bar stands for the lines of steps."""
-    console = Console()
-    if verbosity != "DEBUG" and (verbosity != "INFO" or sys.stdout.isatty()):
+    console = Console(verbosity)
+    if verbosity != "DEBUG" and sys.stdout.isatty():
         console.addFilter(lambda record: record.name != step_log.name)
     log.handlers[:] = [console]
     log.propagate = False
@@ -3610,60 +3578,32 @@ def set_up_logging(verbosity: str) -> None:
 
 def find_class_folders(flags: argparse.Namespace) -> None:
     """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
-    purposes = dict.fromkeys(("train", "training"), "image_dir")
-    purposes |= dict.fromkeys(("val", "valid", "validation"), "validation_dir")
-    purposes |= dict.fromkeys(("test", "testing"), "test_dir")
-    found = {}
+    folders = {}
     for folder in sorted(Path(flags.image_dir).glob("*")):
-        purpose = purposes.get(folder.name.lower())
-        if purpose and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
-            found[purpose] = str(folder)
-    if "image_dir" in found and len(found) > 1 and not flags.split_file:
-        flags.image_dir = found["image_dir"]
-        flags.validation_dir = flags.validation_dir or found.get("validation_dir", "")
-        flags.test_dir = flags.test_dir or found.get("test_dir", "")
-        used = {"trains": flags.image_dir, "validates": flags.validation_dir, "tests": flags.test_dir}
-        log.info("This run %s.", ", ".join(f"{does} on {folder}" for does, folder in used.items() if folder))
+        name = FOLDERS_OF_SPLITS.get(folder.name.lower())
+        if name and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
+            folders[name] = str(folder)
+    if "image_dir" in folders and len(folders) > 1 and not flags.split_file:
+        folders |= {name: vars(flags)[name] for name in ("validation_dir", "test_dir") if vars(flags)[name]}
+        vars(flags).update(folders)
+        log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
     folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
     folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
-    names = ["output_graph", "output_labels", "write_split_file", "checkpoint_path", *folders]
-    outputs = [(name, Path(getattr(flags, name))) for name in names if getattr(flags, name)]
-    graph, report = OutputFiles(flags.output_graph), Path(flags.output_report)
-    outputs += [("output_graph", path) for path in (graph.lite, graph.facts)]
-    reports = [] if flags.no_report else [report, report.with_suffix(".json"), report.with_suffix(".tsv")]
-    outputs += [("output_report", path) for path in reports]
-
-    given = {name: getattr(flags, name) for name in (*IMAGE_FOLDERS, *LISTS)}
-    roots = {name: Path(value).resolve() for name, value in given.items() if value}
-    taken: dict[Path, str] = {}
-    for name, path in outputs:
+    files = ["output_graph", "output_labels", "output_report", "write_split_file", "checkpoint_path"]
+    for name in files + folders:
+        if not vars(flags)[name]:
+            continue
+        path = Path(vars(flags)[name])
         check_writable(name, path, name in folders)
         place = path.resolve()
-        for other, root in roots.items():
-            # Files beside the class folders are not read.
-            if place == root or (root in place.parents and (name in folders or place.parent != root)):
-                remedy = "name another place" if other in IMAGE_FOLDERS else f"give --{other} a copy of that list"
-                raise UserError(f"--{name} {path}: it is, or lies in, what --{other} names; {remedy}.")
-        if taken.setdefault(place, name) != name:
-            raise UserError(f"--{name} {path}: it is what --{taken[place]} names; name another place.")
-
-
-def collect(flags: argparse.Namespace) -> None:
-    """Go through the room of crawling."""
-    crawl_dir = Path(flags.crawl_dir or flags.image_dir)
-    classes = read_names(flags.crawl, crawl_dir)
-    there = {path.name for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir()}
-    if len({*classes, *there}) < 2 and not flags.crawl_only:
-        told = "it names one class only, and a classifier needs two; name another, or add --crawl_only"
-        raise UserError(f"--crawl {flags.crawl}: {told}.")
-    crawl(classes, crawl_dir, flags)
-    others = sorted(there - classes.keys())
-    if others and not flags.crawl_only:
-        log.info("Also trained on, since they lie in %s: %s.", flags.image_dir, ", ".join(map(printable, others)))
+        written_into = place if name in folders else place.parent.parent  # files beside the class folders are not read
+        for other in IMAGE_FOLDERS:
+            if vars(flags)[other] and written_into.is_relative_to(Path(vars(flags)[other]).resolve()):
+                raise UserError(f"--{name} {path}: it lies in what --{other} names; name another place.")
 
 
 def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
@@ -3676,10 +3616,10 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
         images = read_split_file(flags.split_file, flags.image_dir, images)
     folders = {os.path.realpath(flags.image_dir): "image_dir"}
     for name, split in (("validation_dir", "validation"), ("test_dir", "testing"), ("coarse_image_dir", "coarse")):
-        folder = getattr(flags, name)
+        folder = vars(flags)[name]
         if not folder:
             continue
-        others = list_images(folder, f"--{name}", 2 if split == "coarse" else 1)
+        others = list_images(folder, f"--{name}")
         same = folders.setdefault(os.path.realpath(folder), name)
         if same != name:
             raise UserError(f"--{name} {folder}: it is the same folder as --{same}; name another.")
@@ -3692,10 +3632,20 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
     return leave_out(images, flags.exclude) if flags.exclude else images, labels
 
 
+def split_images(flags: argparse.Namespace, images: Sequence[Image]) -> list[Image]:
+    """Return the images, those of --image_dir with their splits, in their order."""
+    if flags.split_file:
+        return list(images)
+    testing = 0 if flags.test_dir else flags.testing_percentage
+    validation = 0 if flags.validation_dir else flags.validation_percentage
+    inside = [image for image in images if not image.place]
+    return assign_splits(inside, testing, validation) + [image for image in images if image.place]
+
+
 def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
     """Return the base model that the flags ask for, and what to say at the end of the run if it is another, or ''.
 
-    images: of --image_dir, some of which calibrate an 8-bit base model.
+    images: all, of which those that train from --image_dir calibrate an 8-bit base model.
     """
     model_dir = Path(flags.model_dir)
     if flags.tfhub_module:
@@ -3706,36 +3656,23 @@ def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
-        inside = [image for image in images if not image.place]
-        if not flags.split_file:
-            inside = assign_splits(inside, flags.testing_percentage, flags.validation_percentage)
-        training = [image for image in inside if image.split == "training"]
+        training = [image for image in split_images(flags, images) if image.split == "training" and not image.place]
         samples = functools.partial(calibration_images, training, from_flags(Reading, flags))
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), recipe.note
 
 
-def split_images(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> list[Image]:
-    """Return the usable images in their order, each with its split, and say how many there are of what."""
-    inside = [image for image in images if not image.place]
-    others = [image for image in images if image.place]
-    if flags.split_file:
-        trained = [image for image in images if image.split == "training"]
-        check_classes(f"--split_file {flags.split_file}, training", trained, labels, least=1)
-    else:
-        check_classes(f"--image_dir {shown(flags.image_dir)}", inside, labels)
-        testing = 0 if flags.test_dir else flags.testing_percentage
-        validation = 0 if flags.validation_dir else flags.validation_percentage
-        inside = assign_splits(inside, testing, validation)
-    listed = [image for image in inside + others if image.split != "coarse"]
+def tell_splits(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> None:
+    """Say how many images there are of what, and write the split file. Raises UserError for a class without any."""
+    training = [image for image in images if image.split == "training"]
+    check_classes(f"--split_file {flags.split_file}" if flags.split_file else "--image_dir", training, labels)
     if flags.write_split_file:
-        write_split_file(Path(flags.write_split_file), flags.image_dir, listed)
+        write_split_file(Path(flags.write_split_file), flags.image_dir, images)
         log.info("Wrote %s.", flags.write_split_file)
-    counts = Counter(image.label for image in listed)
+    counts = Counter(image.label for image in images)
     log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
-    splits = Counter(image.split for image in listed)
+    splits = Counter(image.split for image in images)
     used = splits["training"], splits["validation"], splits["testing"]
     log.info("Images: %d to train, %d to validate, %d to test.", *used)
-    return inside + others
 
 
 def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
@@ -3749,33 +3686,34 @@ def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Imag
     store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
     found, cues, skipped = compute(store, images)
     store.tell_skipped(skipped)
-    images = split_images(flags, [image for image in images if image.path not in skipped], labels)
+    images = split_images(flags, [image for image in images if image.path not in skipped])
+    own = [image for image in images if image.split != "coarse"]  # which come first
+    tell_splits(flags, own, labels)
     features = found[:, 0]
-    splits = np.array([image.split for image in images])
 
-    def rows_of(*wanted: str, labels: list[str] = labels) -> Rows:
-        rows = np.concatenate([np.flatnonzero(splits == split) for split in wanted])
-        classes = [labels.index(images[row].label) for row in rows]
-        return Rows(features, rows, np.array(classes, np.intp))
+    def rows_of(labels: Sequence[str], *splits: str) -> Rows:
+        rows = [row for split in splits for row, image in enumerate(images) if image.split == split]
+        numbers = {label: number for number, label in enumerate(labels)}
+        classes = [numbers[images[row].label] for row in rows]
+        return Rows(features, np.array(rows, np.intp), np.array(classes, np.intp))
 
     coarse, coarse_labels = None, labels
     if flags.coarse_image_dir:
         theirs = dict.fromkeys(image.label for image in images if image.split == "coarse")
         if set(theirs) != set(labels):
             coarse_labels = list(theirs)
-        coarse = without_copies(rows_of("coarse", labels=coarse_labels), features, images)
+        coarse = without_copies(rows_of(coarse_labels, "coarse"), features, images)
         if not len(coarse.rows):
             raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
-    training, distortion = rows_of("training"), from_flags(Distortion, flags)
+    training, distortion = rows_of(labels, "training"), from_flags(Distortion, flags)
     if distortion != Distortion():
         chosen = [images[row] for row in training.rows]
-        variants, _, gone = compute(store, chosen, distortion, flags.distortions_per_image)
-        if gone:
-            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+        variants, _, _ = compute(store, chosen, distortion, flags.distortions_per_image)
         training = with_variants(training, variants, store.folder)
-    count = int((splits != "coarse").sum())  # which come first
-    rows = training, rows_of("validation"), rows_of("testing"), rows_of("training", "validation")
-    return Dataset(images[:count], labels, features[:count], cues[:count], *rows, coarse, coarse_labels)
+    held_out = rows_of(labels, "validation"), rows_of(labels, "testing")
+    known = rows_of(labels, "training", "validation")
+    own_features, own_cues = features[: len(own)], cues[: len(own)]
+    return Dataset(own, labels, own_features, own_cues, training, *held_out, known, coarse, coarse_labels)
 
 
 def with_variants(training: Rows, variants: np.ndarray, folder: Path) -> Rows:
@@ -3807,17 +3745,17 @@ def train_as_asked(
     same = data.coarse_labels == data.labels
     first, second = settings.stages(same)
     seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
-    base = train_head(data.coarse, seen, len(data.coarse_labels), first)
-    refine = functools.partial(train_head, base=base[0], coarse=data.coarse if same else None)
-    alone = train_head(*given, settings)
-    both = refine(*given, second, after_step)
-    held_out, histories = data.testing if len(data.testing.rows) else data.validation, {}
-    for name, (head, history) in {"stage one": base, "without stage one": alone, "both stages": both}.items():
-        histories[name] = history
+    trained = {"stage one": train_head(data.coarse, seen, len(data.coarse_labels), first)}
+    base, _ = trained["stage one"]
+    refine = functools.partial(train_head, base=base, coarse=data.coarse if same else None)
+    trained["without stage one"] = train_head(*given, settings)
+    trained["both stages"] = refine(*given, second, after_step)
+    held_out = data.testing if len(data.testing.rows) else data.validation
+    for name, (head, _) in trained.items():
         if len(held_out.rows) and (same or name != "stage one"):
             right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
-    return both[0], histories, refine, second
+    return head, {name: history for name, (_, history) in trained.items()}, refine, second
 
 
 def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> dict:
@@ -3870,7 +3808,8 @@ def run(flags: argparse.Namespace) -> None:
     if not flags.crawl_only:
         check_outputs(flags)
     if flags.crawl:
-        collect(flags)
+        crawl_dir = Path(flags.crawl_dir or flags.image_dir)
+        crawl(read_names(flags.crawl, crawl_dir), crawl_dir, flags)
     if not flags.crawl_only:
         make_classifier(flags)
 
@@ -3883,7 +3822,6 @@ def make_classifier(flags: argparse.Namespace) -> None:
         log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
     images, labels = list_all(flags)
     base, note = open_base_model(flags, images)
-    check_final_tensor_name(base, flags.final_tensor_name)
     with ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else contextlib.nullcontext():
         data = dataset_of(flags, base, images, labels)
 
@@ -3906,17 +3844,17 @@ def make_classifier(flags: argparse.Namespace) -> None:
             given = data.known.features(), found.validated, found.temperature, flags.coverage
             facts["familiar"] = become_familiar(*given).as_facts()
     write_all(flags, base, head, labels, facts)
-    if found:
-        write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
     if logs:
         write_summaries([*histories.values()][-1], logs)
-    if logs and found:
-        write_evaluation_summaries(found, data.features, logs / "evaluation")
+    if found:
+        write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
+        if logs:
+            write_evaluation_summaries(found, data.features, logs / "evaluation")
     if note:
         log.warning(note)
+    chosen = "" if flags.output_graph == at_home("output_graph.pb") else f" --graph {flags.output_graph}"
     script = Path(__file__).with_name("predict.py")
     shown_script = script.name if script.parent == Path.cwd() else script
-    chosen = "" if flags.output_graph == at_home("output_graph.pb") else f" --graph {flags.output_graph}"
     log.info("Name images with: python3 %s%s --image FILE", shown_script, chosen)
 
 

@@ -554,7 +554,7 @@ def test_two_runs_at_a_time_in_one_folder_are_one_too_many(server, crawl, tmp_pa
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [([], "--crawl_dir"), (["--crawl_only", "--crawl_license", "by,cc-by"], "'by,cc-by'"),
+    [(["--crawl_license", "by,cc-by"], "'by,cc-by'"),
      (["--crawl_source", "list:"], "list:FILE"), (["--crawl_source", "page"], "page:https://..."),
      (["--crawl_source", "flickr"], "'flickr'")],
 )  # fmt: skip
@@ -562,19 +562,6 @@ def test_flags_that_do_not_fit(capsys, more, message):
     with pytest.raises(SystemExit):
         retrain.parse_flags(["--crawl", "names.txt", "--crawl_dir", "elsewhere", "--image_dir", "images", *more])
     assert message in capsys.readouterr().err
-
-
-def test_a_slash_behind_the_folder_makes_it_no_other():
-    flags = retrain.parse_flags(["--crawl", "names.txt", "--crawl_dir", "images/", "--image_dir", "images"])
-    assert flags.crawl_count == 100
-
-
-def test_a_file_with_one_class_is_refused_before_anything_is_downloaded(server, tmp_path):
-    (tmp_path / "names.txt").write_text("cat\n")
-    flags = ["--crawl", "names.txt", "--image_dir", "images", "--crawl_source", server.source("bing")]
-    done = run_script("retrain.py", *flags, cwd=tmp_path, stdin=subprocess.DEVNULL)
-    assert done.returncode == 1 and "it names one class only" in done.stderr
-    assert not server.traffic.counts
 
 
 @pytest.mark.parametrize("blocked", ["", "cat", "cat/crawl.jsonl"])
