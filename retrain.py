@@ -122,7 +122,7 @@ def remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(".retrain-*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                leftover.unlink()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1123,6 +1123,7 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
     lite_path = folder / lite_name
     if not graph_path.is_file():
         log.info("Making a graph of %s, once.", name)
+        remove_leftovers(folder)
         graph = recipe.make()
         with whole_file(graph_path) as temporary:
             temporary.write_bytes(graph.SerializeToString(deterministic=True))
