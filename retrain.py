@@ -2273,10 +2273,13 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
 
     That is told by the best correlation of all of one thumbnail, mirrored or not, with a crop of the other.
     """
+    from threadpoolctl import threadpool_limits
+
     alike = [pair for pair in alike if pair[0] >= ALIKE]
     rows = sorted({row for _, *both in alike for row in both})
     thumbnails = on_all_cores([lambda row: grey_thumbnail(images[row].path)] * core_count(), rows)
-    crops = {row: crops_of(thumbnail) for row, thumbnail in thumbnails}
+    with threadpool_limits(1):  # which is faster for small products
+        crops = {row: crops_of(thumbnail) for row, thumbnail in thumbnails}
     pairs = []
     for cosine, first, second in alike:
         correlations = []
@@ -2521,13 +2524,13 @@ def diagnose(
     silent = dataclasses.replace(settings, eval_step_interval=0)
     groups, pairs = find_groups(data.features, images)  # by large products, which all cores share
     temperature, curve, cue, doubts = 1.0, None, ("", 0.5), []
-    with threadpool_limits(1):  # several threads halve the speed of small products
-        validated = cross_validate(known, groups[known.rows], len(labels), silent, train)
-        if validated:
-            curve = learning_curve(known, validated, silent, train)
-            temperature = fit_temperature(validated.logits, validated.classes)
-            cue = spurious_cue(data.cues[known.rows], validated)
-            doubts = mislabelled(validated, temperature, labels)
+    threadpool_limits(1)  # for all that follows: several threads halve the speed of small products
+    validated = cross_validate(known, groups[known.rows], len(labels), silent, train)
+    if validated:
+        curve = learning_curve(known, validated, silent, train)
+        temperature = fit_temperature(validated.logits, validated.classes)
+        cue = spurious_cue(data.cues[known.rows], validated)
+        doubts = mislabelled(validated, temperature, labels)
     doubted = {doubt.row for doubt in doubts}
     bad = of_bad_quality(data.cues, [labels.index(image.label) for image in images])
     doubts += [doubt for doubt in bad if doubt.row not in doubted]
