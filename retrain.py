@@ -251,6 +251,13 @@ def ip_networks(text: str) -> tuple:
         raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
 
 
+def architecture_named(text: str) -> str:
+    if text.endswith("_quantized"):  # as the MobileNets of the classic script's tutorial may
+        base = text.removesuffix("_quantized")
+        raise argparse.ArgumentTypeError(f"what {text} did is done by --architecture {base} --quantize")
+    return text
+
+
 def switch(text: str) -> bool:
     """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
     if text.lower() in ("true", "t", "1", "yes"):
@@ -318,7 +325,7 @@ def add_base_model_flags(flag: Callable) -> None:
     names += "(also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; "
     names += "auto: inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
     layer = "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2"
-    flag("--architecture", "NAME", names, "auto", choices=ARCHITECTURES)
+    flag("--architecture", "NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
     flag("--bottleneck_layer", "NAME", layer, choices=VGG16_LAYERS)
     flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
@@ -574,7 +581,7 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
         told = "Only the files directly in a class's folder are read; %d others are not, such as %s."
         log.warning(told, len(unread), printable(unread[0]))
     if len(folder_of) < 2:
-        told = f"a classifier needs the folders of two classes or more, and it holds {list(folder_of) or 'none'}"
+        told = f"a classifier needs the folders of two classes or more, and it holds {', '.join(folder_of) or 'none'}"
         raise UserError(f"{given}: {told}; if it is the folder of one class, name the folder above it.")
     check_classes(given, images, folder_of)
     return images
@@ -3759,6 +3766,7 @@ def train_as_asked(
         if len(held_out.rows) and (same or name != "stage one"):
             right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
+    head, _ = trained["both stages"]
     return head, {name: history for name, (_, history) in trained.items()}, refine, second
 
 
@@ -3813,7 +3821,12 @@ def run(flags: argparse.Namespace) -> None:
         check_outputs(flags)
     if flags.crawl:
         crawl_dir = Path(flags.crawl_dir or flags.image_dir)
-        crawl(read_names(flags.crawl, crawl_dir), crawl_dir, flags)
+        classes = read_names(flags.crawl, crawl_dir)
+        there = {path.name for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir()}
+        if len({*classes, *there}) < 2 and not flags.crawl_only:
+            told = "it names one class only, and a classifier needs two; name another, or add --crawl_only"
+            raise UserError(f"--crawl {flags.crawl}: {told}.")
+        crawl(classes, crawl_dir, flags)
     if not flags.crawl_only:
         make_classifier(flags)
 

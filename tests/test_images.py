@@ -350,7 +350,7 @@ def test_the_label_of_a_folder():
         ("", "there is no such folder"),
         ("1.jpg 2.jpg", "if it is the folder of one class, name the folder above it."),
         (".git/1.jpg .git/2.jpg", "a classifier needs the folders of two classes or more, and it holds none;"),
-        ("Roses/1.jpg Roses/2.jpg", "and it holds ['roses'];"),
+        ("Roses/1.jpg Roses/2.jpg", "and it holds roses;"),
         ("a/1.jpg a/2.jpg None/.1.jpg", "no usable images of 'none' to train on; add some, or remove the class."),
         ("a/1.jpg a/2.jpg b/deeper/1.jpg", "no usable images of 'b' to train on"),
         ("a-b/1.jpg A_B/1.jpg c/1.jpg", "the folders 'A_B' and 'a-b' both give the label 'a b'"),
