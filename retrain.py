@@ -845,7 +845,8 @@ def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, mod
             graph = source.read_bytes() if isinstance(source, Path) else download(source)
             if tarfile.is_tarfile(io.BytesIO(graph)):
                 with tarfile.open(fileobj=io.BytesIO(graph)) as members:
-                    graph = members.extractfile(name).read()  # type: ignore[union-attr]
+                    inside = {member.name.removeprefix("./"): member for member in members}
+                    graph = members.extractfile(inside[name]).read()  # type: ignore[union-attr]
             if source in INCEPTION_URLS and hashlib.md5(graph, usedforsecurity=False).hexdigest() != GRAPH_MD5:
                 raise UserError("it is not the graph of the release: its MD5 sum is another")
             import_tensorflow().compat.v1.GraphDef.FromString(graph)
@@ -904,7 +905,7 @@ def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", tr
     """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or UserError."""
     name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture[-3:])
     archive = f"{name}_frozen.tgz"
-    path = find_graph(f"./{name}/frozen_graph.pb", archive, [MOBILENET_URL + archive], model_url, model_dir)
+    path = find_graph(f"{name}/frozen_graph.pb", archive, [MOBILENET_URL + archive], model_url, model_dir)
 
     def make() -> GraphDef:
         tf = import_tensorflow()
@@ -1075,7 +1076,8 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
         sides = specs[0].shape[1:3].as_list()
         size = [side or image_size for side in sides]
         if 0 in size or (image_size and size != [image_size, image_size]):
-            raise UserError(f"--image_size {image_size}: name one that the module takes, {sides} (None: any).")
+            told = " x ".join(str(side or "any") for side in sides)
+            raise UserError(f"--image_size {image_size}: the module takes {told} pixels; name a size that fits.")
 
         def network(pixels: Tensor, function: Callable = function) -> Tensor:
             made = function(pixels / 255)  # the common image signatures ask for 0 to 1
