@@ -695,10 +695,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
     """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    with whole_file(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", "") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(["path", "label", "split"])
         for image in images:
