@@ -329,7 +329,7 @@ def add_base_model_flags(flag: Callable) -> None:
     flag("--bottleneck_layer", "NAME", layer, choices=VGG16_LAYERS)
     flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
-    flag("--trust_model", None, "run a network that could also read and write files")
+    flag("--trust_model", None, "run a network that could read and write files, since you trust it")
     flag("--tfhub_module", "NAME", "use this network from TF-Hub or Kaggle, or in this folder with a SavedModel")
     flag("--image_size", "N", "pixels of a side that a --tfhub_module is given, if it takes any", 0, number(int, 0))
     flag("--quantize", None, "compute with 8-bit integers: two to three times as fast on most processors since 2020")
