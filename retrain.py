@@ -303,10 +303,10 @@ def add_image_flags(flag: Callable) -> None:
 
 
 def add_crawl_flags(flag: Callable) -> None:
-    sources = (
-        "where to search, the preferred one first: openverse, commons (both by default), inaturalist, bing, baidu, "
-    )
-    sources += "page:URL, list:FILE; {} in URL or FILE stands for the search words"
+    sources = "where to search, the preferred one first: openverse and commons (used by default), inaturalist, bing, "
+    sources += "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words. The variable CRAWL_CONTACT "
+    sources += "tells the servers whom to write to; a key in OPENVERSE_TOKEN, which expires after ten hours, makes "
+    sources += "Openverse faster, but gives no more than 240 images a search"
     licenses = "download only images under one of these licenses, as in by,by-sa,cc0"
     flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
     flag("--crawl_count", "N", "how many images to download for each class", 100, COUNT)
@@ -435,6 +435,8 @@ def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
+    if flags.crawl_only and not flags.crawl:
+        parser.error("--crawl_only: there is nothing to crawl without --crawl")
     if Path(flags.output_report).with_suffix(".json") == OutputFiles(flags.output_graph).facts:
         parser.error("--output_report: its numbers would replace what belongs to --output_graph; name another")
 
