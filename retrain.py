@@ -3547,8 +3547,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")
     if short:
-        told = "run the same command again, which tries what failed once more, with the flag that a reason in the table "
-        told += "names, if any; or with other search words, or another --crawl_source"
+        told = "run the same command again, which tries what failed once more, with the flag that a reason in the "
+        told += "table names, if any; or with other search words, or another --crawl_source"
         log.info("%s stayed short; %s.", ", ".join(short), told)
 
 
