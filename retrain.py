@@ -2782,10 +2782,8 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     wanted = dict.fromkeys(row for row in (*in_lists, *in_turn) if row is not None)
     urls = data_urls(images, list(wanted)[:MOST_THUMBNAILS])
     hidden = {row: url for row, url in urls.items() if row not in in_lists}
-    return {
-        "thumbnails": urls,
-        "data": {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden},
-    }
+    data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
+    return {"thumbnails": urls, "data": data}
 
 
 def thumbnails_of(images: Sequence[Image], rows: Sequence[int], side: int) -> dict[int, PIL.Image.Image]:
