@@ -463,6 +463,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
+    for name in ("image_dir", "model_dir", "bottleneck_dir", "output_graph"):
+        if not vars(flags)[name].strip():  # as of a variable of the shell that is not set
+            parser.error(f"--{name}: it needs a name")
     if flags.crawl and flags.image_dir == parser.get_default("image_dir"):
         flags.image_dir = flags.crawl_dir or at_home("crawled")  # data/ holds the drawings that come along
     files, two_stages = OutputFiles(flags.output_graph), bool(flags.coarse_image_dir)

@@ -182,6 +182,7 @@ def test_classic_flags_are_all_there_with_their_defaults():
         ("--split_file a.tsv --test_dir b", "--split_file says what every image does"),
         ("--output_graph a.pb --output_report a.html", "its numbers would replace what belongs to --output_graph"),
         ("--architecture mobilenet_1.0_224_quantized", "is done by --architecture mobilenet_1.0_224 --quantize"),
+        ("--output_graph=", "--output_graph: it needs a name"),
         ("--crawl_only", "there is nothing to crawl without --crawl"),
         ("--architecture alexnet", "argument --architecture: invalid choice: 'alexnet'"),
         ("--bottleneck_layer fc2", "only --architecture vgg16 has layers to choose from"),
