@@ -1168,7 +1168,8 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+    with quiet_stderr():
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
     if samples:
         pixels = list(samples(graph_input_size(graph)))
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
