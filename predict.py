@@ -97,6 +97,8 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         raise KeyboardInterrupt(signal_number)
 
     signal.signal(signal.SIGTERM, stop)
+    # They are None where they were closed, as by >&-.
+    sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
             stream.reconfigure(errors="backslashreplace")
@@ -281,7 +283,7 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
 MOST_BYTES = 150_000_000
-PIL.Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses more than twice as many; phones take 200 million
+PIL.Image.MAX_IMAGE_PIXELS = 101_000_000  # Pillow refuses more than twice as many; phones take 201 million
 # Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
 warnings.filterwarnings("ignore", module="PIL")
 # Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
@@ -319,6 +321,8 @@ def read_bytes(path: Any) -> bytes:
     if path.name.lower().endswith(RAW_NAMES):
         raise ImageError("a raw photograph, which is not read; save it as JPEG")
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
+            raise ImageError("it can't be read (no ordinary file)")
         if path.stat().st_size > MOST_BYTES:  # films and archives, too, lie in folders of images
             raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
         return path.read_bytes()
@@ -351,7 +355,7 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         if image.format in ("JPEG", "MPO"):
             pixels = decode_jpeg(data, image, scale)
         elif image.mode.startswith("I"):
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
             pixels = np.dstack([grey, grey, grey])
         else:
             pixels = np.asarray(image.convert("RGB"))
@@ -696,6 +700,7 @@ def read_facts(files: OutputFiles) -> dict:
     """Return what retrain.py noted about the graph, or {} if that is another's; `lite_is_whole`: so is the .tflite."""
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
+        facts["labels"] = list(map(str, facts["labels"]))
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
         tied = facts["graph_sha256"] == sha256_of(files.graph) if files.graph.is_file() else facts["lite_is_whole"]
         return facts if tied else {}

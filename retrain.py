@@ -3418,11 +3418,13 @@ class ClassFolder:
         self.entries: dict[str, dict] = {}  # by address; what failed is tried again
         files = set()
         for entry in self.journal.read():
-            if entry["outcome"] != "failed":
-                self.entries[entry["url"]] = entry
-            if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
-                looks[int(entry["looks"], 16)] = path.name
-                files.add(path / entry["file"])
+            with contextlib.suppress(LookupError, TypeError, ValueError):  # a line that is no record
+                # Of older versions are "refused" those that another flag may let pass.
+                if entry["outcome"] != "failed" and entry.get("reason") not in ("too small", "private address"):
+                    self.entries[entry["url"]] = entry
+                if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
+                    looks[int(entry["looks"], 16)] = path.name
+                    files.add(path / entry["file"])
         for leftover in path.glob(".retrain-*.tmp"):  # of a killed run: see settle
             place = path / leftover.stem.removeprefix(".retrain-")
             leftover.replace(place) if place in files else leftover.unlink()
@@ -3723,7 +3725,9 @@ def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Imag
     training, distortion = rows_of(labels, "training"), from_flags(Distortion, flags)
     if distortion != Distortion():
         chosen = [images[row] for row in training.rows]
-        variants, _, _ = compute(store, chosen, distortion, flags.distortions_per_image)
+        variants, _, gone = compute(store, chosen, distortion, flags.distortions_per_image)
+        if gone:
+            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
         training = with_variants(training, variants, store.folder)
     held_out = rows_of(labels, "validation"), rows_of(labels, "testing")
     known = rows_of(labels, "training", "validation")
