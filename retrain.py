@@ -3867,7 +3867,8 @@ def make_classifier(flags: argparse.Namespace) -> None:
         facts["temperature"] = found.temperature
         if found.validated:
             given = data.known.features(), found.validated, found.temperature, flags.coverage
-            facts["familiar"] = become_familiar(*given).as_facts()
+            # Copies of predict.py of older versions read the coverage, too.
+            facts["familiar"] = become_familiar(*given).as_facts() | {"coverage": flags.coverage}
     write_all(flags, base, head, labels, facts)
     if logs:
         write_summaries([*histories.values()][-1], logs)
