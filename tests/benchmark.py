@@ -326,7 +326,8 @@ def plain_process(base: retrain.BaseModel, images: Sequence[retrain.Image], barr
     start = time.time()
     for image in images:
         pixels = retrain.read_image(image.path, READING, base.input_size)
-        retrain.bottleneck_text(network(retrain.resize_bilinear(pixels, base.input_size)))
+        features = network(retrain.resize_bilinear(pixels, base.input_size))
+        ",".join(["%.9g"] * len(features)) % tuple(features.tolist())  # as the workers do
     times.put((start, time.time()))
 
 
