@@ -33,9 +33,11 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -310,8 +312,6 @@ def label_of(folder: str) -> str:
 
     Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
     """
-    import unicodedata
-
     letters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
     return re.sub(" +", " ", "".join(letters))
 
@@ -321,9 +321,10 @@ def read_bytes(path: Any) -> bytes:
     if path.name.lower().endswith(RAW_NAMES):
         raise ImageError("a raw photograph, which is not read; save it as JPEG")
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device could be read for ever
             raise ImageError("it can't be read (no ordinary file)")
-        if path.stat().st_size > MOST_BYTES:  # films and archives, too, lie in folders of images
+        if status.st_size > MOST_BYTES:  # films and archives, too, lie in folders of images
             raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
         return path.read_bytes()
     except OSError as error:
@@ -925,9 +926,8 @@ EXAMPLES = """examples:
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    shape: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    purpose = "Name images with what retrain.py has trained."
-    parser = Parser(prog="predict.py", description=purpose, epilog=EXAMPLES, **shape)
+    parser = Parser(prog="predict.py", description="Name images with what retrain.py has trained.", epilog=EXAMPLES)
+    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
     flag = parser.add_argument
     file: dict[str, Any] = {"metavar": "FILE", "default": ""}
     flag("images", nargs="*", metavar="FILE", help="the same as --image")

@@ -307,13 +307,12 @@ def add_crawl_flags(flag: Callable) -> None:
     sources += "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words. The variable CRAWL_CONTACT "
     sources += "tells the servers whom to write to; a key in OPENVERSE_TOKEN, which expires after ten hours, makes "
     sources += "Openverse faster, but gives no more than 240 images a search"
-    licenses = "download only images under one of these licenses, as in by,by-sa,cc0"
     flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
     flag("--crawl_count", "N", "how many images to download for each class", 100, COUNT)
     flag("--crawl_dir", "DIR", "folder for the downloaded images, if it is not the --image_dir")
     flag("--crawl_only", None, "download images, and don't train afterwards")
     flag("--crawl_source", "SOURCE", sources, None, source_named, nargs="+", action="extend")
-    flag("--crawl_license", "NAMES", licenses, (), license_names)
+    flag("--crawl_license", "NAMES", "download only images under one of these, as in by,by-sa,cc0", (), license_names)
     flag("--crawl_min_side", "N", "skip images with fewer pixels on their shorter side", 100, COUNT)
     flag("--crawl_parallel", "N", "how many downloads run at the same time", 8, number(int, 1, 64))
     flag("--crawl_host_delay", "S", "seconds between two requests to one server", 1.0, number(float, 0, 60))
@@ -1152,7 +1151,7 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
     from ai_edge_litert.interpreter import Interpreter
 
     with telling_of_damage(lite_path, "damaged; remove it, and it is made again"):
-        network = Interpreter(str(lite_path))
+        network = Interpreter(str(lite_path))  # for its sizes: unlike a LiteModel, it prepares nothing
     _, *size, _ = network.get_input_details()[0]["shape"].tolist()
     _, count = network.get_output_details()[0]["shape"].tolist()
     if samples:  # calibrated with other images, it gives other features
@@ -1167,15 +1166,14 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
+    pixels = list(samples(graph_input_size(graph))) if samples else []
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
-    with quiet_stderr():
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
-    if samples:
-        pixels = list(samples(graph_input_size(graph)))
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        converter.representative_dataset = lambda: ([each[None]] for each in pixels)
     try:
         with quiet_stderr():
+            converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+            if samples:
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+                converter.representative_dataset = lambda: ([each[None]] for each in pixels)
             lite = converter.convert()
     except Exception as error:  # the converter raises many kinds
         raise ValueError(first_line(error)) from error
@@ -2507,18 +2505,21 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     cues: float32 [rows, 5] of the validated rows. Then the images of the classes may have been taken under different
     circumstances, and the head may have learnt these. The share is of a world half of which is that class.
     """
-    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import PredefinedSplit, cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
     brightness, contrast, sharpness, width, height = cues.T
     measures = {"brightness": brightness, "contrast": contrast, "sharpness": sharpness}
     measures |= {"size": width * height, "aspect ratio": width / height}
-    classes, shares = validated.classes, []
+    shares = []
+    _, classes, own = np.unique(validated.classes, return_inverse=True, return_counts=True)  # of those that are there
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
     for name, values in measures.items():
         predicted = cross_val_predict(tree, values[:, None], classes, cv=PredefinedSplit(validated.folds))
-        shares += [(float(balanced_accuracy_score(classes == c, predicted == c)), name) for c in np.unique(classes)]
+        # All classes at once, since there may be a thousand: how many are named rightly, and how many others so, too.
+        right = np.bincount(classes[predicted == classes], minlength=len(own))
+        wrong = np.bincount(predicted, minlength=len(own)) - right
+        shares.append((float((right / own + 1 - wrong / (len(classes) - own)).max() / 2), name))
     share, name = max(shares)
     return name if share > CUE_ALARM else "", share
 
@@ -2544,7 +2545,8 @@ def diagnose(
         cue = spurious_cue(data.cues[known.rows], validated)
         doubts = mislabelled(validated, temperature, labels)
     doubted = {doubt.row for doubt in doubts}
-    bad = of_bad_quality(data.cues, [labels.index(image.label) for image in images])
+    class_of = {label: c for c, label in enumerate(labels)}
+    bad = of_bad_quality(data.cues, [class_of[image.label] for image in images])
     doubts += [doubt for doubt in bad if doubt.row not in doubted]
     logits = head.logits(testing.features())
     right = logits.argmax(axis=1) == testing.classes
@@ -2578,11 +2580,9 @@ def findings(found: Diagnostics) -> Iterator[str]:
         yield "There is no cross-validation: too few images."
     if judged:
         recalls = [(judged.recall(c), label) for c, label in enumerate(found.labels)]
-        behind = sorted(
-            (recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9
-        )
+        behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9]
         if behind:
-            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in behind[:3]]
+            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3]]
             yield f"Recognised less often than the others: {joined(names)}."
     if curve and curve.hardly:
         yield "Twice as many images would hardly help: by less than one point."

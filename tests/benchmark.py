@@ -325,9 +325,8 @@ def plain_process(base: retrain.BaseModel, images: Sequence[retrain.Image], barr
     barrier.wait()
     start = time.time()
     for image in images:
-        pixels = retrain.read_image(image.path, READING, base.input_size)
-        features = network(retrain.resize_bilinear(pixels, base.input_size))
-        ",".join(["%.9g"] * len(features)) % tuple(features.tolist())  # as the workers do
+        job = retrain.Job(0, image.path, image.key, (0, 0, ""), {0: ""}, None, READING, base.input_size)
+        retrain.extract(job, network)
     times.put((start, time.time()))
 
 
