@@ -33,7 +33,6 @@ import os
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -47,7 +46,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
 # What installs a package where this Python looks for it.
 INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
-IS_ALONE = not Path(__file__).with_name("requirements.txt").exists()
 
 if sys.version_info < (3, 10):  # noqa: UP036  (whoever has an older one is told so)
     sys.exit(f"This is Python {sys.version.split()[0]}, which is too old; run it with Python 3.10 to 3.13.")
@@ -63,9 +61,7 @@ except ImportError as missing:
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if Path(sys.prefix) == environment or not own_python.exists():
-        if IS_ALONE:
-            sys.exit(f"{missing}: {INSTALL} numpy pillow simplejpeg ai-edge-litert")
-        remedy = f"run retrain.sh (retrain.bat), which installs what is needed, or {INSTALL} -r requirements.txt"
+        remedy = f"run retrain.sh (retrain.bat), or {INSTALL} numpy pillow simplejpeg ai-edge-litert"
         sys.exit(f"{missing}: {remedy}; if that does not help, remove {environment} first")
     if os.name == "nt":
         sys.exit(subprocess.call([own_python, *sys.argv]))
@@ -99,8 +95,6 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         raise KeyboardInterrupt(signal_number)
 
     signal.signal(signal.SIGTERM, stop)
-    # They are None where they were closed, as by >&-.
-    sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
             stream.reconfigure(errors="backslashreplace")
@@ -122,8 +116,8 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
     except MemoryError:
         message = "error: there is not enough memory for so many images, or for such large ones."
     except ImportError as error:
-        missing = str(error.name).replace("_", "-") if IS_ALONE else "--force-reinstall -r requirements.txt"
-        message = f"error: {error}; install what is missing with: {INSTALL} {missing}"
+        package = str(error.name).replace("_", "-")
+        message = f"error: {error}; install it with: {INSTALL} {package}, or all with -r requirements.txt"
     print(f"{program}: {printable(message)}", file=sys.stderr)
     return code
 
@@ -230,16 +224,12 @@ class Parser(argparse.ArgumentParser):
     meant: dict[str, str] = {}  # our flag for what users of other programs type (without its dashes)
 
     def error(self, message: str) -> NoReturn:
-        kind, _, rest = message.partition(": ")
-        if kind == "unrecognized arguments":
-            wrong = re.split("[ =]", rest)[0]
-            name, flags = wrong.lstrip("-").replace("-", "_"), self._option_string_actions
-            near = difflib.get_close_matches(f"--{name}", flags, n=1)
-            if name in self.meant:
-                near = [self.meant[name]]
-            elif "--image_dir" in flags and Path(wrong).is_dir():  # no flag, but what one was forgotten before
-                near = [f"--image_dir {wrong}"]
-            message = f"{wrong} is no flag of this command" + (f"; did you mean {near[0]}?" if near else "")
+        if message.startswith("unrecognized"):
+            wrong = message.split()[2].partition("=")[0]
+            name = wrong.lstrip("-").replace("-", "_")
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
+            meant = self.meant.get(name) or "".join(near)
+            message = f"{wrong} is no flag of this command" + (f"; did you mean {meant}?" if meant else "")
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -265,17 +255,12 @@ def at_home(name: str) -> str:
 
 def check_writable(name: str, path: Path, is_folder: bool) -> None:
     """Raise UserError if a file or folder, by the name of its flag, can't be written."""
-    path, fault = path.absolute(), ""
-    places = [path, *path.parents] if is_folder else path.parents
-    place = next(place for place in places if place.exists())
-    if path.exists() and not path.is_file() and not is_folder:  # a device, too, would be replaced
-        fault = "what lies there is no file"
-    elif not place.is_dir():
-        fault = f"{place} is a file, not a folder"
-    elif not os.access(place, os.W_OK):
-        fault = f"the folder {place} is read-only"
-    if fault:
-        raise UserError(f"--{name} {path}: {fault}; name another place.")
+    path = path.absolute()
+    place = next(place for place in [path, *path.parents][not is_folder :] if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--{name} {path}: {place} is no folder that can be written to; name another place.")
+    if not is_folder and path.exists() and not path.is_file():  # a device, too, would be replaced
+        raise UserError(f"--{name} {path}: what lies there is no file; name another place.")
 
 
 # ======================================================================================================================
@@ -321,10 +306,7 @@ def read_bytes(path: Any) -> bytes:
     if path.name.lower().endswith(RAW_NAMES):
         raise ImageError("a raw photograph, which is not read; save it as JPEG")
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device could be read for ever
-            raise ImageError("it can't be read (no ordinary file)")
-        if status.st_size > MOST_BYTES:  # films and archives, too, lie in folders of images
+        if path.stat().st_size > MOST_BYTES:  # films and archives, too, lie in folders of images
             raise ImageError(f"larger than {MOST_BYTES // 10**6} MB, as no honest image is")
         return path.read_bytes()
     except OSError as error:
@@ -525,38 +507,18 @@ def read_graph(path: Path, trusted: bool = False) -> GraphDef:
     return graph
 
 
-def fold_batch_norm(graph: GraphDef) -> GraphDef:
-    """Fold the batch normalisation of a GraphDef into the convolutions before it, and remove CheckNumerics; return it.
+def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
+    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, batch normalisation folded into the rest.
 
-    BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs:
-    (conv(x, w) - mean) / sqrt(variance + epsilon) * gamma + beta = conv(x, w * scale) + (beta - mean * scale).
+    BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs.
     """
     tf = import_tensorflow()
-    # Old enough for any reader of TensorFlow 1, new enough for the ops that are left.
-    graph.versions.producer = max(graph.versions.producer, 21)
-    kept = [node for node in graph.node if node.op != "CheckNumerics"]
-    del graph.node[:]
-    graph.node.extend(kept)
-    nodes = {node.name: node for node in graph.node}
+    from tensorflow.python.tools.optimize_for_inference_lib import optimize_for_inference
 
-    def value(name: str) -> np.ndarray:
-        return tf.make_ndarray(nodes[name].attr["value"].tensor)
-
-    def replace(name: str, values: np.ndarray) -> None:
-        nodes[name].attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values, tf.float32))
-
-    for node in graph.node:
-        node.input[:] = [name for name in node.input if not name.startswith("^")]
-        if node.op == "BatchNormWithGlobalNormalization":
-            conv, mean, variance, beta, gamma = node.input
-            weights = nodes[conv].input[1]
-            scale = 1 / np.sqrt(value(variance) + node.attr["variance_epsilon"].f)
-            if node.attr["scale_after_normalization"].b:
-                scale = scale * value(gamma)
-            replace(weights, value(weights) * scale)  # [height, width, inputs, outputs] * [outputs]
-            replace(beta, value(beta) - value(mean) * scale)
-            node.CopyFrom(type(node)(name=node.name, op="BiasAdd", input=[conv, beta], attr={"T": node.attr["T"]}))
-    return graph
+    folded = optimize_for_inference(graph, ["DecodeJpeg/contents"], outputs, tf.string.as_datatype_enum)
+    # Old enough for any reader of TensorFlow 1, new enough for the operations that are left.
+    folded.versions.producer = max(graph.versions.producer, 21)
+    return folded
 
 
 def graph_input_size(graph: GraphDef) -> tuple[int, int]:
@@ -611,17 +573,15 @@ class Familiar:
     least_score: float
 
     def likeness(self, features: np.ndarray) -> np.ndarray:
-        """Return the greatest cosine with an exemplar, float32 [rows], of features [rows, n]."""
-        return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=1)
+        """Return the greatest cosine with an exemplar, float32 [...], of features [..., n]."""
+        return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=-1)
 
-    def reason(self, features: np.ndarray, probabilities: np.ndarray, labels: Sequence[str]) -> list[str]:
-        """Tell why features [rows, n] with probabilities [rows, classes] are not to be named; "" if they are."""
-        reasons = []
-        for likeness, row in zip(self.likeness(features), probabilities, strict=True):
-            first, second = np.argsort(-row)[:2]
-            between = f"between {labels[first]} and {labels[second]}" if row[first] < self.least_score else ""
-            reasons.append("unlike the training images" if likeness < self.least_similarity else between)
-        return reasons
+    def reason(self, likeness: float, scores: Sequence[tuple[str, float]]) -> str:
+        """Tell why an image of this likeness and these (label, score), best first, is not to be named; "" if it is."""
+        if likeness < self.least_similarity:
+            return "unlike the training images"
+        (first, best), (second, _), *_ = scores
+        return f"between {first} and {second}" if best < self.least_score else ""
 
     def as_facts(self) -> dict:
         return {
@@ -639,8 +599,8 @@ class Familiar:
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Return vectors [rows, n] brought to length 1."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    """Return vectors [..., n] brought to length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -672,13 +632,7 @@ def load_classifier(
         fault = "there is no such file, or the .json that belongs to it is not beside it"
         raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
     names = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
-    trained = facts.get("labels", names)
-    if len(trained) != len(names):
-        raise UserError(f"--labels {labels}: {len(names)} lines for the {len(trained)} classes of the graph.")
-    if trained != names:
-        print(f"predict.py: {labels} holds other names than the training wrote; they are used.", file=sys.stderr)
-    with telling_of_damage(files.facts, "damaged; train again, or remove it"):
-        familiar = Familiar.from_facts(facts["familiar"]) if facts.get("familiar") else None
+    familiar = facts.get("familiar")
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     if not facts.get("lite_is_whole"):
         model, input_size = tensorflow_model(files.graph, trusted)
@@ -702,6 +656,7 @@ def read_facts(files: OutputFiles) -> dict:
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
         facts["labels"] = list(map(str, facts["labels"]))
+        facts["familiar"] = facts.get("familiar") and Familiar.from_facts(facts["familiar"])
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
         tied = facts["graph_sha256"] == sha256_of(files.graph) if files.graph.is_file() else facts["lite_is_whole"]
         return facts if tied else {}
@@ -715,16 +670,13 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], 
     It is fed behind its decoder, so that it sees images as training saw them. Raises UserError for another graph.
     """
     graph = read_graph(path, trusted)
-    names = [node.name for node in graph.node]
-    softmax = [node.name for node in graph.node if node.op == "Softmax"]
-    if not softmax or RESIZED_NODE not in names:
-        raise UserError(f"--graph {path}: it is no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax.")
-    wanted = [name for name in (softmax[-1], BOTTLENECK_NODE) if name in names]
-    with telling_of_damage(path):
-        graph = fold_batch_norm(graph)  # TensorFlow 2 runs no BatchNormWithGlobalNormalization, as the classic's have
-        input_size = graph_input_size(graph)
+    softmax = [node.name for node in graph.node if node.op == "Softmax"][-1:]
+    wanted = softmax + [node.name for node in graph.node if node.name == BOTTLENECK_NODE]
+    fault = f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"
+    with telling_of_damage(path, fault):
+        graph = fold_batch_norm(graph, *wanted)
         network = graph_function(graph, *wanted, batch=1)
-    return lambda pixels: [output.numpy().reshape(-1) for output in network(pixels[None])], input_size
+    return lambda pixels: [output.numpy().reshape(-1) for output in network(pixels[None])], graph_input_size(graph)
 
 
 # ======================================================================================================================
@@ -737,7 +689,6 @@ class Prediction:
     """What one image was taken for: (label, score), best first, or why it could not be read.
 
     reason: why it is unsure, "" if it is not. likeness: to the training's images, at most 1; None where not measured.
-    in_order: the scores in the order of the labels, of which two may be the same.
     """
 
     path: Path
@@ -745,7 +696,6 @@ class Prediction:
     error: str = ""
     reason: str = ""
     likeness: float | None = None
-    in_order: Sequence[float | None] = ()
 
     @property
     def outcome(self) -> str:
@@ -786,14 +736,12 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
             return Prediction(path, [], str(error))
         probabilities, *features = model(resize_bilinear(pixels, size))
         if len(probabilities) != len(labels):
-            raise UserError(f"The graph has {len(probabilities)} classes but its file of labels {len(labels)}.")
-        in_order = [round(score, 6) for score in probabilities.tolist()]
-        scores = sorted(zip(labels, in_order, strict=True), key=lambda pair: -pair[1])
+            raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
+        scores = [(labels[c], round(float(probabilities[c]), 6)) for c in np.argsort(-probabilities, kind="stable")]
         if familiar is None or not features:
-            return Prediction(path, scores, in_order=in_order)
-        (reason,) = familiar.reason(features[0][None], probabilities[None], labels)
-        likeness = min(1.0, round(float(familiar.likeness(features[0][None])[0]), 6))
-        return Prediction(path, scores, "", reason, likeness, in_order)
+            return Prediction(path, scores)
+        likeness = float(familiar.likeness(features[0]))
+        return Prediction(path, scores, "", familiar.reason(likeness, scores), min(1.0, round(likeness, 6)))
 
     workers = [functools.partial(name, model) for model in classifier.models]
     return (prediction for _, prediction in on_all_cores(workers, paths))
@@ -815,17 +763,12 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
     counts = collections.Counter(each.outcome for each in predictions).most_common()
     told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
-    print(f"{len(predictions):,} images: {told}.")
+    print(f"{len(predictions):,} images: {told or 'none'}.")
     classes = {label_of(label) for label in labels}
-    sure: list[bool] = []  # whether images in such folders are named rightly
-    unsure: list[bool] = []
-    for each in predictions:
-        folder = label_of(each.path.absolute().parent.name)
-        if folder in classes and each.scores:
-            (unsure if each.reason else sure).append(folder == label_of(each.scores[0][0]))
-    if known := sure + unsure:
-        of_sure = f"; of the {len(sure):,} not unsure {np.mean(sure):.1%}" if sure and unsure else ""
-        print(f"Accuracy on the {len(known):,} in folders named like classes: {np.mean(known):.1%}{of_sure}.")
+    folders = [(label_of(each.path.absolute().parent.name), each) for each in predictions if each.scores]
+    right = [folder == label_of(each.scores[0][0]) for folder, each in folders if folder in classes]
+    if right:
+        print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.")
 
 
 def sort_into(folder: Path, prediction: Prediction) -> None:
@@ -844,25 +787,20 @@ def sort_into(folder: Path, prediction: Prediction) -> None:
             return
 
 
-@contextlib.contextmanager
-def csv_rows(path: str, labels: Sequence[str]) -> Iterator[Callable[[Prediction], None]]:
-    """Yield a function that writes a row of a table at once: image, label, score, error, all scores, and any doubt.
+def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
+    """Write a table with a row per image: image, label, score, error, all scores, and any doubt.
 
     Excel takes a file for UTF-8 by the mark at its beginning only, and what begins like a formula for one.
     """
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8-sig", "backslashreplace", "") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "score", "error", *labels, "unsure", "reason", "likeness"])
-
-        def write_row(prediction: Prediction) -> None:
+        for prediction in predictions:
             harmless = re.sub(r"^(?=[-=+@\t\r\n])", "'", str(prediction.path))
             best = prediction.scores[0] if prediction.scores else ("", "")
-            scores = prediction.in_order or [None] * len(labels)
+            scores = map(dict(prediction.scores).get, labels)
             doubt = "unsure" if prediction.reason else "", prediction.reason, prediction.likeness
             writer.writerow([harmless, *best, prediction.error, *scores, *doubt])
-            file.flush()
-
-        yield write_row
 
 
 def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None:
@@ -948,34 +886,29 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    for name in ("csv", "json", "sort_into"):
-        if getattr(flags, name):
-            check_writable(name, Path(getattr(flags, name)), is_folder=name == "sort_into")
+    outputs = {name: getattr(flags, name) for name in ("csv", "json", "sort_into") if getattr(flags, name)}
+    for name, path in outputs.items():
+        check_writable(name, Path(path), is_folder=name == "sort_into")
     paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
     classifier = load_classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
         serve_page(classifier, flags.top_k)
     predictions: list[Prediction] = []
-    stopped = None
-    with csv_rows(flags.csv, classifier.labels) if flags.csv else contextlib.nullcontext() as write_row:
-        try:
-            for prediction in predict(classifier, paths):
-                print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
-                if write_row:
-                    write_row(prediction)
-                if flags.sort_into:
-                    sort_into(Path(flags.sort_into), prediction)
-                predictions.append(prediction)
-        except KeyboardInterrupt as error:  # what was named until then is written, and summed up, all the same
-            stopped = error
-    if flags.json:
-        write_json(flags.json, predictions, flags.top_k)
-    if len(paths) > 1:
-        print_summary(predictions, classifier.labels)
-    if written := [name for name in (flags.csv, flags.json, os.path.join(flags.sort_into, "")) if os.path.exists(name)]:
-        print(f"Wrote {printable(', '.join(written))}.")
-    if stopped:
-        raise stopped
+    try:
+        for prediction in predict(classifier, paths):
+            print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
+            if flags.sort_into:
+                sort_into(Path(flags.sort_into), prediction)
+            predictions.append(prediction)
+    finally:  # what was named until it was stopped is written, and summed up, all the same
+        if predictions and flags.csv:
+            write_csv(flags.csv, predictions, classifier.labels)
+        if predictions and flags.json:
+            write_json(flags.json, predictions, flags.top_k)
+        if len(paths) > 1:
+            print_summary(predictions, classifier.labels)
+    if outputs:
+        print(f"Wrote {printable(', '.join(outputs.values()))}.")
     return int(any(prediction.error for prediction in predictions))
 
 

@@ -217,10 +217,10 @@ def test_unlike_images_are_unfamiliar():
     validated = validate(features, classes)
     familiar = retrain.become_familiar(features, validated, 1.0, 0.9)
     strange = np.random.default_rng(9).normal(size=(100, 40)).astype(np.float32) * 3
-    scores = np.tile([0.98, 0.01, 0.01], (150, 1))
+    scores = [("a", 0.98), ("b", 0.01), ("c", 0.01)]
 
     def unsure(made: retrain.Familiar, matrix: np.ndarray) -> float:
-        return np.mean([reason != "" for reason in made.reason(matrix, scores[: len(matrix)], ["a", "b", "c"])])
+        return np.mean([made.reason(likeness, scores) != "" for likeness in made.likeness(matrix)])
 
     assert unsure(familiar, strange) > 0.9 and unsure(familiar, features) < 0.2
     kept = retrain.Familiar.from_facts(json.loads(json.dumps(familiar.as_facts())))

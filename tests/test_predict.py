@@ -115,7 +115,7 @@ def test_files_folders_and_globs(folder, asked, found):
         (["--graph", "lone.tflite"], "the .json that belongs to it is not beside it"),
         (["--labels", "no.txt"], "--labels no.txt: it can't be read ([Errno 2] No such file or directory"),
         (["--labels", "latin.txt"], "latin.txt"),
-        (["--labels", "few.txt"], "few.txt"),
+        (["--labels", "few.txt"], "--labels: there are 2 for the 3 classes"),
         (["--graph", "words.pb", "--labels", "output_labels.txt"], "words.pb"),
         (["--graph", "red.jpg"], "red.jpg"),
     ],
@@ -136,7 +136,7 @@ def test_labels_that_do_not_fit_a_bare_graph(folder, capsys, labels, count):
     Path("output_graph.json").unlink()
     Path("output_labels.txt").write_text(labels)
     assert predict.main(["--image", "red.jpg"]) == 1
-    assert f"3 classes but its file of labels {count}" in one_sentence(capsys)
+    assert f"there are {count} for the 3 classes" in one_sentence(capsys)
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred\x1b[0m.jpg", "a\nb\rc.jpg", b"\xff.jpg"])
@@ -225,11 +225,7 @@ def test_damaged_tflite_or_facts_are_not_used(folder, no_lite, spoilt, data):
     assert scores_of("red.jpg").argmax() == 0
 
 
-def test_what_is_damaged_is_named(folder, capsys):
-    save("red.jpg")
-    familiar(least_score="high")
-    assert predict.main(["red.jpg"]) == 1
-    assert "output_graph.json is damaged; train again, or remove it (" in one_sentence(capsys)
+def test_what_is_damaged_is_named(folder):
     Path("x.tflite").write_bytes(b"hello")
     with pytest.raises(predict.UserError, match=r"x\.tflite is no model that LiteRT can run \("):
         predict.LiteModel(Path("x.tflite"))
@@ -346,15 +342,6 @@ def test_csv_and_json(folder, capsys):
     }  # fmt: skip
 
 
-def test_two_classes_of_the_same_name_keep_their_scores(folder):
-    save("red.jpg")
-    expected = scores_of("red.jpg")[0]
-    Path("same.txt").write_text("a\na\nb\n", "utf-8-sig")
-    assert predict.main(["red.jpg", "--labels", "same.txt", "--csv", "same.csv"]) == 0
-    header, row = csv.reader(Path("same.csv").read_text("utf-8-sig").splitlines())
-    assert header[4:7] == ["a", "a", "b"] and [float(cell) for cell in row[4:7]] == list(expected)
-
-
 def familiar(**limits) -> None:
     """Change the thresholds of `unsure` in output_graph.json."""
     facts = json.loads(Path("output_graph.json").read_text("utf-8"))
@@ -409,8 +396,6 @@ def test_what_was_named_before_a_stop_is_kept(folder, capsys, monkeypatch):
 
     def stopped(classifier, paths):
         yield from whole(classifier, paths[:2])
-        (temporary,) = Path().glob(".retrain-*.tmp")
-        assert len(temporary.read_text("utf-8-sig").splitlines()) == 3  # each row is there as soon as it is known
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, "predict", stopped)
@@ -430,8 +415,6 @@ def test_labels_are_those_of_the_training_or_given(folder, capsys):
     Path("translated.txt").write_text("rouge\nbleu\nvert\n")
     assert (scores_of("red.jpg", "--labels", "translated.txt") == expected).all()
     assert list(rows_of("scores.csv")[0])[4:7] == ["rouge", "bleu", "vert"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("predict.py: translated.txt ")
 
 
 def test_names_are_derived_from_the_graphs():
@@ -509,7 +492,7 @@ def test_works_alone_with_four_packages(folder, trained):
         assert re.fullmatch(rf"predict\.py: error: {told}\n", done.stderr)
     command = [sys.executable, "-c", BLOCKED.replace('"PIL", ', ""), "red.jpg"]
     done = subprocess.run(command, cwd=alone, capture_output=True, text=True, encoding="utf-8")
-    assert done.stderr.endswith("-m pip install numpy pillow simplejpeg ai-edge-litert\n")
+    assert "-m pip install numpy pillow simplejpeg ai-edge-litert; " in done.stderr
 
 
 @pytest.mark.parametrize("script", ["predict.py", "retrain.py"])

@@ -78,7 +78,7 @@ def test_a_damaged_graph_gets_one_sentence(tf, bare, capsys):
     bare.write_bytes(graph.SerializeToString())
     assert predict.main(["green.jpg"]) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("predict.py: error: output_graph.pb is a damaged graph (")
+    assert said.startswith("predict.py: error: output_graph.pb is no graph of retrain.py's kind, ")
 
 
 def test_a_function_may_be_called_by_a_name_that_is_no_operations(tf):

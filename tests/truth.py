@@ -329,8 +329,10 @@ def unknown(sets: Sets, repeats: int) -> None:
         familiar = retrain.become_familiar(training.features, made, temperature, share)
 
         def named(features: np.ndarray, familiar=familiar) -> np.ndarray:
+            best = head.probabilities(features).max(axis=1)
+            scores = [[("a", score), ("b", 1 - score)] for score in best]
             return np.array(
-                [not reason for reason in familiar.reason(features, head.probabilities(features), ["a", "b"])]
+                [not familiar.reason(*each) for each in zip(familiar.likeness(features), scores, strict=True)]
             )
 
         print(
