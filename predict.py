@@ -632,15 +632,14 @@ def load_classifier(
         fault = "there is no such file, or the .json that belongs to it is not beside it"
         raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
     names = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
-    familiar = facts.get("familiar")
     reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
     if not facts.get("lite_is_whole"):
         model, input_size = tensorflow_model(files.graph, trusted)
-        return Classifier(names, [model], input_size, reading, familiar)
+        return Classifier(names, [model], input_size, reading, facts.get("familiar"))
     cores = core_count(cpu_threads)
     at_once = min(cores, images)  # one image alone is done by all cores, many by a core each
     models = [LiteModel(files.lite, cores // at_once) for _ in range(at_once)]
-    return Classifier(names, [model.run for model in models], models[0].input_size, reading, familiar)
+    return Classifier(names, [model.run for model in models], models[0].input_size, reading, facts.get("familiar"))
 
 
 def read_labels(path: Path) -> list[str]:
@@ -763,7 +762,7 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
     counts = collections.Counter(each.outcome for each in predictions).most_common()
     told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
-    print(f"{len(predictions):,} images: {told or 'none'}.")
+    print(f"{len(predictions):,} images: {told}.")
     classes = {label_of(label) for label in labels}
     folders = [(label_of(each.path.absolute().parent.name), each) for each in predictions if each.scores]
     right = [folder == label_of(each.scores[0][0]) for folder, each in folders if folder in classes]

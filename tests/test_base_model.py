@@ -190,6 +190,23 @@ def has_int8(path: Path) -> bool:
     return any(tensor.type == schema.TensorType.INT8 for tensor in network.tensors)
 
 
+def test_average_pools_of_8_bit_networks_are_float(tf, tmp_path):
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 8)).astype(np.float32)
+
+    def network(pixels):
+        maps = tf.nn.avg_pool2d(tf.nn.relu(tf.nn.conv2d(pixels / 255, kernel, 2, "SAME")), 3, 1, "SAME")
+        return tf.reduce_mean(tf.nn.conv2d(maps, kernel.transpose(0, 1, 3, 2), 1, "SAME"), [1, 2])
+
+    recipe = retrain.Recipe("pools", "0" * 64, lambda: retrain.image_graph(network, (32, 32)))
+    pixels = np.random.default_rng(1).uniform(0, 255, (20, 32, 32, 3)).astype(np.float32)
+    plain, made = (retrain.load_base_model(recipe, tmp_path, tmp_path, each) for each in (None, lambda size: pixels))
+    expected, features = (retrain.LiteModel(base.lite_path)(pixels[0]) for base in (plain, made))
+    np.testing.assert_allclose(features, expected, atol=0.03 * np.abs(expected).max())
+    details = retrain.LiteModel(made.lite_path).interpreter.get_tensor_details()
+    kinds = [tensor["dtype"] for tensor in details if tensor["name"].startswith("float_")]
+    assert has_int8(made.lite_path) and kinds == [np.float32, np.float32]
+
+
 def test_calibration_draws_evenly_from_the_classes(image_dir, monkeypatch):
     for path in (image_dir / "blue").glob("*_1*"):
         path.unlink()
