@@ -229,6 +229,8 @@ class Parser(argparse.ArgumentParser):
             name = wrong.lstrip("-").replace("-", "_")
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
             meant = self.meant.get(name) or "".join(near)
+            if Path(wrong).is_dir():  # no flag, but what one was forgotten before
+                meant = f"--image_dir {wrong}"
             message = f"{wrong} is no flag of this command" + (f"; did you mean {meant}?" if meant else "")
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
@@ -468,7 +470,8 @@ class LiteModel:
         with telling_of_damage(path, "no model that LiteRT can run"), quiet_stderr():
             self.interpreter = Interpreter(str(path), num_threads=threads)
             self.interpreter.allocate_tensors()
-        (self.input,), self.outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        (self.input,) = self.interpreter.get_input_details()
+        self.outputs = self.interpreter.get_output_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -486,7 +489,8 @@ def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
 
     # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
     names = (function.signature.name for function in graph.library.function)
-    allowed = {*PURE_OPS.split(), *also.split(), *(name for name in names if op_def_registry.get(name) is None)}
+    own = [name for name in names if op_def_registry.get(name) is None]
+    allowed = {*PURE_OPS.split(), *also.split(), *own}
     for node in itertools.chain(graph.node, *(function.node_def for function in graph.library.function)):
         if node.op not in allowed:
             raise UserError(
@@ -603,16 +607,16 @@ def unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
+# A function from pixels, float32 [height, width, 3], to [probabilities, float32 [classes]], and maybe features [n].
+Model = Callable[[np.ndarray], list[np.ndarray]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier.
-
-    models: for each image at a time, one function from pixels, float32 [height, width, 3], to [probabilities, float32
-    [classes]] or to [probabilities, features, float32 [n]]. familiar: None where that was not measured.
-    """
+    """A trained classifier; models: one for each image at a time; familiar: None where that was not measured."""
 
     labels: list[str]
-    models: list[Callable[[np.ndarray], list[np.ndarray]]]
+    models: list[Model]
     input_size: tuple[int, int]
     reading: Reading
     familiar: Familiar | None = None
@@ -657,14 +661,16 @@ def read_facts(files: OutputFiles) -> dict:
         facts["labels"] = list(map(str, facts["labels"]))
         facts["familiar"] = facts.get("familiar") and Familiar.from_facts(facts["familiar"])
         facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
-        tied = facts["graph_sha256"] == sha256_of(files.graph) if files.graph.is_file() else facts["lite_is_whole"]
+        tied = facts["lite_is_whole"]
+        if files.graph.is_file():
+            tied = facts["graph_sha256"] == sha256_of(files.graph)
         return facts if tied else {}
     except (OSError, ValueError, KeyError, TypeError):  # no file, or one that is none of ours
         return {}
 
 
-def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], list[np.ndarray]], tuple[int, int]]:
-    """Return a model as a Classifier has them, and its input size, for a graph of ours or of the classic script's.
+def tensorflow_model(path: Path, trusted: bool) -> tuple[Model, tuple[int, int]]:
+    """Return a model, and its input size, of a graph of ours or of the classic script's.
 
     It is fed behind its decoder, so that it sees images as training saw them. Raises UserError for another graph.
     """
@@ -675,7 +681,8 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable[[np.ndarray], 
     with telling_of_damage(path, fault):
         graph = fold_batch_norm(graph, *wanted)
         network = graph_function(graph, *wanted, batch=1)
-    return lambda pixels: [output.numpy().reshape(-1) for output in network(pixels[None])], graph_input_size(graph)
+        size = graph_input_size(graph)
+    return lambda pixels: [output.numpy()[0] for output in network(pixels[None])], size
 
 
 # ======================================================================================================================
@@ -720,15 +727,19 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 def files_below(folder: Path) -> list[Path]:
     """Return the files in a folder and the folders in it, by name; hidden ones are not read."""
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return [folder / name for name in names if not any(is_hidden(Path(part)) for part in name.parts)]
+    files = []
+    for path in sorted(folder.rglob("*")):
+        inside = [path, *path.parents][: len(path.parts) - len(folder.parts)]
+        if path.is_file() and not any(map(is_hidden, inside)):
+            files.append(path)
+    return files
 
 
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Return what each image is taken for, in the order of `paths`. Raises UserError if there are too few labels."""
     labels, familiar, size = classifier.labels, classifier.familiar, classifier.input_size
 
-    def name(model: Callable, path: Path) -> Prediction:
+    def name(model: Model, path: Path) -> Prediction:
         try:
             pixels = read_image(path, classifier.reading, size)
         except ImageError as error:
@@ -736,7 +747,8 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         probabilities, *features = model(resize_bilinear(pixels, size))
         if len(probabilities) != len(labels):
             raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
-        scores = [(labels[c], round(float(probabilities[c]), 6)) for c in np.argsort(-probabilities, kind="stable")]
+        rounded = [round(score, 6) for score in probabilities.tolist()]
+        scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
         if familiar is None or not features:
             return Prediction(path, scores)
         likeness = float(familiar.likeness(features[0]))
@@ -764,8 +776,11 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
     told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
     print(f"{len(predictions):,} images: {told}.")
     classes = {label_of(label) for label in labels}
-    folders = [(label_of(each.path.absolute().parent.name), each) for each in predictions if each.scores]
-    right = [folder == label_of(each.scores[0][0]) for folder, each in folders if folder in classes]
+    right = []
+    for each in predictions:
+        folder = label_of(each.path.absolute().parent.name)
+        if each.scores and folder in classes:
+            right.append(folder == label_of(each.scores[0][0]))
     if right:
         print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.")
 
@@ -885,7 +900,8 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    outputs = {name: getattr(flags, name) for name in ("csv", "json", "sort_into") if getattr(flags, name)}
+    outputs = {"csv": flags.csv, "json": flags.json, "sort_into": flags.sort_into}
+    outputs = {name: path for name, path in outputs.items() if path}
     for name, path in outputs.items():
         check_writable(name, Path(path), is_folder=name == "sort_into")
     paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])

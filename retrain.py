@@ -173,16 +173,6 @@ def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
         return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
 
-@contextlib.contextmanager
-def writing_by_tensorflow(path: Path) -> Iterator[None]:
-    """Turn what TensorFlow raises when it can't write to `path` into a UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except (import_tensorflow().errors.OpError, OSError) as error:
-        raise UserError(f"{path} could not be written ({first_line(error)}).") from error
-
-
 def sha1_of(text: str) -> str:
     """Return the SHA-1 of a name, in hexadecimal: it tells names apart and protects nothing."""
     return hashlib.sha1(os.fsencode(text), usedforsecurity=False).hexdigest()
@@ -220,7 +210,8 @@ ARCHITECTURES = [
 # The layers of vgg16 that can be its bottleneck, the usual one first.
 VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
 # Kinds of values that several flags take.
-PERCENTAGE, RATE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(float, 0), number(int, 1), number(int, 1, also=-1)
+PERCENTAGE, RATE = number(int, 0, 100), number(float, 0)
+COUNT, COUNT_OR_ALL = number(int, 1), number(int, 1, also=-1)
 
 
 class Help(argparse.Action):
@@ -360,6 +351,8 @@ def add_head_flags(flag: Callable) -> None:
     def whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(map(COUNT, text.split(","))) if text.strip() else ()
 
+    whole_numbers.__name__ = "whole number"
+
     flag("--head", None, way, usual.head, choices=("softmax", "logistic"))
     flag("--how_many_training_steps", "N", "how many steps to train", usual.how_many_training_steps, COUNT)
     flag("--learning_rate", "X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
@@ -432,12 +425,10 @@ def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
     if flags.split_file and (flags.validation_dir or flags.test_dir):
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", flags.final_tensor_name):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", flags.final_tensor_name, re.ASCII):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
     if flags.crawl_only and not flags.crawl:
         parser.error("--crawl_only: there is nothing to crawl without --crawl")
-    if Path(flags.output_report).with_suffix(".json") == OutputFiles(flags.output_graph).facts:
-        parser.error("--output_report: its numbers would replace what belongs to --output_graph; name another")
 
     local = ("crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize")
     if is_store_url(flags.image_dir) and (not flags.ray_address or any(vars(flags)[name] for name in local)):
@@ -1444,8 +1435,7 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     grey = PIL.Image.fromarray(pixels).convert("L")
     small = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
     luma = np.asarray(small, np.float32) / 255
-    around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
-    laplacian = around - 4 * luma[1:-1, 1:-1]
+    laplacian = np.diff(luma, 2, axis=0)[:, 1:-1] + np.diff(luma, 2, axis=1)[1:-1]
     measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
     short, long = sorted(PIL.Image.open(io.BytesIO(data)).size)
     is_tall = pixels.shape[0] > pixels.shape[1]
@@ -2071,14 +2061,14 @@ def write_checkpoint(head: Head, path: Path) -> None:
     """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
     tf, variables = import_tensorflow(), head.variables()
     names = sorted(variables)
-    with writing_by_tensorflow(path):
-        tf.raw_ops.SaveV2(
-            prefix=str(path),
-            tensor_names=[f"final_training_ops/{name}" for name in names],
-            shape_and_slices=[""] * len(names),
-            tensors=[variables[name] for name in names],
-        )
-        tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tf.raw_ops.SaveV2(
+        prefix=str(path),
+        tensor_names=[f"final_training_ops/{name}" for name in names],
+        shape_and_slices=[""] * len(names),
+        tensors=[variables[name] for name in names],
+    )
+    tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
 
 # ======================================================================================================================
@@ -2276,7 +2266,8 @@ def merged(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndar
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    links = coo_array((np.ones(len(first), bool), (groups[first], groups[second])), shape=(len(groups),) * 2)
+    shape, ends = (len(groups), len(groups)), (groups[first], groups[second])
+    links = coo_array((np.ones(len(first), bool), ends), shape)
     return connected_components(links, directed=False)[1][groups]
 
 
@@ -2300,7 +2291,8 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
             alike += [(float(best[i, 0]), start + i, start + int(nearest[i, 0])) for i in range(len(best))]
         alike = sorted(alike, reverse=True)[:MOST_PAIRS]
     pairs = same_images(alike, images)
-    return merged(groups, np.array([p.first for p in pairs], int), np.array([p.second for p in pairs], int)), pairs
+    ends = np.array([(pair.first, pair.second) for pair in pairs], int).reshape(-1, 2)
+    return merged(groups, *ends.T), pairs
 
 
 @functools.cache
@@ -2329,15 +2321,16 @@ def thumbnail(image: Image, stamp: tuple[int, int]) -> PIL.Image.Image | None:
 
 def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL.Image.Image]:
     """Return the thumbnails of some images by their rows, but for those that are gone."""
-    worker = lambda row: thumbnail(images[row], stamp_of(images[row]))  # noqa: E731
-    return {row: small for row, small in on_all_cores([worker] * core_count(), rows) if small}
+    workers = [lambda row: thumbnail(images[row], stamp_of(images[row]))] * core_count()
+    return {row: small for row, small in on_all_cores(workers, rows) if small}
 
 
 def crops_of(small: PIL.Image.Image) -> np.ndarray:
-    """Return a thumbnail and its crops in grey, 16 pixels square: unit vectors float32 [100, 256]."""
+    """Return a thumbnail in grey, 16 pixels square: mirrored, whole, and cropped, unit vectors float32 [101, 256]."""
     grey = np.asarray(small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
     crops = crop_weights() @ grey @ crop_weights().T
-    crops = crops.reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 256)
+    crops = crops.reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
+    crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
     return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
@@ -2357,11 +2350,8 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     for cosine, first, second in alike:
         if not {first, second} <= crops.keys():
             continue
-        correlations = []
-        for one, other in ((crops[first], crops[second]), (crops[second], crops[first])):
-            mirrored = one[0].reshape(16, 16)[:, ::-1].reshape(256)
-            correlations += [other @ one[0], other @ mirrored]
-        if np.max(correlations) >= SAME_IMAGE:
+        one, other = crops[first], crops[second]
+        if max((one[:2] @ other.T).max(), (other[:2] @ one.T).max()) >= SAME_IMAGE:
             same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
             pairs.append(NearDuplicate(first, second, cosine, same_file))
     return pairs
@@ -2411,7 +2401,8 @@ def held_out_logits(
 
     some: bool [rows], which of them may be trained on; train: takes and returns what `train_head` does.
     """
-    logits, nothing = np.zeros((len(folds), class_count), np.float32), Rows(known.matrix, folds[:0], folds[:0])
+    logits = np.zeros((len(folds), class_count), np.float32)
+    nothing = Rows(known.matrix, folds[:0], folds[:0])
     for fold in np.unique(folds):
         held_out, rest = folds == fold, (folds != fold) & some
         head, _ = train(Rows(known.matrix, known.rows[rest], known.classes[rest]), nothing, class_count, settings)
@@ -2532,8 +2523,9 @@ def doubts_of(held_out: HeldOut, places: Iterable[int], temperature: float, reas
     """Return the doubts about some of the held-out rows, int [some]; reasons: one for each class that is predicted."""
     scores, found = held_out.probabilities(temperature), []
     for i in places:
-        own, best = held_out.classes[i], int(held_out.predicted[i])
-        found.append(Doubt(int(held_out.rows[i]), best, float(scores[i, best]), float(scores[i, own]), reasons[best]))
+        own, named = held_out.classes[i], int(held_out.predicted[i])
+        score, own_score = scores[i, [named, own]].tolist()
+        found.append(Doubt(int(held_out.rows[i]), named, score, own_score, reasons[named]))
     return found
 
 
@@ -2828,7 +2820,7 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
 
     cells: "class,class named" -> rows, the surest mistakes and the least sure right ones first; images: row -> [class
     folder/file name, class, class to propose, score]. The thumbnails that only the script shows are in its data: 12 of
-    each cell, in turn, as far as there is room.
+    each cell, as far as there is room.
     """
     images, judged, judgements = found.images, found.believed, []
     class_of = {label: c for c, label in enumerate(found.labels)}
@@ -2847,9 +2839,9 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     for doubt in judgements:
         cells[f"{class_of[images[doubt.row].label]},{doubt.proposed}"].append(doubt.row)
     in_lists = [doubt.row for doubt in (*doubts, *copies)]
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*(rows[:MOST_IN_CELL] for rows in cells.values())))
-    wanted = dict.fromkeys(row for row in (*in_lists, *in_turn) if row is not None)
-    urls = data_urls(images, list(wanted)[:MOST_THUMBNAILS])
+    in_cells = [row for rows in cells.values() for row in rows[:MOST_IN_CELL]]
+    wanted = list(dict.fromkeys(in_lists + in_cells))
+    urls = data_urls(images, wanted[:MOST_THUMBNAILS])
     hidden = {row: url for row, url in urls.items() if row not in in_lists}
     data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
     return {"thumbnails": urls, "data": data}
@@ -2945,14 +2937,13 @@ def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
 
 def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder: Path) -> None:
     """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
-    import PIL.ImageOps
     from tensorboardX import SummaryWriter
 
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     rows = np.sort(np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]).tolist()
     thumbnails = thumbnails_of(images, rows)
     rows = list(thumbnails)  # those that are gone are not shown
-    sprites = np.array([PIL.ImageOps.pad(small, (SPRITE, SPRITE), color="white") for small in thumbnails.values()])
+    sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])  # as the base model squeezes
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
     for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
@@ -3087,8 +3078,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
         "serving_default": tf.function(serve, [image], autograph=False),
         "image_bytes": tf.function(serve_bytes, [file], autograph=False),
     }
-    with writing_by_tensorflow(folder):
-        tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
+    tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
 
 
 # ======================================================================================================================
@@ -3575,12 +3565,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
 # ======================================================================================================================
 
 IMAGE_FOLDERS = ("image_dir", "validation_dir", "test_dir", "coarse_image_dir")
-# The flags for which the folders of a set that is split already stand, by the names that they usually have.
-FOLDERS_OF_SPLITS = {
-    **dict.fromkeys(("train", "training"), "image_dir"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation_dir"),
-    **dict.fromkeys(("test", "testing"), "test_dir"),
-}
+# The flags for which the folders of a set that is split already stand, by how their names usually begin.
+FOLDERS_OF_SPLITS = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
 # The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
 RESULT = logging.WARNING + 1
 
@@ -3611,9 +3597,9 @@ def find_class_folders(flags: argparse.Namespace) -> None:
     """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
     folders = {}
     for folder in sorted(Path(flags.image_dir).glob("*")):
-        name = FOLDERS_OF_SPLITS.get(folder.name.lower())
-        if name and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
-            folders[name] = str(folder)
+        known = re.match("train|val|test", folder.name.lower())
+        if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
+            folders[FOLDERS_OF_SPLITS[known[0]]] = str(folder)
     if "image_dir" in folders and len(folders) > 1 and not flags.split_file:
         folders |= {name: vars(flags)[name] for name in ("validation_dir", "test_dir") if vars(flags)[name]}
         vars(flags).update(folders)
@@ -3846,7 +3832,7 @@ def run(flags: argparse.Namespace) -> None:
         classes = read_names(flags.crawl, crawl_dir)
         there = {path.name for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir()}
         if len({*classes, *there}) < 2 and not flags.crawl_only:
-            told = "it names one class only, and a classifier needs two; name another, or add --crawl_only"
+            told = "it names fewer than two classes, which a classifier needs; name more, or add --crawl_only"
             raise UserError(f"--crawl {flags.crawl}: {told}.")
         crawl(classes, crawl_dir, flags)
     if not flags.crawl_only:

@@ -180,15 +180,14 @@ def test_classic_flags_are_all_there_with_their_defaults():
         ("--train_batch_size -2", "argument --train_batch_size: -2 is out of range (1 or more, or -1)"),
         ("--testing_percentage 60 --validation_percentage 40", "together leave nothing to train on"),
         ("--split_file a.tsv --test_dir b", "--split_file says what every image does"),
-        ("--output_graph a.pb --output_report a.html", "its numbers would replace what belongs to --output_graph"),
         ("--architecture mobilenet_1.0_224_quantized", "is done by --architecture mobilenet_1.0_224 --quantize"),
+        ("--final_tensor_name a:b", "'a:b' can't name a node"),
         ("--output_graph=", "--output_graph: it needs a name"),
         ("--crawl_only", "there is nothing to crawl without --crawl"),
         ("--architecture alexnet", "argument --architecture: invalid choice: 'alexnet'"),
         ("--bottleneck_layer fc2", "only --architecture vgg16 has layers to choose from"),
         ("--tfhub_module x --architecture vgg16", "both name a base model; leave one of them out"),
         ("--flip_left_right perhaps", "'perhaps' is neither true nor false"),
-        ("--final_tensor_name a:b", "'a:b' can't name a node"),
         ("--head logistic --hidden_units 8", "--head logistic has neither hidden layers"),
         ("--image_dir s3://bucket/x", "an object store is read by a Ray cluster; add --ray_address"),
         ("--image_dir s3://bucket/x --ray_address auto --quantize", "and leave out --crawl, "),
@@ -293,7 +292,7 @@ def test_missing_packages_are_named_and_the_environment_of_retrain_sh_is_used(tm
     command = [sys.executable, "-S", str(tmp_path / script), "--image", "my photo.jpg"]  # a Python without packages
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "run retrain.sh (retrain.bat), which installs what is needed" in done.stderr
+    assert "run retrain.sh (retrain.bat), or " in done.stderr
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$@"\nexit 5\n')

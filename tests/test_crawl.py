@@ -573,7 +573,7 @@ def test_a_file_with_one_class_is_refused_before_anything_is_downloaded(server, 
     (tmp_path / "names.txt").write_text("cat\n")
     flags = ["--crawl", "names.txt", "--image_dir", "images", "--crawl_source", server.source("bing")]
     done = run_script("retrain.py", *flags, cwd=tmp_path, stdin=subprocess.DEVNULL)
-    assert done.returncode == 1 and "it names one class only" in done.stderr
+    assert done.returncode == 1 and "it names fewer than two classes" in done.stderr
     assert not server.traffic.counts
 
 
