@@ -928,7 +928,6 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
     flags = parse_flags(arguments)
     return exit_code("predict.py", lambda: run(flags))
 

@@ -573,7 +573,7 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
             else:
                 images.append(Image(path, label, listed=stamp))
     if unread:
-        told = "Only the files directly in a class's folder are read; %d others are not, such as %s."
+        told = "Only the files directly in a class's folder are read; not read: %d, such as %s."
         log.warning(told, len(unread), printable(unread[0]))
     if len(folder_of) < 2:
         told = f"a classifier needs the folders of two classes or more, and it holds {', '.join(folder_of) or 'none'}"
@@ -1177,7 +1177,6 @@ class LiteEditor:
         self.network = self.model.subgraphs[0]
 
     def add_tensor(self, name: str, shape: Sequence[int], buffer: int = 0) -> int:
-        """Add a float32 tensor; return its number."""
         self.network.tensors.append(self.schema.TensorT(list(shape), self.schema.TensorType.FLOAT32, buffer, name))
         return len(self.network.tensors) - 1
 
@@ -1621,7 +1620,6 @@ class ClusterWorker:
         self.readers = concurrent.futures.ThreadPoolExecutor(8)  # a far store answers late, but many at once
 
     def compute(self, job: Job) -> tuple:
-        """Return the row and the result of extract."""
         return job.row, extract(job, self.network)
 
     def __call__(self, block: Any) -> Any:
@@ -3885,7 +3883,6 @@ def make_classifier(flags: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
     try:
