@@ -2074,8 +2074,8 @@ def write_checkpoint(head: Head, path: Path) -> None:
 # ======================================================================================================================
 
 FOLDS = 5
-# An interval of the cross-validation is as wide as for so many times fewer images: its heads learn from four fifths of
-# them and share most of those. By it, and not without, 90 % hold the truth or more; see tests/truth.py.
+# The cross-validation's intervals are as wide as for so many times fewer images, for its heads share most of theirs: by
+# it, and not without, 90 % hold the truth or more; see tests/truth.py.
 CROSS_VALIDATED = 1.5
 # Images that the heads of all trainings together may see, beyond which the learning curve loses its smallest sizes.
 MOST_SEEN, CURVE_SHARES = 6_000_000, (0.125, 0.25, 0.5)
@@ -2086,6 +2086,19 @@ GROUP_RADIUS = 0.07
 # Listed as near duplicates are, of the MOST_PAIRS of greatest cosine, at least ALIKE, those whose thumbnails correlate
 # by SAME_IMAGE: 97 % of copies cropped by 4 to 12 % do, and no two different photographs (0.92 at most).
 ALIKE, SAME_IMAGE, MOST_PAIRS = 0.7, 0.93, 1000
+# Where crops of 64 pixels begin and end: all of them; and 95, 90 and 85 %, at the beginning, in the middle, at the end.
+CROPS = [
+    (0, 64),
+    (0, 60.8),
+    (1.6, 62.4),
+    (3.2, 64),
+    (0, 57.6),
+    (3.2, 60.8),
+    (6.4, 64),
+    (0, 54.4),
+    (4.8, 59.2),
+    (9.6, 64),
+]
 THUMBNAIL = 200  # the longer side, in pixels
 ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
 ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the folders that images lie in
@@ -2107,7 +2120,7 @@ class Proportion:
 
     @classmethod
     def of(cls, right: np.ndarray, groups: np.ndarray, divisor: float = 1.0) -> Proportion:
-        """Return that of `right`, bool [n], which come in groups, int [n]; 0 of no images is anything from 0 to 1.
+        """Return that of `right`, bool [n], which come in groups, int [n]; of no images it is 0, from 0 to 1.
 
         effective: by Kish; the interval is Wilson's on that, divided by `divisor`.
         """
@@ -2127,18 +2140,29 @@ class Proportion:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """What heads that never saw an image make of it: those of the cross-validation, or the final one of the test.
+class Doubt:
+    """An image to look at: its row, the class it looks like, and the scores 0..1 of that class and of its own.
 
-    rows: int [n], into all images; classes: int [n], as given; logits: float32 [n, classes], before the temperature;
-    groups and folds: int [n], the folds all 0 for the test.
+    reason: "looks like bees"; or "blurred", "nearly black", "tiny", with its own class for `proposed`; of a mistake
+    where it was made, "test" or "cross-validation".
     """
 
-    rows: np.ndarray
-    classes: np.ndarray
-    logits: np.ndarray
-    groups: np.ndarray
-    folds: np.ndarray
+    row: int
+    proposed: int
+    score: float
+    own_score: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What heads that never saw an image make of it: those of the cross-validation, or the final one of the test."""
+
+    rows: np.ndarray  # int [n], into all images
+    classes: np.ndarray  # int [n], as given
+    logits: np.ndarray  # float32 [n, classes]
+    groups: np.ndarray  # int [n]
+    folds: np.ndarray  # int [n]; all 0 for the test
 
     @property
     def source(self) -> str:
@@ -2148,14 +2172,18 @@ class HeldOut:
     def predicted(self) -> np.ndarray:
         return self.logits.argmax(axis=1)
 
-    def share(self, some: np.ndarray | slice) -> Proportion:
+    @functools.cached_property
+    def right(self) -> np.ndarray:
+        return self.predicted == self.classes
+
+    def share(self, some: np.ndarray) -> Proportion:
         """Return how many of some of the rows, bool [n], are named rightly."""
         divisor = 1.0 if self.source == "test" else CROSS_VALIDATED
-        return Proportion.of((self.predicted == self.classes)[some], self.groups[some], divisor)
+        return Proportion.of(self.right[some], self.groups[some], divisor)
 
     @functools.cached_property
     def accuracy(self) -> Proportion:
-        return self.share(slice(None))
+        return self.share(self.classes >= 0)
 
     def recall(self, c: int) -> Proportion:
         return self.share(self.classes == c)
@@ -2169,14 +2197,29 @@ class HeldOut:
         count = self.logits.shape[1]
         return np.bincount(self.classes * count + self.predicted, minlength=count**2).reshape(count, count)
 
-    def probabilities(self, temperature: float) -> np.ndarray:
-        return softmax(self.logits / np.float32(temperature))
+    def cooled(self, temperature: float) -> HeldOut:
+        """Return it as heads with their logits divided by a number would have done it, see Head.cooled."""
+        return dataclasses.replace(self, logits=self.logits / np.float32(temperature))
 
-    def calibration_error(self, temperature: float) -> float:
-        """Return how far scores are from how often they are right, in the mean: ten bins of equal width by the best."""
-        best = self.probabilities(temperature).max(axis=1)
-        gaps = np.bincount((best * 9.999).astype(int), best - (self.predicted == self.classes))
+    @functools.cached_property
+    def scores(self) -> np.ndarray:
+        """The probabilities of the classes, float32 [n, classes]."""
+        return softmax(self.logits)
+
+    @functools.cached_property
+    def calibration_error(self) -> float:
+        """How far scores are from how often they are right, in the mean: ten bins of equal width by the best."""
+        best = self.scores.max(axis=1)
+        gaps = np.bincount((best * 9.999).astype(int), best - self.right)
         return float(np.abs(gaps).sum() / len(best))  # a bin's sum is its rows times the gap of its means
+
+    def doubts(self, places: Iterable[int], reasons: Sequence[str]) -> list[Doubt]:
+        """Return the doubts about the rows at some places, int [some]; reasons: one for each class predicted."""
+        found = []
+        for i in places:
+            own, best, scores = self.classes[i], self.predicted[i], self.scores[i]
+            found.append(Doubt(int(self.rows[i]), int(best), float(scores[best]), float(scores[own]), reasons[best]))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2196,21 +2239,6 @@ class LearningCurve:
 
 
 @dataclasses.dataclass(frozen=True)
-class Doubt:
-    """An image to look at: its row, the class it looks like, and the scores 0..1 of that class and of its own.
-
-    reason: "looks like bees"; or "blurred", "nearly black", "tiny", with its own class for `proposed`; of a mistake
-    where it was made, "test" or "cross-validation".
-    """
-
-    row: int
-    proposed: int
-    score: float
-    own_score: float
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class NearDuplicate:
     """Two images, by their rows, that show the same: to the byte, or but for size, crop, mirror and compression."""
 
@@ -2220,24 +2248,24 @@ class NearDuplicate:
     same_file: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Diagnostics:
-    """All that is known of a head and of its images, which rows point into."""
+    """All that is known of a head and of its images, which rows point into; what is not known keeps its default."""
 
     labels: list[str]
     images: Sequence[Image]
-    groups: np.ndarray  # int [images]: the same number for all that show one scene
-    validated: HeldOut | None  # the cross-validation; None for too few images
-    test: HeldOut | None  # without the `test_duplicates`, whose groups have training or validation images
-    classic_accuracy: float | None  # of all test images
-    test_duplicates: int
-    curve: LearningCurve | None
-    temperature: float  # what the logits are divided by
-    doubts: list[Doubt]  # worst first
-    pairs: list[NearDuplicate]  # most alike first
-    cue: str  # what alone tells the classes apart, such as "brightness", or ""
-    cue_accuracy: float  # how often such measures are right, where chance gives half
     histories: dict[str, list[Scores]]  # training curves, by the names of the trainings
+    groups: np.ndarray  # int [images]: the same number for all that show one scene
+    pairs: list[NearDuplicate]  # most alike first
+    validated: HeldOut | None = None  # the cross-validation; None for too few images
+    test: HeldOut | None = None  # without the `test_duplicates`, whose groups have training or validation images
+    test_duplicates: int = 0
+    classic_accuracy: float | None = None  # of all test images
+    curve: LearningCurve | None = None
+    temperature: float = 1.0  # what the head's logits are to be divided by; those held out are already
+    doubts: list[Doubt] = dataclasses.field(default_factory=list)  # worst first
+    cue: str = ""  # what alone tells the classes apart, such as "brightness"
+    cue_accuracy: float = 0.5  # how often such measures are right, where chance gives half
 
     @property
     def believed(self) -> HeldOut | None:
@@ -2247,26 +2275,30 @@ class Diagnostics:
         return self.validated
 
     @functools.cached_property
+    def classes(self) -> list[int]:
+        """The class of each image."""
+        numbers = {label: c for c, label in enumerate(self.labels)}
+        return [numbers[image.label] for image in self.images]
+
+    @functools.cached_property
     def mistakes(self) -> list[Doubt]:
         """All mistakes, of test and cross-validation, the surest first."""
         found = []
-        for held_out in filter(None, (self.test, self.validated)):
-            wrong = np.flatnonzero(held_out.predicted != held_out.classes)
-            found += doubts_of(held_out, wrong, self.temperature, [held_out.source] * len(self.labels))
+        for made in filter(None, (self.test, self.validated)):
+            found += made.doubts(np.flatnonzero(~made.right), [made.source] * len(self.labels))
         return sorted(found, key=lambda doubt: -doubt.score)
 
 
 # ... images that show the same
 
 
-def merged(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return groups, int [images], after joining those of the images `first` and `second`, int [pairs] each."""
+def merged(groups: np.ndarray, links: np.ndarray) -> np.ndarray:
+    """Return groups, int [images], after joining those of each link's two images, int [links, 2]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    shape, ends = (len(groups), len(groups)), (groups[first], groups[second])
-    links = coo_array((np.ones(len(first), bool), ends), shape)
-    return connected_components(links, directed=False)[1][groups]
+    joined = coo_array((np.ones(len(links), bool), groups[links].T), shape=(len(groups), len(groups)))
+    return connected_components(joined, directed=False)[1][groups]
 
 
 def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarray, list[NearDuplicate]]:
@@ -2274,41 +2306,28 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
 
     A group hangs together by features within GROUP_RADIUS, by listed pairs, or by a `_nohash_` stem.
     """
-    _, groups = np.unique([stem_of(image.key) for image in images], return_inverse=True)
-    directions, alike = unit(features), []
+    _, groups = np.unique([image.place + stem_of(image.key) for image in images], return_inverse=True)
+    directions = unit(features)
+    alike: list[tuple[float, int, int]] = []
     at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
     for start in range(0, len(images), at_once):
         # Each pair once, and none with itself.
         cosines = np.triu(directions[start : start + at_once] @ directions[start:].T, 1)
-        near = np.nonzero(cosines > 1 - GROUP_RADIUS)
-        groups = merged(groups, start + near[0], start + near[1])
+        groups = merged(groups, start + np.argwhere(cosines > 1 - GROUP_RADIUS))
+        rows = np.arange(len(cosines))
         for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
-            nearest = cosines.argmax(axis=1)[:, None]
-            best = np.take_along_axis(cosines, nearest, axis=1)
-            np.put_along_axis(cosines, nearest, 0, axis=1)
-            alike += [(float(best[i, 0]), start + i, start + int(nearest[i, 0])) for i in range(len(best))]
-        alike = sorted(alike, reverse=True)[:MOST_PAIRS]
-    pairs = same_images(alike, images)
-    ends = np.array([(pair.first, pair.second) for pair in pairs], int).reshape(-1, 2)
-    return merged(groups, *ends.T), pairs
-
-
-@functools.cache
-def crop_weights() -> np.ndarray:
-    """Return what brings 64 pixels to 16 in ten ways, float32 [10 * 16, 64]: all of them, and windows of them.
-
-    The windows are of 95, 90 and 85 %, each at the beginning, in the middle and at the end.
-    """
-    spans = [(0.0, 64.0)]
-    for side in (60.8, 57.6, 54.4):
-        spans += [(start, start + side) for start in (0, (64 - side) / 2, 64 - side)]
-    identity, soft = PIL.Image.fromarray(np.eye(64, dtype=np.float32)), PIL.Image.Resampling.HAMMING
-    return np.concatenate([identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in spans])
+            nearest = cosines.argmax(axis=1)
+            best = cosines[rows, nearest].tolist()
+            alike += zip(best, (start + rows).tolist(), (start + nearest).tolist(), strict=True)
+            cosines[rows, nearest] = 0
+    pairs = same_images(sorted(alike, reverse=True)[:MOST_PAIRS], images)
+    links = [(pair.first, pair.second) for pair in pairs]
+    return merged(groups, np.array(links, int).reshape(-1, 2)), pairs
 
 
 @functools.lru_cache(1000)  # the report shows many of those that are compared
-def thumbnail(image: Image, stamp: tuple[int, int]) -> PIL.Image.Image | None:
-    """Return an image of at most THUMBNAIL pixels in width and height, None if it is gone; stamp: see stamp_of."""
+def thumbnail(image: Image) -> PIL.Image.Image | None:
+    """Return an image of at most THUMBNAIL pixels in width and height, None if it is gone."""
     try:
         small = PIL.Image.fromarray(read_image(image.path, Reading(), (80, 80)))  # 160 pixels or more, soon read
     except ImageError:
@@ -2319,16 +2338,18 @@ def thumbnail(image: Image, stamp: tuple[int, int]) -> PIL.Image.Image | None:
 
 def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL.Image.Image]:
     """Return the thumbnails of some images by their rows, but for those that are gone."""
-    workers = [lambda row: thumbnail(images[row], stamp_of(images[row]))] * core_count()
-    return {row: small for row, small in on_all_cores(workers, rows) if small}
+    made = on_all_cores([thumbnail] * core_count(), [images[row] for row in rows])
+    return {row: small for row, (_, small) in zip(rows, made, strict=True) if small}
 
 
 def crops_of(small: PIL.Image.Image) -> np.ndarray:
-    """Return a thumbnail in grey, 16 pixels square: mirrored, whole, and cropped, unit vectors float32 [101, 256]."""
-    grey = np.asarray(small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
-    crops = crop_weights() @ grey @ crop_weights().T
-    crops = crops.reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
-    crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
+    """Return a thumbnail and 99 crops of it in grey, 16 pixels square: unit vectors float32 [100, 256]."""
+    soft = PIL.Image.Resampling.HAMMING
+    grey = small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX).convert("F")
+    narrow = [np.asarray(grey.resize((16, 64), soft, (start, 0, end, 64))) for start, end in CROPS]
+    beside = PIL.Image.fromarray(np.concatenate(narrow, axis=1))  # 160 pixels wide, 64 high
+    flat = [np.asarray(beside.resize((160, 16), soft, (0, start, 160, end))) for start, end in CROPS]
+    crops = np.stack(flat).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 256)
     return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
@@ -2337,19 +2358,17 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
 
     That is told by the best correlation of all of one thumbnail, mirrored or not, with a crop of the other.
     """
-    from threadpoolctl import threadpool_limits
-
     alike = [pair for pair in alike if pair[0] >= ALIKE]
-    rows = sorted({row for _, *both in alike for row in both})
-    thumbnails = thumbnails_of(images, rows)
-    with threadpool_limits(1):  # which is faster for small products
-        crops = {row: crops_of(small) for row, small in thumbnails.items()}
+    thumbnails = thumbnails_of(images, sorted({row for _, *both in alike for row in both}))
     pairs = []
     for cosine, first, second in alike:
-        if not {first, second} <= crops.keys():
+        if not {first, second} <= thumbnails.keys():
             continue
-        one, other = crops[first], crops[second]
-        if max((one[:2] @ other.T).max(), (other[:2] @ one.T).max()) >= SAME_IMAGE:
+        correlations, other = [], crops_of(thumbnails[second])
+        for small in (thumbnails[first], thumbnails[first].transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)):
+            crops = crops_of(small)
+            correlations += [crops @ other[0], other @ crops[0]]
+        if np.max(correlations) >= SAME_IMAGE:
             same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
             pairs.append(NearDuplicate(first, second, cosine, same_file))
     return pairs
@@ -2363,7 +2382,7 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
     others = np.flatnonzero([image.split != "coarse" for image in images])
     known, alike = unit(features[others]), []
     for row in coarse.rows.tolist():
-        cosines = known @ unit(features[[row]])[0]
+        cosines = known @ unit(features[row])
         alike += [(float(cosines[i]), row, int(others[i])) for i in np.argsort(-cosines)[:3]]
     copies = {pair.first for pair in same_images(alike, images)}
     if copies:
@@ -2378,8 +2397,8 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
 def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     """Return the fold that holds out each row, int [rows], classes spread and groups whole.
 
-    The first row of a group speaks for it. Where every class is one group, no more than a word on that remains, and an
-    interval of hardly any use: groups are then divided, so that there are mistakes and doubtful images to look at.
+    The first row of a group speaks for it. Where every class is one group, groups are divided: the interval is of
+    hardly any use then, but there are mistakes and doubtful images to look at.
     """
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
     if np.bincount(classes[first]).max() < 2:
@@ -2392,31 +2411,28 @@ def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.nda
     return folds[group_of]
 
 
-def held_out_logits(
-    known: Rows, some: np.ndarray, folds: np.ndarray, class_count: int, settings: TrainingSettings, train: Callable
-) -> np.ndarray:
-    """Return the logits, float32 [rows, classes], of the known rows by heads trained on the others' folds.
+def cross_validate(
+    known: Rows,
+    groups: np.ndarray,
+    class_count: int,
+    settings: TrainingSettings,
+    train: Callable,
+    part: np.ndarray | bool = True,
+) -> HeldOut | None:
+    """Predict each known row by a head that learnt from the other folds; None for too few.
 
-    some: bool [rows], which of them may be trained on; train: takes and returns what `train_head` does.
+    groups: int [rows]; train: takes and returns what `train_head` does; part: bool [rows], what heads may learn from.
     """
-    logits = np.zeros((len(folds), class_count), np.float32)
-    nothing = Rows(known.matrix, folds[:0], folds[:0])
+    folds = held_out_folds(known.classes, groups, settings.random_seed or 0)
+    logits, nothing = np.zeros((len(folds), class_count), np.float32), Rows(known.matrix, folds[:0], folds[:0])
     for fold in np.unique(folds):
-        held_out, rest = folds == fold, (folds != fold) & some
-        head, _ = train(Rows(known.matrix, known.rows[rest], known.classes[rest]), nothing, class_count, settings)
+        held_out, rest = folds == fold, (folds != fold) & part
+        training = Rows(known.matrix, known.rows[rest], known.classes[rest])
+        if len(np.unique(training.classes)) < 2:
+            return None
+        head, _ = train(training, nothing, class_count, settings)
         logits[held_out] = head.logits(known.features(held_out))
     logits[~np.isfinite(logits).all(axis=1)] = 0  # a head that diverged knows nothing
-    return logits
-
-
-def cross_validate(
-    known: Rows, groups: np.ndarray, class_count: int, settings: TrainingSettings, train: Callable
-) -> HeldOut | None:
-    """Predict each known row by a head that learnt from the other folds; None for too few. groups: int [rows]."""
-    folds = held_out_folds(known.classes, groups, settings.random_seed or 0)
-    if any(len(np.unique(known.classes[folds != fold])) < 2 for fold in np.unique(folds)):
-        return None
-    logits = held_out_logits(known, folds >= 0, folds, class_count, settings, train)
     return HeldOut(known.rows, known.classes, logits, groups, folds)
 
 
@@ -2427,25 +2443,25 @@ def learning_curve(
 
     Of each class the same share is taken, group by group, so that a rare one stays in every part.
     """
-    groups, classes, folds = validated.groups, validated.classes, validated.folds
-    class_count = validated.logits.shape[1]
-    batch = len(classes) if settings.train_batch_size == -1 else settings.train_batch_size
+    groups, count, class_count = validated.groups, len(known.rows), validated.logits.shape[1]
+    batch = count if settings.train_batch_size == -1 else settings.train_batch_size
     affordable = int(MOST_SEEN / (settings.how_many_training_steps * FOLDS * batch)) - 1
-    shares = [share for share in CURVE_SHARES if share * len(classes) >= 2 * class_count]
+    shares = [share for share in CURVE_SHARES if share * count >= 2 * class_count]
     if affordable < 1 or settings.hidden_units or not shares:
         return None
     order = np.random.default_rng(settings.random_seed or 0).permutation(groups.max() + 1)[groups]
-    before = np.zeros(len(classes))  # the share of a fold's images of its class that come before each
-    for fold, c in itertools.product(np.unique(folds), np.unique(classes)):
-        own = np.flatnonzero((folds == fold) & (classes == c))
+    before = np.zeros(count)  # the share of a fold's images of its class that come before each
+    cells = validated.folds * class_count + known.classes
+    for cell in np.unique(cells):
+        own = np.flatnonzero(cells == cell)
         before[own[np.argsort(order[own], kind="stable")]] = np.arange(len(own)) / len(own)
-    parts = [before < share for share in shares[-affordable:]]
-    logits = [held_out_logits(known, part, folds, class_count, settings, train) for part in parts]
-    right = [each.argmax(axis=1) == classes for each in (*logits, validated.logits)]
-    learnt = 1 - 1 / len(np.unique(folds))  # the share of the images that each of the heads may see
-    sizes = [round(learnt * int(part.sum())) for part in (*parts, classes >= 0)]
-    accuracies = [Proportion.of(each, groups, CROSS_VALIDATED) for each in right]
-    return LearningCurve(sizes, accuracies, expected_gain(sizes, right, accuracies[-1].effective))
+    parts = [before < share for share in (*shares[-affordable:], 1)]
+    smaller = [cross_validate(known, groups, class_count, settings, train, part) for part in parts[:-1]]
+    points = [*filter(None, smaller), validated]
+    learnt = 1 - 1 / len(np.unique(validated.folds))  # the share of the images that each of the heads may see
+    sizes = [round(learnt * int(part.sum())) for part in parts]
+    gain = expected_gain(sizes, [point.right for point in points], validated.accuracy.effective)
+    return LearningCurve(sizes, [point.accuracy for point in points], gain)
 
 
 def expected_gain(sizes: Sequence[int], right: Sequence[np.ndarray], effective: float) -> tuple[float, float]:
@@ -2474,12 +2490,9 @@ def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
 
     doubt = 1 / (len(classes) + 2)
     wanted = (1 - doubt) * logits[np.arange(len(classes)), classes].mean() + doubt * logits.mean()
-
-    def loss(log_temperature: float) -> float:
-        scale = np.float32(math.exp(-log_temperature))
-        return float(logsumexp(logits * scale, axis=1).mean() - scale * wanted)
-
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+    # By the temperature's inverse, for which the cross entropy is convex.
+    loss = lambda scale: float(logsumexp(logits * np.float32(scale), axis=1).mean() - scale * wanted)  # noqa: E731
+    return 1 / float(minimize_scalar(loss, bounds=(0.05, 20)).x)
 
 
 def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -2487,71 +2500,54 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     from sklearn.cluster import KMeans
 
     present, middles = np.unique(classes), []
-    count = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
+    most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
     for c in present:
         rows = directions[classes == c]
-        if len(rows) > count:
-            clusters = min(count, len(np.unique(rows.sum(axis=1))))  # of which there are no more than different rows
-            rows = KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_
-        middles.append(rows)
+        clusters = min(most, len(np.unique(rows.sum(axis=1))))  # of which there are no more than different rows
+        middles.append(KMeans(clusters, n_init=1, max_iter=10, random_state=0).fit(rows).cluster_centers_)
     return unit(np.concatenate(middles)).astype(np.float16)
 
 
-def become_familiar(features: np.ndarray, validated: HeldOut, temperature: float, coverage: float) -> Familiar:
+def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -> Familiar:
     """Return what is familiar to a head, with the thresholds that leave `coverage` of its classes' images named.
 
     features: float32 [rows, n]. Unlikeness tells images of other things far better than the score does, so four fifths
     of what may be left unnamed are left to it. Both thresholds are found on images held out.
     """
     directions, likeness = unit(features), np.zeros(len(features))
-    unnamed = 1 - coverage
     for fold in np.unique(validated.folds):
         out = validated.folds == fold
         exemplars = find_exemplars(directions[~out], validated.classes[~out])
-        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
-    scores = validated.probabilities(temperature).max(axis=1)
-    least = float(np.quantile(likeness, 0.8 * unnamed)), float(np.quantile(scores, 0.2 * unnamed))
-    return Familiar(find_exemplars(directions, validated.classes), *(least if unnamed else (-1.0, 0.0)))
+        likeness[out] = Familiar(exemplars, -1.0, 0.0).likeness(directions[out])
+    exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
+    if not unnamed:
+        return Familiar(exemplars, -1.0, 0.0)
+    scores = validated.scores.max(axis=1)
+    return Familiar(exemplars, float(np.quantile(likeness, 0.8 * unnamed)), float(np.quantile(scores, 0.2 * unnamed)))
 
 
 # ... which images are wrong
 
 
-def doubts_of(held_out: HeldOut, places: Iterable[int], temperature: float, reasons: Sequence[str]) -> list[Doubt]:
-    """Return the doubts about some of the held-out rows, int [some]; reasons: one for each class that is predicted."""
-    scores, found = held_out.probabilities(temperature), []
-    for i in places:
-        own, named = held_out.classes[i], int(held_out.predicted[i])
-        score, own_score = scores[i, [named, own]].tolist()
-        found.append(Doubt(int(held_out.rows[i]), named, score, own_score, reasons[named]))
-    return found
-
-
-def mislabelled(validated: HeldOut, temperature: float, labels: Sequence[str]) -> list[Doubt]:
+def mislabelled(validated: HeldOut, labels: Sequence[str]) -> list[Doubt]:
     """Return the rows that confident learning (Northcutt et al. 2021) finds mislabelled, worst first."""
     from cleanlab.filter import find_label_issues
 
-    scores = validated.probabilities(temperature)
+    asked = {"return_indices_ranked_by": "self_confidence", "filter_by": "both", "n_jobs": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        places = find_label_issues(
-            validated.classes, scores, return_indices_ranked_by="self_confidence", filter_by="both", n_jobs=1
-        )
-    places = places[validated.predicted[places] != validated.classes[places]]
-    return doubts_of(validated, places, temperature, [f"looks like {label}" for label in labels])
+        places = find_label_issues(validated.classes, validated.scores, **asked)
+    places = places[~validated.right[places]]
+    return validated.doubts(places, [f"looks like {label}" for label in labels])
 
 
 def of_bad_quality(cues: np.ndarray, classes: Sequence[int]) -> list[Doubt]:
     """Return the images that are tiny, nearly black or blurred; cues: float32 [images, 5]; classes: [images]."""
     brightness, contrast, sharpness, width, height = cues.T
     usual = np.nanmedian(sharpness) if np.isfinite(sharpness).any() else 0
-    reasons = {
-        "blurred": sharpness < BLURRED * usual,
-        "nearly black": brightness + contrast < NEARLY_BLACK,
-        "tiny": np.minimum(width, height) < TINY,
-    }
-    told = np.select(list(reasons.values()), list(reasons), "")
-    return [Doubt(row, classes[row], 0.0, 0.0, str(told[row])) for row in np.flatnonzero(told != "").tolist()]
+    found = [sharpness < BLURRED * usual, brightness + contrast < NEARLY_BLACK, np.minimum(width, height) < TINY]
+    reasons = np.select(found, ["blurred", "nearly black", "tiny"], "").tolist()
+    return [Doubt(row, classes[row], 0.0, 0.0, reason) for row, reason in enumerate(reasons) if reason]
 
 
 def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
@@ -2560,21 +2556,22 @@ def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     cues: float32 [rows, 5] of the validated rows. Then the images of the classes may have been taken under different
     circumstances, and the head may have learnt these. The share is of a world half of which is that class.
     """
+    from sklearn.metrics import confusion_matrix
     from sklearn.model_selection import PredefinedSplit, cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
     brightness, contrast, sharpness, width, height = cues.T
     measures = {"brightness": brightness, "contrast": contrast, "sharpness": sharpness}
     measures |= {"size": width * height, "aspect ratio": width / height}
-    shares = []
-    _, classes, own = np.unique(validated.classes, return_inverse=True, return_counts=True)  # of those that are there
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, class_weight="balanced", random_state=0)
+    shares = []
     for name, values in measures.items():
-        predicted = cross_val_predict(tree, values[:, None], classes, cv=PredefinedSplit(validated.folds))
+        predicted = cross_val_predict(tree, values[:, None], validated.classes, cv=PredefinedSplit(validated.folds))
         # All classes at once, since there may be a thousand: how many are named rightly, and how many others so, too.
-        right = np.bincount(classes[predicted == classes], minlength=len(own))
-        wrong = np.bincount(predicted, minlength=len(own)) - right
-        shares.append((float((right / own + 1 - wrong / (len(classes) - own)).max() / 2), name))
+        counts = confusion_matrix(validated.classes, predicted)
+        own, right, named = counts.sum(axis=1), counts.diagonal(), counts.sum(axis=0)
+        rest_right = 1 - (named - right) / (len(predicted) - own)
+        shares.append((float((right / own + rest_right).max() / 2), name))
     share, name = max(shares)
     return name if share > CUE_ALARM else "", share
 
@@ -2588,57 +2585,46 @@ def diagnose(
     """
     from threadpoolctl import threadpool_limits
 
-    images, labels, known, testing = data.images, data.labels, data.known, data.testing
+    known, testing = data.known, data.testing
     silent = dataclasses.replace(settings, eval_step_interval=0)
-    groups, pairs = find_groups(data.features, images)  # by large products, which all cores share
-    temperature, curve, cue, doubts = 1.0, None, ("", 0.5), []
+    groups, pairs = find_groups(data.features, data.images)  # by large products, which all cores share
+    found = Diagnostics(data.labels, data.images, histories, groups, pairs)
     threadpool_limits(1)  # for all that follows: several threads halve the speed of small products
-    validated = cross_validate(known, groups[known.rows], len(labels), silent, train)
+    validated = cross_validate(known, groups[known.rows], len(data.labels), silent, train)
     if validated:
-        curve = learning_curve(known, validated, silent, train)
-        temperature = fit_temperature(validated.logits, validated.classes)
-        cue = spurious_cue(data.cues[known.rows], validated)
-        doubts = mislabelled(validated, temperature, labels)
-    doubted = {doubt.row for doubt in doubts}
-    class_of = {label: c for c, label in enumerate(labels)}
-    bad = of_bad_quality(data.cues, [class_of[image.label] for image in images])
-    doubts += [doubt for doubt in bad if doubt.row not in doubted]
-    logits = head.logits(testing.features())
-    right = logits.argmax(axis=1) == testing.classes
-    clean = ~np.isin(groups[testing.rows], groups[known.rows])
-    rows = testing.rows[clean]
-    test = HeldOut(rows, testing.classes[clean], logits[clean], groups[rows], np.zeros_like(rows))
-    accuracy = float(right.mean()) if len(right) else None
-    return Diagnostics(
-        labels, images, groups, validated, test if len(rows) else None, accuracy, int((~clean).sum()), curve,
-        temperature, doubts, pairs, *cue, histories,
-    )  # fmt: skip
-
-
-# ... told on the terminal
-
-
-def joined(parts: Sequence[str]) -> str:
-    """Return parts as a sentence lists them: a, b and c."""
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+        found.temperature = fit_temperature(validated.logits, validated.classes)
+        found.validated = validated.cooled(found.temperature)
+        found.curve = learning_curve(known, validated, silent, train)
+        found.cue, found.cue_accuracy = spurious_cue(data.cues[known.rows], validated)
+        found.doubts = mislabelled(found.validated, data.labels)
+    doubted = {doubt.row for doubt in found.doubts}
+    bad = of_bad_quality(data.cues, found.classes)
+    found.doubts += [doubt for doubt in bad if doubt.row not in doubted]
+    if len(testing.rows):
+        logits = head.cooled(found.temperature).logits(testing.features())
+        found.classic_accuracy = float((logits.argmax(axis=1) == testing.classes).mean())
+        clean = ~np.isin(groups[testing.rows], groups[known.rows])
+        rows, classes = testing.rows[clean], testing.classes[clean]
+        found.test_duplicates = len(testing.rows) - len(rows)
+        if len(rows):
+            found.test = HeldOut(rows, classes, logits[clean], groups[rows], np.zeros_like(rows))
+    return found
 
 
 def findings(found: Diagnostics) -> Iterator[str]:
     """Yield in plain sentences what would make it better, and which images to look at."""
     judged, images, doubts, curve = found.believed, found.images, found.doubts, found.curve
     if found.test_duplicates:
-        yield (
-            f"Test images that are near duplicates of training or validation images: {found.test_duplicates}; they are "
-            "no test, and count in the line 'Final test accuracy' only."
-        )
+        told = "near duplicates of training or validation images"
+        yield f"Test images that are {told}: {found.test_duplicates}; only 'Final test accuracy' counts them."
     if not found.validated:
         yield "There is no cross-validation: too few images."
     if judged:
-        recalls = [(judged.recall(c), label) for c, label in enumerate(found.labels)]
+        recalls = [(judged.recall(c), printable(label)) for c, label in enumerate(found.labels)]
         behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9]
         if behind:
-            names = [f"{printable(label)} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3]]
-            yield f"Recognised less often than the others: {joined(names)}."
+            told = ", ".join(f"{label} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3])
+            yield f"Recognised less often than the others: {told}."
     if curve and curve.hardly:
         yield "Twice as many images would hardly help: by less than one point."
     elif curve:
@@ -2646,30 +2632,27 @@ def findings(found: Diagnostics) -> Iterator[str]:
         much = f"{low} to {high} points" if low > 0 else f"{high} points at most"
         yield f"Twice as many images, of new scenes, would raise the accuracy by {much}."
     if found.validated and len(images) < SMALL and any(image.split != "training" for image in images):
-        yield (
-            f"Of only {len(images)} images none can be spared: with --testing_percentage 0 "
-            "--validation_percentage 0 it learns from all, and the cross-validation judges it all the same."
-        )
-    counts = Counter(image.label for image in images)
-    scenes = Counter(zip((image.label for image in images), found.groups.tolist(), strict=True)).most_common()
-    large = [(size, label) for (label, _), size in scenes if size >= 5 and size > LARGE_SHARE * counts[label]]
+        flags = "--testing_percentage 0 --validation_percentage 0"
+        yield f"Of {len(images)} images none can be spared: with {flags} it learns from all, and is judged as well."
+    counts = Counter(found.classes)
+    scenes = Counter(zip(found.classes, found.groups.tolist(), strict=True)).most_common()
+    large = [(size, c) for (c, _), size in scenes if size >= 5 and size > LARGE_SHARE * counts[c]]
     if large:
-        told = [f"{size} of the {counts[label]} images of {printable(label)}" for size, label in large[:3]]
-        yield f"Each of one scene only: {joined(told)}; images of others would teach more."
+        parts = [f"{size} of the {counts[c]} images of {printable(found.labels[c])}" for size, c in large[:3]]
+        yield f"Each of one scene only: {', '.join(parts)}; images of others would teach more."
     if found.cue:
         yield (
-            f"{found.cue.capitalize()} alone tells a class from the others (such measures are right in "
-            f"{100 * found.cue_accuracy:.0f} %, chance in 50 %): the classes may have been photographed under "
-            "different circumstances, and the head may have learnt those."
+            f"{found.cue.capitalize()} alone tells a class from the others ({100 * found.cue_accuracy:.0f} % right, by "
+            "chance 50 %): it may have been photographed under other circumstances, and the head may have learnt those."
         )
     if found.pairs:
-        across = sum(images[pair.first].label != images[pair.second].label for pair in found.pairs)
+        across = sum(found.classes[pair.first] != found.classes[pair.second] for pair in found.pairs)
         yield f"Pairs of images that show the same: {len(found.pairs)}, {across} of them in two classes."
     if doubts and judged and judged.accuracy.value < ENOUGH_TO_DOUBT:
         yield "It errs too often to tell which images lie in the wrong folder; the .tsv lists where it differs."
     elif doubts:
-        named = joined([f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3]])
-        yield f"Doubtful images: {len(doubts)}, such as {named}; the .tsv lists all, for --exclude or --relabel."
+        told = ", ".join(f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3])
+        yield f"Doubtful images: {len(doubts)}, such as {told}; the .tsv lists all, for --exclude or --relabel."
 
 
 # ======================================================================================================================
@@ -2677,8 +2660,7 @@ def findings(found: Diagnostics) -> Iterator[str]:
 # ======================================================================================================================
 
 REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")  # the page, which Jinja2 fills in
-# The most thumbnails on the page, and the most bytes of all as text: it can be mailed.
-MOST_THUMBNAILS, THUMBNAIL_BYTES = 480, 5_500_000
+MOST_THUMBNAILS = 480  # on the page, of 5 KB each as a rule: it can be mailed
 # The most images with a card in a list of the page and in a cell, and named in all cells; classes in the confusion.
 MOST_CARDS, MOST_IN_CELL, MOST_NAMED, MOST_CONFUSED = 48, 12, 10_000, 24
 INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
@@ -2696,41 +2678,42 @@ def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
     for suffix, text in texts.items():
         with whole_file(page.with_suffix(suffix)) as temporary:
             temporary.write_text(text, "utf-8")
-    log.info("Wrote the report: %s.", joined([str(page.with_suffix(suffix)) for suffix in texts]))
+    log.info("Wrote the report: %s.", ", ".join(str(page.with_suffix(suffix)) for suffix in texts))
 
 
 # ... for programs
 
 
-def held_out_as_json(held_out: HeldOut, labels: Sequence[str]) -> dict:
+def held_out_as_json(held_out: HeldOut | None, labels: Sequence[str]) -> dict | None:
     """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
+    if not held_out:
+        return None
     counts = held_out.confusion
-    return {
-        "accuracy": held_out.accuracy,
-        "classes": [
-            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
-            for c, label in enumerate(labels)
-        ],
-        "confusion": [
-            {"label": labels[c], "named": labels[named], "images": int(counts[c, named])}
-            for c, named in np.argwhere(counts)
-        ],
-    }
+    classes = [
+        {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
+        for c, label in enumerate(labels)
+    ]
+    confusion = [
+        {"label": labels[c], "named": labels[named], "images": int(counts[c, named])}
+        for c, named in np.argwhere(counts)
+    ]
+    return {"accuracy": held_out.accuracy, "classes": classes, "confusion": confusion}
 
 
 def report_as_json(found: Diagnostics) -> dict:
-    """Return the numbers of a report, in which a Proportion stands for an object of its fields.
+    """Return the numbers of a report; lists of images begin with the surest or worst.
 
-    believe: "test", "cross-validation" or "", whose accuracy is the one to believe; test: without the test_duplicates,
-    which training images show, too; lists of images begin with the surest or worst.
+    believe: "test", "cross-validation" or "", whose accuracy is the one to believe.
     """
-    images, keys, judged = found.images, [printable(image.key) for image in found.images], found.believed
+    images, judged = found.images, found.believed
+    keys = [printable(image.key) for image in images]
 
     def image_of(doubt: Doubt) -> dict:
+        image = images[doubt.row]
         return {
             "image": keys[doubt.row],
-            "label": images[doubt.row].label,
-            "split": images[doubt.row].split,
+            "label": image.label,
+            "split": image.split,
             "proposed": found.labels[doubt.proposed],
             "score": doubt.score,
             "reason": doubt.reason,
@@ -2740,14 +2723,15 @@ def report_as_json(found: Diagnostics) -> dict:
         "believe": judged.source if judged else "",
         "labels": found.labels,
         "images": Counter(image.split for image in images),
-        "test": found.test and held_out_as_json(found.test, found.labels),
+        "test": held_out_as_json(found.test, found.labels),
         "test_duplicates": found.test_duplicates,
         "classic_accuracy": found.classic_accuracy,
-        "cross_validation": found.validated and held_out_as_json(found.validated, found.labels),
-        "learning_curve": found.curve,  # images trained on, accuracies, range of the gain by twice as many
+        "cross_validation": held_out_as_json(found.validated, found.labels),
+        "learning_curve": found.curve,
         "temperature": found.temperature,
         # Before and after dividing by the temperature.
-        "calibration_error": judged and [judged.calibration_error(each) for each in (1.0, found.temperature)],
+        "calibration_error": judged
+        and [each.calibration_error for each in (judged.cooled(1 / found.temperature), judged)],
         "cue": {"name": found.cue, "recall": found.cue_accuracy},
         "mistakes": list(map(image_of, found.mistakes)),
         "doubtful": list(map(image_of, found.doubts)),
@@ -2789,13 +2773,8 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
         "found": found,
         "judged": judged,
         "about": about,
-        "printable": printable,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         "findings": list(findings(found)),
-        "drawn": drawn,
-        "draw_learning_curve": draw_learning_curve,
-        "draw_training": draw_training,
-        "draw_calibration": draw_calibration,
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
         "counts": Counter((image.label, image.split) for image in found.images),
         "doubts": doubts,
@@ -2810,6 +2789,8 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
         wrong = judged.confusion - np.diag(judged.confusion.diagonal())
         page["confused"] = sorted(np.argsort(-wrong.sum(axis=0) - wrong.sum(axis=1))[:MOST_CONFUSED].tolist())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    for function in (printable, drawn, draw_learning_curve, draw_training, draw_calibration):
+        environment.globals[function.__name__] = function
     return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
 
 
@@ -2820,55 +2801,44 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     folder/file name, class, class to propose, score]. The thumbnails that only the script shows are in its data: 12 of
     each cell, as far as there is room.
     """
-    images, judged, judgements = found.images, found.believed, []
-    class_of = {label: c for c, label in enumerate(found.labels)}
+    judged, classes, judgements = found.believed, found.classes, []
     if judged:
-        scores = judged.probabilities(found.temperature).max(axis=1)
-        order = np.argsort(np.where(judged.predicted == judged.classes, scores, -scores))[:MOST_NAMED]
-        judgements = doubts_of(judged, order, found.temperature, found.labels)
+        scores = judged.scores.max(axis=1)
+        order = np.argsort(np.where(judged.right, scores, -scores))[:MOST_NAMED]
+        judgements = judged.doubts(order, found.labels)
     # Of two copies in two classes, each may belong to the other's.
-    both = [ends for pair in pairs for ends in itertools.permutations((pair.first, pair.second))]
-    copies = [Doubt(row, class_of[images[other].label], 0, 0, "") for row, other in both]
+    copies = [Doubt(pair.first, classes[pair.second], 0, 0, "") for pair in pairs]
+    copies += [Doubt(pair.second, classes[pair.first], 0, 0, "") for pair in pairs]
+    cells: dict[str, list[int]] = defaultdict(list)
+    turns = []
+    for doubt in judgements:
+        cell = cells[f"{classes[doubt.row]},{doubt.proposed}"]
+        cell.append(doubt.row)
+        if len(cell) <= MOST_IN_CELL:
+            turns.append((len(cell), doubt.row))
     known = {
-        doubt.row: [printable(images[doubt.row].key), class_of[images[doubt.row].label], doubt.proposed, doubt.score]
+        doubt.row: [printable(found.images[doubt.row].key), classes[doubt.row], doubt.proposed, doubt.score]
         for doubt in (*copies, *judgements, *doubts)
     }
-    cells: dict[str, list[int]] = defaultdict(list)
-    for doubt in judgements:
-        cells[f"{class_of[images[doubt.row].label]},{doubt.proposed}"].append(doubt.row)
     in_lists = [doubt.row for doubt in (*doubts, *copies)]
-    in_cells = [row for rows in cells.values() for row in rows[:MOST_IN_CELL]]
-    wanted = list(dict.fromkeys(in_lists + in_cells))
-    urls = data_urls(images, wanted[:MOST_THUMBNAILS])
+    wanted = dict.fromkeys([*in_lists, *(row for _, row in sorted(turns))])
+    urls = {}
+    for row, small in thumbnails_of(found.images, list(wanted)[:MOST_THUMBNAILS]).items():
+        jpeg = io.BytesIO()
+        small.save(jpeg, "JPEG", quality=72)
+        urls[row] = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
     hidden = {row: url for row, url in urls.items() if row not in in_lists}
     data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
     return {"thumbnails": urls, "data": data}
 
 
-def data_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
-    """Return thumbnails as data URLs, by their rows, the first rows if all together are too large for a page."""
-    urls, size = {}, 0
-    for row, small in thumbnails_of(images, rows).items():
-        data = io.BytesIO()
-        small.save(data, "JPEG", quality=72)
-        url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-        size += len(url)
-        if size > THUMBNAIL_BYTES:
-            break
-        urls[row] = url
-    return urls
-
-
-def drawn(name: str, draw: Callable, *values: Any) -> str:
-    """Return what `draw` draws of the values, on the axes that it is given, as SVG whose text is the browser's.
-
-    name: its own among the plots of a page.
-    """
+def drawn(draw: Callable, *values: Any) -> str:
+    """Return what `draw` draws of the values, on the axes that it is given, as SVG whose text is the browser's."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "legend.frameon": False}
-    with matplotlib.rc_context(look | {"axes.edgecolor": GREY, "text.color": INK}):  # type: ignore[arg-type]
+    look = {"svg.fonttype": "none", "font.size": 11, "legend.frameon": False, "axes.edgecolor": GREY, "text.color": INK}
+    with matplotlib.rc_context(look):  # type: ignore[arg-type]
         figure, text = Figure(figsize=(5.2, 3.6)), io.StringIO()
         axes = figure.add_axes((0.13, 0.15, 0.85, 0.82))
         axes.spines[["top", "right"]].set_visible(False)
@@ -2902,13 +2872,12 @@ def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
 
 def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     """Draw the accuracy against the images trained on, and the range for twice as many."""
-    values = [(100 * share.value, 100 * share.low, 100 * share.high) for share in curve.accuracies]
-    middle, low, high = zip(*values, strict=True)
+    middle, low, high = 100 * np.array([(share.value, share.low, share.high) for share in curve.accuracies]).T
     axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
     axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
-    ends = [min(100.0, middle[-1] + 100 * gain) for gain in curve.gain]
+    ends = np.minimum(100, middle[-1] + 100 * np.array(curve.gain))
     twice = 2 * curve.sizes[-1]
-    axes.plot([twice, twice], ends, color=ORANGE, linewidth=6, solid_capstyle="butt", label="likely with twice as many")
+    axes.vlines(twice, *ends, color=ORANGE, linewidth=6, label="likely with twice as many")
     axes.set_xscale("log")
     axes.set_xticks([*curve.sizes, twice], map(str, [*curve.sizes, twice]))
     axes.minorticks_off()
@@ -2916,11 +2885,11 @@ def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     from_below(axes, [*low, *ends])
 
 
-def draw_calibration(axes: Axes, judged: HeldOut, temperature: float) -> None:
+def draw_calibration(axes: Axes, judged: HeldOut) -> None:
     """Draw how often it is right against the score that it gives, in ten steps of the score."""
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
     axes.scatter([], [], color=BLUE, label="measured, with 95 % interval")
-    scores = judged.probabilities(temperature).max(axis=1)
+    scores = judged.scores.max(axis=1)
     steps = (scores * 9.999).astype(int)
     for step in np.unique(steps):
         own = steps == step
@@ -2938,12 +2907,11 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
     from tensorboardX import SummaryWriter
 
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
-    rows = np.sort(np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]).tolist()
-    thumbnails = thumbnails_of(images, rows)
-    rows = list(thumbnails)  # those that are gone are not shown
-    sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])  # as the base model squeezes
+    chosen = np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]
+    thumbnails = thumbnails_of(images, sorted(chosen.tolist()))  # those that are gone are not shown
+    sprites = np.array([PIL.ImageOps.pad(small, (SPRITE, SPRITE), color="white") for small in thumbnails.values()])
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
-    cells = [[images[row].label, images[row].split, named.get(row, ""), printable(images[row].key)] for row in rows]
+    cells = [[images[i].label, images[i].split, named.get(i, ""), printable(images[i].key)] for i in thumbnails]
     for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
         old.unlink()
     shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
@@ -2951,10 +2919,9 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
         for row, small in thumbnails_of(images, list(named)[:MOST_LOGGED]).items():
             tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
             writer.add_image(f"mistakes/{tag}", np.asarray(small), dataformats="HWC")
-        centred = features[rows] - features[rows].mean(axis=0)
-        left, spread, _ = np.linalg.svd(centred, full_matrices=False)  # all features as text would take a second
-        header = ["label", "split", "taken for", "image"]
-        writer.add_embedding((left * spread)[:, :50], cells, sprites, 0, "features", header)
+        writer.add_embedding(
+            features[list(thumbnails)], cells, sprites, 0, "features", ["label", "split", "taken for", "image"]
+        )
 
 
 # ======================================================================================================================
@@ -3864,7 +3831,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
         head = head.cooled(found.temperature)
         facts["temperature"] = found.temperature
         if found.validated:
-            given = data.known.features(), found.validated, found.temperature, flags.coverage
+            given = data.known.features(), found.validated, flags.coverage
             # Copies of predict.py of older versions read the coverage, too.
             facts["familiar"] = become_familiar(*given).as_facts() | {"coverage": flags.coverage}
     write_all(flags, base, head, labels, facts)

@@ -132,7 +132,7 @@ def test_a_head_that_went_astray_has_no_opinion():
     features, classes = clusters(10)
     astray = retrain.Head(np.full((20, 3), np.nan, np.float32), np.zeros(3, np.float32))
     found = validate(features, classes, train=lambda *given: (astray, []))
-    np.testing.assert_allclose(found.probabilities(0.1), 1 / 3)
+    np.testing.assert_allclose(found.scores, 1 / 3)
 
 
 def test_no_class_is_behind_where_all_are_right():
@@ -204,9 +204,9 @@ def test_calibration_error_and_temperature():
     random = np.random.default_rng(0)
     logits = random.normal(size=(4000, 3)) * 2
     classes = np.array([random.choice(3, p=p) for p in retrain.softmax(logits)])
-    assert held_out(logits, classes).calibration_error(1) < 0.02
+    assert held_out(logits, classes).calibration_error < 0.02
     boasting = held_out(3 * logits, classes)
-    assert boasting.calibration_error(3) < 0.02 < 0.1 < boasting.calibration_error(1)
+    assert boasting.cooled(3).calibration_error < 0.02 < 0.1 < boasting.calibration_error
     assert retrain.fit_temperature(3 * logits, classes) == pytest.approx(3, rel=0.1)
     sure = np.eye(3) * 5  # three images, no mistake: no reason to be sure without end
     assert retrain.softmax(sure / retrain.fit_temperature(sure, np.arange(3))).max() < 0.95
@@ -215,7 +215,7 @@ def test_calibration_error_and_temperature():
 def test_unlike_images_are_unfamiliar():
     features, classes = clusters(50, size=40, spread=0.5)
     validated = validate(features, classes)
-    familiar = retrain.become_familiar(features, validated, 1.0, 0.9)
+    familiar = retrain.become_familiar(features, validated, 0.9)
     strange = np.random.default_rng(9).normal(size=(100, 40)).astype(np.float32) * 3
     scores = [("a", 0.98), ("b", 0.01), ("c", 0.01)]
 
@@ -225,7 +225,7 @@ def test_unlike_images_are_unfamiliar():
     assert unsure(familiar, strange) > 0.9 and unsure(familiar, features) < 0.2
     kept = retrain.Familiar.from_facts(json.loads(json.dumps(familiar.as_facts())))
     np.testing.assert_array_equal(kept.exemplars, familiar.exemplars)
-    assert unsure(retrain.become_familiar(features, validated, 1.0, 1), strange) == 0
+    assert unsure(retrain.become_familiar(features, validated, 1), strange) == 0
 
 
 # Which images are wrong

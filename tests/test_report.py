@@ -33,7 +33,7 @@ def made_up(folder: Path, names: list[str], count: int = 20, file_name: str = "i
     logits = np.zeros((len(classes), len(names)), np.float32)
     logits[np.arange(len(classes)), named] = 3 + random.random(len(classes))
     rows = np.arange(len(classes))
-    held_out = HeldOut(rows, classes, logits, rows // 2, rows % 5)
+    held_out = HeldOut(rows, classes, logits, rows // 2, rows % 5).cooled(1.2)
     curve = LearningCurve([20, 40], [held_out.accuracy, held_out.accuracy], (0.0, 0.03))
     history = [Scores(step, split, 0.8, 0.5) for step in range(0, 50, 10) for split in ("train", "validation")]
     doubts = [Doubt(0, 1, 0.9, 0.05, f"looks like {names[1]}"), Doubt(3, 0, 0.0, 0.0, "blurred")]
@@ -108,7 +108,7 @@ def test_names_that_are_no_text_and_images_that_are_gone(tmp_path):
 
 def test_a_page_of_many_images_can_be_mailed(tmp_path, monkeypatch):
     found = made_up(tmp_path, ["ants", "bees"], count=2)
-    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).resize((200, 200))
     monkeypatch.setattr(retrain, "thumbnails_of", lambda images, rows: dict.fromkeys(rows, noise))
     rows = np.arange(10_000)
     many = HeldOut(rows, rows % 2, np.eye(2, dtype=np.float32)[(rows // 2) % 2], rows, rows % 5)

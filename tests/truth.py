@@ -273,7 +273,7 @@ def noise(sets: Sets, repeats: int) -> None:
             classes[flipped] = (classes[flipped] + random.integers(1, class_count, len(flipped))) % class_count
             made = validated(photographs.features, classes, np.arange(count), np.arange(count), seed)
             temperature = retrain.fit_temperature(made.logits, classes)
-            doubts = retrain.mislabelled(made, temperature, [str(c) for c in range(class_count)])
+            doubts = retrain.mislabelled(made.cooled(temperature), [str(c) for c in range(class_count)])
             both = len({doubt.row for doubt in doubts} & set(flipped.tolist()))
             figures.append((len(doubts), both / len(flipped), both / max(1, len(doubts))))
         listed, found, right = np.mean(figures, axis=0)
@@ -322,13 +322,7 @@ def unknown(sets: Sets, repeats: int) -> None:
     neither = [row for row, image in enumerate(others.images) if not image.path.name.startswith(KNOWN_SYNSETS)]
     every = np.arange(len(training.classes))
     for share in (0.9, 0.93, 0.95):
-        figures = []
-        for seed in range(10):
-            made = validated(training.features, training.classes, every, every, seed)
-            temperature = retrain.fit_temperature(made.logits, training.classes)
-            head = trained(training.features, training.classes, every, seed).cooled(temperature)
-            right = head.logits(validation.features).argmax(axis=1) == validation.classes
-            familiar = retrain.become_familiar(training.features, made, temperature, share)
+        familiar = retrain.become_familiar(training.features, made.cooled(temperature), share)
 
             def named(features: np.ndarray, familiar=familiar, head=head) -> np.ndarray:
                 best = head.probabilities(features).max(axis=1)
@@ -359,7 +353,8 @@ def calibration(sets: Sets, repeats: int) -> None:
                 head = trained(photographs.features, photographs.classes, own, seed, steps)
                 logits, every = head.logits(photographs.features[other]), np.arange(len(other))
                 fresh = HeldOut(other, photographs.classes[other], logits, every, every)
-                figures.append((temperature, fresh.calibration_error(1.0), fresh.calibration_error(temperature)))
+                cooled = fresh.cooled(temperature)
+                figures.append((temperature, fresh.calibration_error, cooled.calibration_error))
             temperature, before, after = np.mean(figures, axis=0)
             print(f"calibration: | {name} | {steps} | {temperature:.2f} | {before:.1%} | {after:.1%} |", flush=True)
 
