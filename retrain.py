@@ -2343,13 +2343,14 @@ def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL
 
 
 def crops_of(small: PIL.Image.Image) -> np.ndarray:
-    """Return a thumbnail and 99 crops of it in grey, 16 pixels square: unit vectors float32 [100, 256]."""
+    """Return a thumbnail in grey, 16 pixels square: mirrored, whole, and 99 crops; unit vectors float32 [101, 256]."""
     soft = PIL.Image.Resampling.HAMMING
     grey = small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX).convert("F")
     narrow = [np.asarray(grey.resize((16, 64), soft, (start, 0, end, 64))) for start, end in CROPS]
     beside = PIL.Image.fromarray(np.concatenate(narrow, axis=1))  # 160 pixels wide, 64 high
     flat = [np.asarray(beside.resize((160, 16), soft, (0, start, 160, end))) for start, end in CROPS]
-    crops = np.stack(flat).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 256)
+    crops = np.stack(flat).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
+    crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
     return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
@@ -2360,15 +2361,13 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     """
     alike = [pair for pair in alike if pair[0] >= ALIKE]
     thumbnails = thumbnails_of(images, sorted({row for _, *both in alike for row in both}))
+    crops = {row: crops_of(small) for row, small in thumbnails.items()}
     pairs = []
     for cosine, first, second in alike:
-        if not {first, second} <= thumbnails.keys():
+        if not {first, second} <= crops.keys():
             continue
-        correlations, other = [], crops_of(thumbnails[second])
-        for small in (thumbnails[first], thumbnails[first].transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)):
-            crops = crops_of(small)
-            correlations += [crops @ other[0], other @ crops[0]]
-        if np.max(correlations) >= SAME_IMAGE:
+        one, other = crops[first], crops[second]
+        if max((one[:2] @ other.T).max(), (other[:2] @ one.T).max()) >= SAME_IMAGE:
             same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
             pairs.append(NearDuplicate(first, second, cosine, same_file))
     return pairs
@@ -2457,7 +2456,7 @@ def learning_curve(
         before[own[np.argsort(order[own], kind="stable")]] = np.arange(len(own)) / len(own)
     parts = [before < share for share in (*shares[-affordable:], 1)]
     smaller = [cross_validate(known, groups, class_count, settings, train, part) for part in parts[:-1]]
-    points = [*filter(None, smaller), validated]
+    points = [*filter(None, smaller), validated]  # none is None, since all classes are in every part
     learnt = 1 - 1 / len(np.unique(validated.folds))  # the share of the images that each of the heads may see
     sizes = [round(learnt * int(part.sum())) for part in parts]
     gain = expected_gain(sizes, [point.right for point in points], validated.accuracy.effective)

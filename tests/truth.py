@@ -322,7 +322,13 @@ def unknown(sets: Sets, repeats: int) -> None:
     neither = [row for row, image in enumerate(others.images) if not image.path.name.startswith(KNOWN_SYNSETS)]
     every = np.arange(len(training.classes))
     for share in (0.9, 0.93, 0.95):
-        familiar = retrain.become_familiar(training.features, made.cooled(temperature), share)
+        figures = []
+        for seed in range(10):
+            made = validated(training.features, training.classes, every, every, seed)
+            temperature = retrain.fit_temperature(made.logits, training.classes)
+            head = trained(training.features, training.classes, every, seed).cooled(temperature)
+            right = head.logits(validation.features).argmax(axis=1) == validation.classes
+            familiar = retrain.become_familiar(training.features, made.cooled(temperature), share)
 
             def named(features: np.ndarray, familiar=familiar, head=head) -> np.ndarray:
                 best = head.probabilities(features).max(axis=1)
