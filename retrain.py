@@ -2086,19 +2086,6 @@ GROUP_RADIUS = 0.07
 # Listed as near duplicates are, of the MOST_PAIRS of greatest cosine, at least ALIKE, those whose thumbnails correlate
 # by SAME_IMAGE: 97 % of copies cropped by 4 to 12 % do, and no two different photographs (0.92 at most).
 ALIKE, SAME_IMAGE, MOST_PAIRS = 0.7, 0.93, 1000
-# Where crops of 64 pixels begin and end: all of them; and 95, 90 and 85 %, at the beginning, in the middle, at the end.
-CROPS = [
-    (0, 64),
-    (0, 60.8),
-    (1.6, 62.4),
-    (3.2, 64),
-    (0, 57.6),
-    (3.2, 60.8),
-    (6.4, 64),
-    (0, 54.4),
-    (4.8, 59.2),
-    (9.6, 64),
-]
 THUMBNAIL = 200  # the longer side, in pixels
 ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
 ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the folders that images lie in
@@ -2141,16 +2128,12 @@ class Proportion:
 
 @dataclasses.dataclass(frozen=True)
 class Doubt:
-    """An image to look at: its row, the class it looks like, and the scores 0..1 of that class and of its own.
-
-    reason: "looks like bees"; or "blurred", "nearly black", "tiny", with its own class for `proposed`; of a mistake
-    where it was made, "test" or "cross-validation".
-    """
+    """An image to look at; reason: "looks like bees", "blurred"; of a mistake "test" or "cross-validation"."""
 
     row: int
-    proposed: int
-    score: float
-    own_score: float
+    proposed: int  # the class it looks like; of an image of bad quality its own
+    score: float  # 0..1, of that class
+    own_score: float  # of the class that it has
     reason: str
 
 
@@ -2213,12 +2196,12 @@ class HeldOut:
         gaps = np.bincount((best * 9.999).astype(int), best - self.right)
         return float(np.abs(gaps).sum() / len(best))  # a bin's sum is its rows times the gap of its means
 
-    def doubts(self, places: Iterable[int], reasons: Sequence[str]) -> list[Doubt]:
-        """Return the doubts about the rows at some places, int [some]; reasons: one for each class predicted."""
+    def doubts(self, places: Iterable[int], reason: str = "") -> list[Doubt]:
+        """Return the doubts about the rows at some places, int [some]."""
         found = []
         for i in places:
             own, best, scores = self.classes[i], self.predicted[i], self.scores[i]
-            found.append(Doubt(int(self.rows[i]), int(best), float(scores[best]), float(scores[own]), reasons[best]))
+            found.append(Doubt(int(self.rows[i]), int(best), float(scores[best]), float(scores[own]), reason))
         return found
 
 
@@ -2285,7 +2268,7 @@ class Diagnostics:
         """All mistakes, of test and cross-validation, the surest first."""
         found = []
         for made in filter(None, (self.test, self.validated)):
-            found += made.doubts(np.flatnonzero(~made.right), [made.source] * len(self.labels))
+            found += made.doubts(np.flatnonzero(~made.right), made.source)
         return sorted(found, key=lambda doubt: -doubt.score)
 
 
@@ -2343,14 +2326,15 @@ def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL
 
 
 def crops_of(small: PIL.Image.Image) -> np.ndarray:
-    """Return a thumbnail in grey, 16 pixels square: mirrored, whole, and 99 crops; unit vectors float32 [101, 256]."""
-    soft = PIL.Image.Resampling.HAMMING
-    grey = small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX).convert("F")
-    narrow = [np.asarray(grey.resize((16, 64), soft, (start, 0, end, 64))) for start, end in CROPS]
-    beside = PIL.Image.fromarray(np.concatenate(narrow, axis=1))  # 160 pixels wide, 64 high
-    flat = [np.asarray(beside.resize((160, 16), soft, (0, start, 160, end))) for start, end in CROPS]
-    crops = np.stack(flat).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
-    crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
+    """Return a thumbnail and 99 crops of it in grey, 16 pixels square: unit vectors float32 [100, 256]."""
+    spans = [(0.0, 64.0)]
+    for cut in (3.2, 6.4, 9.6):  # 95, 90 and 85 % of width or height, at its beginning, middle and end
+        spans += [(0, 64 - cut), (cut / 2, 64 - cut / 2), (cut, 64)]
+    grey, soft = small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), PIL.Image.Resampling.HAMMING
+    narrow = [np.asarray(grey.convert("F").resize((16, 64), soft, (left, 0, right, 64))) for left, right in spans]
+    beside = PIL.Image.fromarray(np.concatenate(narrow, axis=1))
+    flat = [np.asarray(beside.resize((160, 16), soft, (0, top, 160, bottom))) for top, bottom in spans]
+    crops = np.stack(flat).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 256)
     return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
@@ -2360,14 +2344,17 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     That is told by the best correlation of all of one thumbnail, mirrored or not, with a crop of the other.
     """
     alike = [pair for pair in alike if pair[0] >= ALIKE]
-    thumbnails = thumbnails_of(images, sorted({row for _, *both in alike for row in both}))
-    crops = {row: crops_of(small) for row, small in thumbnails.items()}
+    rows = sorted({row for _, *both in alike for row in both})
+    crops = {row: crops_of(small) for row, small in thumbnails_of(images, rows).items()}
     pairs = []
     for cosine, first, second in alike:
         if not {first, second} <= crops.keys():
             continue
-        one, other = crops[first], crops[second]
-        if max((one[:2] @ other.T).max(), (other[:2] @ one.T).max()) >= SAME_IMAGE:
+        one, other, correlations = crops[first], crops[second], []
+        mirrored = one.reshape(100, 16, 16)[:, :, ::-1].reshape(100, 256)
+        for crop in (one, mirrored):
+            correlations += [crop @ other[0], other @ crop[0]]
+        if np.max(correlations) >= SAME_IMAGE:
             same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
             pairs.append(NearDuplicate(first, second, cosine, same_file))
     return pairs
@@ -2411,19 +2398,15 @@ def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.nda
 
 
 def cross_validate(
-    known: Rows,
-    groups: np.ndarray,
-    class_count: int,
-    settings: TrainingSettings,
-    train: Callable,
-    part: np.ndarray | bool = True,
+    known: Rows, groups: np.ndarray, settings: TrainingSettings, train: Callable, part: np.ndarray | bool = True
 ) -> HeldOut | None:
-    """Predict each known row by a head that learnt from the other folds; None for too few.
+    """Predict each known row, of all classes, by a head that learnt from the other folds; None for too few.
 
     groups: int [rows]; train: takes and returns what `train_head` does; part: bool [rows], what heads may learn from.
     """
     folds = held_out_folds(known.classes, groups, settings.random_seed or 0)
-    logits, nothing = np.zeros((len(folds), class_count), np.float32), Rows(known.matrix, folds[:0], folds[:0])
+    nothing, class_count = Rows(known.matrix, folds[:0], folds[:0]), int(known.classes.max()) + 1
+    logits = np.zeros((len(folds), class_count), np.float32)
     for fold in np.unique(folds):
         held_out, rest = folds == fold, (folds != fold) & part
         training = Rows(known.matrix, known.rows[rest], known.classes[rest])
@@ -2455,8 +2438,8 @@ def learning_curve(
         own = np.flatnonzero(cells == cell)
         before[own[np.argsort(order[own], kind="stable")]] = np.arange(len(own)) / len(own)
     parts = [before < share for share in (*shares[-affordable:], 1)]
-    smaller = [cross_validate(known, groups, class_count, settings, train, part) for part in parts[:-1]]
-    points = [*filter(None, smaller), validated]  # none is None, since all classes are in every part
+    smaller = [cross_validate(known, groups, settings, train, part) for part in parts[:-1]]
+    points = [*filter(None, smaller), validated]
     learnt = 1 - 1 / len(np.unique(validated.folds))  # the share of the images that each of the heads may see
     sizes = [round(learnt * int(part.sum())) for part in parts]
     gain = expected_gain(sizes, [point.right for point in points], validated.accuracy.effective)
@@ -2489,8 +2472,10 @@ def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
 
     doubt = 1 / (len(classes) + 2)
     wanted = (1 - doubt) * logits[np.arange(len(classes)), classes].mean() + doubt * logits.mean()
-    # By the temperature's inverse, for which the cross entropy is convex.
-    loss = lambda scale: float(logsumexp(logits * np.float32(scale), axis=1).mean() - scale * wanted)  # noqa: E731
+
+    def loss(scale: float) -> float:  # of the temperature's inverse, for which it is convex
+        return float(logsumexp(logits * np.float32(scale), axis=1).mean() - scale * wanted)
+
     return 1 / float(minimize_scalar(loss, bounds=(0.05, 20)).x)
 
 
@@ -2536,8 +2521,8 @@ def mislabelled(validated: HeldOut, labels: Sequence[str]) -> list[Doubt]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         places = find_label_issues(validated.classes, validated.scores, **asked)
-    places = places[~validated.right[places]]
-    return validated.doubts(places, [f"looks like {label}" for label in labels])
+    doubts = validated.doubts(places[~validated.right[places]])
+    return [dataclasses.replace(doubt, reason=f"looks like {labels[doubt.proposed]}") for doubt in doubts]
 
 
 def of_bad_quality(cues: np.ndarray, classes: Sequence[int]) -> list[Doubt]:
@@ -2589,7 +2574,7 @@ def diagnose(
     groups, pairs = find_groups(data.features, data.images)  # by large products, which all cores share
     found = Diagnostics(data.labels, data.images, histories, groups, pairs)
     threadpool_limits(1)  # for all that follows: several threads halve the speed of small products
-    validated = cross_validate(known, groups[known.rows], len(data.labels), silent, train)
+    validated = cross_validate(known, groups[known.rows], silent, train)
     if validated:
         found.temperature = fit_temperature(validated.logits, validated.classes)
         found.validated = validated.cooled(found.temperature)
@@ -2804,7 +2789,7 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     if judged:
         scores = judged.scores.max(axis=1)
         order = np.argsort(np.where(judged.right, scores, -scores))[:MOST_NAMED]
-        judgements = judged.doubts(order, found.labels)
+        judgements = judged.doubts(order)
     # Of two copies in two classes, each may belong to the other's.
     copies = [Doubt(pair.first, classes[pair.second], 0, 0, "") for pair in pairs]
     copies += [Doubt(pair.second, classes[pair.first], 0, 0, "") for pair in pairs]

@@ -32,7 +32,7 @@ def rows_of(features: np.ndarray, classes: np.ndarray) -> Rows:
 
 def validate(features, classes, groups=None, train=retrain.train_head) -> HeldOut:
     groups = np.arange(len(classes)) if groups is None else groups
-    return retrain.cross_validate(rows_of(features, classes), groups, int(classes.max()) + 1, SETTINGS, train)
+    return retrain.cross_validate(rows_of(features, classes), groups, SETTINGS, train)
 
 
 def held_out(logits: np.ndarray, classes: np.ndarray) -> HeldOut:
@@ -165,7 +165,7 @@ def test_the_learning_curve_is_of_nested_parts_that_keep_the_rare_class():
         return retrain.train_head(training, *others)
 
     known = rows_of(features[:215], classes)
-    made = retrain.cross_validate(known, np.arange(215), 2, SETTINGS, retrain.train_head)
+    made = retrain.cross_validate(known, np.arange(215), SETTINGS, retrain.train_head)
     curve = retrain.learning_curve(known, made, SETTINGS, train)
     assert curve.sizes == [24, 44, 86, 172] or curve.sizes == sorted(curve.sizes)
     assert curve.accuracies[-1] == made.accuracy and all(each.count == 215 for each in curve.accuracies)
@@ -304,6 +304,9 @@ def test_groups_hang_together_by_features_and_by_names_before_nohash(monkeypatch
     features[4] = features[2] * 3  # the same direction
     groups, _ = retrain.find_groups(features, [Image(Path(name), name[0]) for name in names])
     assert groups[0] == groups[1] and groups[2] == groups[4] and len(set(groups)) == 3
+    elsewhere = [Image(Path(name), name[0], place=f"{i}/") for i, name in enumerate(names)]  # of the same names only
+    groups, _ = retrain.find_groups(np.eye(5, dtype=np.float32), elsewhere)
+    assert len(set(groups)) == 5
 
 
 def test_a_scene_is_a_group_across_blocks_of_rows(monkeypatch):

@@ -90,7 +90,7 @@ def trained(features: np.ndarray, classes: np.ndarray, rows: np.ndarray, seed: i
 def validated(features, classes, rows, groups, seed: int, steps: int = 200) -> HeldOut:
     """Return the cross-validation of some rows; groups: int [rows]."""
     known = Rows(features, rows, classes[rows])
-    made = retrain.cross_validate(known, groups, classes.max() + 1, settings(seed, steps), retrain.train_head)
+    made = retrain.cross_validate(known, groups, settings(seed, steps), retrain.train_head)
     assert made is not None
     return made
 
