@@ -2326,15 +2326,17 @@ def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL
 
 
 def crops_of(small: PIL.Image.Image) -> np.ndarray:
-    """Return a thumbnail and 99 crops of it in grey, 16 pixels square: unit vectors float32 [100, 256]."""
+    """Return a thumbnail in grey, 16 pixels square: mirrored, whole, and 99 crops; unit vectors float32 [101, 256]."""
     spans = [(0.0, 64.0)]
     for cut in (3.2, 6.4, 9.6):  # 95, 90 and 85 % of width or height, at its beginning, middle and end
         spans += [(0, 64 - cut), (cut / 2, 64 - cut / 2), (cut, 64)]
-    grey, soft = small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), PIL.Image.Resampling.HAMMING
-    narrow = [np.asarray(grey.convert("F").resize((16, 64), soft, (left, 0, right, 64))) for left, right in spans]
-    beside = PIL.Image.fromarray(np.concatenate(narrow, axis=1))
-    flat = [np.asarray(beside.resize((160, 16), soft, (0, top, 160, bottom))) for top, bottom in spans]
-    crops = np.stack(flat).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 256)
+    identity, soft = PIL.Image.fromarray(np.eye(64, dtype=np.float32)), PIL.Image.Resampling.HAMMING
+    weights = np.concatenate(
+        [identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in spans]
+    )  # [160, 64]
+    grey = np.asarray(small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
+    crops = (weights @ grey @ weights.T).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
+    crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
     return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
@@ -2350,11 +2352,8 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     for cosine, first, second in alike:
         if not {first, second} <= crops.keys():
             continue
-        one, other, correlations = crops[first], crops[second], []
-        mirrored = one.reshape(100, 16, 16)[:, :, ::-1].reshape(100, 256)
-        for crop in (one, mirrored):
-            correlations += [crop @ other[0], other @ crop[0]]
-        if np.max(correlations) >= SAME_IMAGE:
+        one, other = crops[first], crops[second]
+        if max((one[:2] @ other.T).max(), (other[:2] @ one.T).max()) >= SAME_IMAGE:
             same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
             pairs.append(NearDuplicate(first, second, cosine, same_file))
     return pairs
