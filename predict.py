@@ -226,10 +226,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
             wrong = message.split()[2].partition("=")[0]
-            name = wrong.lstrip("-").replace("-", "_")
-            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
+            name, flags = wrong.lstrip("-").replace("-", "_"), self._option_string_actions
+            near = difflib.get_close_matches(f"--{name}", flags, n=1)
             meant = self.meant.get(name) or "".join(near)
-            if Path(wrong).is_dir():  # no flag, but what one was forgotten before
+            if "--image_dir" in flags and Path(wrong).is_dir():  # no flag, but what one was forgotten before
                 meant = f"--image_dir {wrong}"
             message = f"{wrong} is no flag of this command" + (f"; did you mean {meant}?" if meant else "")
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

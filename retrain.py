@@ -2643,7 +2643,8 @@ def findings(found: Diagnostics) -> Iterator[str]:
 # ======================================================================================================================
 
 REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")  # the page, which Jinja2 fills in
-MOST_THUMBNAILS = 480  # on the page, of 5 KB each as a rule: it can be mailed
+# The most thumbnails on the page, of 5 KB each as a rule, and the most bytes of all as text: it can be mailed.
+MOST_THUMBNAILS, THUMBNAIL_BYTES = 480, 5_500_000
 # The most images with a card in a list of the page and in a cell, and named in all cells; classes in the confusion.
 MOST_CARDS, MOST_IN_CELL, MOST_NAMED, MOST_CONFUSED = 48, 12, 10_000, 24
 INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
@@ -2793,23 +2794,24 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     copies = [Doubt(pair.first, classes[pair.second], 0, 0, "") for pair in pairs]
     copies += [Doubt(pair.second, classes[pair.first], 0, 0, "") for pair in pairs]
     cells: dict[str, list[int]] = defaultdict(list)
-    turns = []
     for doubt in judgements:
-        cell = cells[f"{classes[doubt.row]},{doubt.proposed}"]
-        cell.append(doubt.row)
-        if len(cell) <= MOST_IN_CELL:
-            turns.append((len(cell), doubt.row))
+        cells[f"{classes[doubt.row]},{doubt.proposed}"].append(doubt.row)
     known = {
         doubt.row: [printable(found.images[doubt.row].key), classes[doubt.row], doubt.proposed, doubt.score]
         for doubt in (*copies, *judgements, *doubts)
     }
     in_lists = [doubt.row for doubt in (*doubts, *copies)]
-    wanted = dict.fromkeys([*in_lists, *(row for _, row in sorted(turns))])
-    urls = {}
-    for row, small in thumbnails_of(found.images, list(wanted)[:MOST_THUMBNAILS]).items():
+    in_cells = [row for rows in cells.values() for row in rows[:MOST_IN_CELL]]
+    wanted = list(dict.fromkeys(in_lists + in_cells))[:MOST_THUMBNAILS]
+    urls, room = {}, THUMBNAIL_BYTES
+    for row, small in thumbnails_of(found.images, wanted).items():
         jpeg = io.BytesIO()
         small.save(jpeg, "JPEG", quality=72)
-        urls[row] = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+        url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+        room -= len(url)
+        if room < 0:
+            break
+        urls[row] = url
     hidden = {row: url for row, url in urls.items() if row not in in_lists}
     data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
     return {"thumbnails": urls, "data": data}
@@ -2892,7 +2894,7 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     chosen = np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]
     thumbnails = thumbnails_of(images, sorted(chosen.tolist()))  # those that are gone are not shown
-    sprites = np.array([PIL.ImageOps.pad(small, (SPRITE, SPRITE), color="white") for small in thumbnails.values()])
+    sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])  # as the base model squeezes
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [[images[i].label, images[i].split, named.get(i, ""), printable(images[i].key)] for i in thumbnails]
     for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
@@ -2902,9 +2904,10 @@ def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder:
         for row, small in thumbnails_of(images, list(named)[:MOST_LOGGED]).items():
             tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
             writer.add_image(f"mistakes/{tag}", np.asarray(small), dataformats="HWC")
-        writer.add_embedding(
-            features[list(thumbnails)], cells, sprites, 0, "features", ["label", "split", "taken for", "image"]
-        )
+        centred = features[list(thumbnails)] - features[list(thumbnails)].mean(axis=0)
+        left, spread, _ = np.linalg.svd(centred, full_matrices=False)  # all features as text would take a second
+        header = ["label", "split", "taken for", "image"]
+        writer.add_embedding((left * spread)[:, :50], cells, sprites, 0, "features", header)
 
 
 # ======================================================================================================================

@@ -108,7 +108,7 @@ def test_names_that_are_no_text_and_images_that_are_gone(tmp_path):
 
 def test_a_page_of_many_images_can_be_mailed(tmp_path, monkeypatch):
     found = made_up(tmp_path, ["ants", "bees"], count=2)
-    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).resize((200, 200))
+    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
     monkeypatch.setattr(retrain, "thumbnails_of", lambda images, rows: dict.fromkeys(rows, noise))
     rows = np.arange(10_000)
     many = HeldOut(rows, rows % 2, np.eye(2, dtype=np.float32)[(rows // 2) % 2], rows, rows % 5)
