@@ -22,7 +22,6 @@ import csv
 import dataclasses
 import datetime
 import functools
-import gc
 import hashlib
 import html
 import importlib
@@ -486,6 +485,7 @@ def from_flags(kind: type, flags: argparse.Namespace) -> Any:
 
 # What object stores call the time when a file was last read, which is no change of it.
 ACCESS_TIMES = ("time", "atime", "accessTime", "last_accessed")
+SPLITS = ("training", "validation", "testing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -494,9 +494,9 @@ class Image:
 
     path: Path | UPath  # the latter in an object store
     label: str
-    split: str = "training"  # or "validation", "testing", or "coarse": stage one of two
+    split: str = "training"  # or another of SPLITS, or "coarse": stage one of two
     place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
-    listed: tuple[int, int] | None = None  # in an object store: size, and a checksum of what it tells of the file
+    stamp: tuple[int, int] = (0, 0)  # when it was listed: size, and time of change or what else tells of a change
 
     @property
     def key(self) -> str:
@@ -509,26 +509,25 @@ def shown(url: str) -> str:
     return re.sub(r"(?<=://).*@", "", url.partition("?")[0]) if is_store_url(url) else url
 
 
-def stamp_of(image: Image) -> tuple[int, int]:
-    """Return the size in bytes and the time of change in nanoseconds since 1970, or else what tells of a change."""
-    if image.listed:
-        return image.listed
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Return the size in bytes and the time of change in nanoseconds since 1970."""
     try:
-        now = image.path.stat()
+        now = path.stat()
     except OSError:
         return 0, 0  # reading it will tell why
     return now.st_size, now.st_mtime_ns
 
 
-def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | None]]:
-    """Return (path, whether it is a folder, its stamp if it lies in an object store) of what a folder holds, by name.
+def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]:
+    """Return (path, stamp, or None for a folder) of what a folder holds, by name, but for what is hidden.
 
-    Hidden files and folders are left out. Raises UserError for a folder that can't be listed.
+    Raises UserError for an object store that can't be listed.
     """
-    url = str(folder)
-    entries: list = []
-    try:
-        if is_store_url(url):
+    url, entries = str(folder), []
+    if not is_store_url(url):
+        entries = [(path, None if path.is_dir() else stamp_of(path)) for path in Path(folder).iterdir()]
+    else:
+        try:
             from upath import UPath
 
             store = UPath(folder)
@@ -537,13 +536,12 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, bool, tuple[int, int] | 
                 lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
                 stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
                 if name != store.path.strip("/"):  # some stores keep an empty object for the folder
-                    entries.append((store / name.rpartition("/")[2], told["type"] == "directory", stamp))
-        else:
-            entries = [(path, path.is_dir(), None) for path in Path(folder).iterdir()]
-    except Exception as error:  # stores have errors of their own
-        why = first_line(error).replace(url, shown(url))
-        remedy = f"; the package for it may be missing: {INSTALL} -r requirements-ray.txt" if is_store_url(url) else ""
-        raise UserError(f"{shown(url)} could not be listed ({why}){remedy}.") from error
+                    path = store / name.rpartition("/")[2]
+                    entries.append((path, None if told["type"] == "directory" else stamp))
+        except Exception as error:  # stores have errors of their own
+            why = first_line(error).replace(url, shown(url))
+            remedy = f"the package for it may be missing: {INSTALL} -r requirements-ray.txt"
+            raise UserError(f"{shown(url)} could not be listed ({why}); {remedy}.") from error
     return sorted((entry for entry in entries if not is_hidden(entry[0])), key=lambda entry: entry[0].name)
 
 
@@ -558,20 +556,20 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
         where = os.path.abspath(image_dir)
         raise UserError(f"{given}: there is no such folder (looked for {where}); an archive has to be unpacked first.")
     entries = entries_of(image_dir)
-    unread = [path for path, is_folder, _ in entries if not is_folder]
+    unread = [path for path, stamp in entries if stamp]
     images: list[Image] = []
     folder_of: dict[str, str] = {}
-    for folder in [path for path, is_folder, _ in entries if is_folder]:
+    for folder in [path for path, stamp in entries if not stamp]:
         label = label_of(folder.name)
         other = folder_of.setdefault(label, folder.name)
         if other != folder.name:
             both = f"the folders {other!r} and {folder.name!r} both give the label {label!r}"
             raise UserError(f"{given}: {both}; rename or merge one of them.")
-        for path, is_folder, stamp in entries_of(folder):
-            if is_folder:
-                unread.append(path)
+        for path, stamp in entries_of(folder):
+            if stamp:
+                images.append(Image(path, label, stamp=stamp))
             else:
-                images.append(Image(path, label, listed=stamp))
+                unread.append(path)
     if unread:
         told = "Only the files directly in a class's folder are read; not read: %d, such as %s."
         log.warning(told, len(unread), printable(unread[0]))
@@ -585,10 +583,9 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
 def check_classes(given: str, images: Iterable[Image], labels: Iterable[str]) -> None:
     """Raise UserError for a class without images; given: the flag that names them, and its value."""
     present = {image.label for image in images}
-    missing = [repr(label) for label in labels if label not in present]
+    missing = ", ".join(repr(label) for label in labels if label not in present)
     if missing:
-        told = f"no usable images of {', '.join(missing)} to train on; add some, or remove the class"
-        raise UserError(f"{given}: {told}.")
+        raise UserError(f"{given}: no usable images of {missing} to train on; add some, or remove the class.")
 
 
 def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
@@ -602,45 +599,44 @@ def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
 
 
 def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[str]]:
-    """Return the images that a list names by class folder and file name, at the end of its first column, and its cells.
+    """Return for each image the cells of the line that names it, as `class folder/file name` or a path that ends so.
 
-    Raises UserError for a list that names none.
+    They are [] if none does. Raises UserError for a list that names no image.
     """
     rows = read_table(path, flag)
-    cells_of = {}
+    cells_of: dict[str, list[str]] = {}
     for _, cells in rows:
-        name = cells[0].strip()
-        # A backslash parts folders on Windows, but in the report's lists also begins an escaped character.
+        name = printable(cells[0].strip())
+        # A backslash parts folders on Windows, but also begins an escaped character.
         for spelled in (name.replace("\\", "/"), name):
             cells_of["/".join(spelled.split("/")[-2:])] = cells
-    found = {}
-    for image in images:
-        for key in (image.key, printable(image.key)):
-            if key in cells_of:
-                found[image] = cells_of[key]
-    if rows and not found:
+    named = {image: cells_of.get(printable(image.key), []) for image in images}
+    count = sum(map(bool, named.values()))
+    if rows and not count:
         raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
-    log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), len(found))
-    return found
+    log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), count)
+    return named
 
 
 def leave_out(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images that the list of --exclude doesn't name. Raises UserError for one that can't be used."""
-    gone = named_in(path, "--exclude", images)
+    named = named_in(path, "--exclude", images)
     log.info("They are left out. If right ones are among them, the accuracy comes out too high.")
-    return [image for image in images if image not in gone]
+    return [image for image, cells in named.items() if not cells]
 
 
 def relabel(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
     labels = {image.label.strip(): image.label for image in images}
-    wanted = {image: image.label for image in images}
+    relabelled = []
     for image, cells in named_in(path, "--relabel", images).items():
-        label = label_of(cells[1]).strip() if len(cells) > 1 else ""
-        if label not in labels:
-            raise UserError(f"--relabel {path}: it gives {image.key} no label of a class; write that behind a tab.")
-        wanted[image] = labels[label]
-    return [dataclasses.replace(image, label=label) for image, label in wanted.items()]
+        if cells:
+            label = label_of("".join(cells[1:2])).strip()
+            if label not in labels:
+                raise UserError(f"--relabel {path}: it gives {image.key} no label of a class; write that behind a tab.")
+            image = dataclasses.replace(image, label=labels[label])
+        relabelled.append(image)
+    return relabelled
 
 
 def place_of(folder: Path) -> str:
@@ -653,73 +649,75 @@ def place_of(folder: Path) -> str:
 
 
 def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
-    """Return the images that a split file names, with their splits, those of `images` (all of image_dir) first.
+    """Return the images that a split file names, in its order, with their splits; images: all of image_dir.
 
-    It is a table of tabs: path (from image_dir, or absolute), label, and training, validation or testing. Raises
-    UserError for a path that is no image's, one named twice, and another label or split.
+    It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for a path
+    that is no image's, one named twice, and another label or split.
     """
-    true_folder = functools.cache(os.path.realpath)
 
     def place(where: str) -> str:  # one name for one file, however its folder is given
-        return os.path.join(true_folder(os.path.dirname(where)), os.path.basename(where))
+        return os.path.join(os.path.realpath(os.path.dirname(where)), os.path.basename(where))
 
     known = {place(str(image.path)): image for image in images}
     labels = {image.label for image in images}
-    found: dict[str, Image | None] = dict.fromkeys(known)
+    named: dict[str, Image] = {}
     for line, row in read_table(path, "--split_file"):
         given = f"--split_file {path}: line {line}"
         if row == ["path", "label", "split"]:
             continue
-        if len(row) != 3 or row[2] not in ("training", "validation", "testing"):
+        if len(row) != 3 or row[2] not in SPLITS:
             raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
-        where = place(os.path.join(image_dir, row[0]))
-        if found.get(where):
+        label, where = label_of(row[1]), place(os.path.join(image_dir, row[0]))
+        if where in named:
             raise UserError(f"{given}: {printable(row[0])} is named twice; remove one of the lines.")
-        label = label_of(row[1])
-        image = known.get(where) or Image(Path(where), label, place=place_of(Path(where).parent.parent))
+        image = known.get(where)
+        if not image:
+            file = Path(where)
+            image = Image(file, label, place=place_of(file.parent.parent), stamp=stamp_of(file))
         if label != image.label or label not in labels or not image.path.is_file():
             raise UserError(f"{given}: {printable(row[0])} is no image of the class {row[1]!r}; correct the line.")
-        found[where] = dataclasses.replace(image, split=row[2])
-    named = [image for image in found.values() if image]
-    if len(named) < len(found):
-        log.warning("%d images of %s are not in %s, and are left out.", len(found) - len(named), image_dir, path)
-    training = [image for image in named if image.split == "training"]
+        named[where] = dataclasses.replace(image, split=row[2])
+    left_out = known.keys() - named.keys()
+    if left_out:
+        log.warning("%d images of %s are not in %s, and are left out.", len(left_out), image_dir, path)
+    training = [image for image in named.values() if image.split == "training"]
     check_classes(f"--split_file {path}", training, sorted(labels))
-    return named
+    return list(named.values())
 
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
     """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
+    rows = [["path", "label", "split"]]
+    for image in images:
+        where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
+        rows.append([where, image.label, image.split])
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", "") as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["path", "label", "split"])
-        for image in images:
-            where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
-            table.writerow([where, image.label, image.split])
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
 
 
 def stem_of(key: str) -> str:
     """Return `<class folder>/<file name up to _nohash_>`, which names near-identical images alike."""
     folder, _, name = key.partition("/")
-    return f"{folder}/{name.split('_nohash_')[0]}"
-
-
-def percentage_hash(key: str) -> float:
-    """Return where in [0, 100] an image falls when the set is split, together with those of the same stem."""
-    return int(sha1_of(stem_of(key)), 16) % 2**27 * (100.0 / (2**27 - 1))
+    return f"{folder}/{name.partition('_nohash_')[0]}"
 
 
 def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
-    """Return the images with their split, by the classic rule: hash below `validation`, below the sum, or above.
+    """Return the images with their split, by the classic rule, from the hash of their stem: a place from 0 to 100.
 
-    A class with nothing to test or to validate with lends the nearest of its training images (with those of the same
-    hash) as long as it keeps some to train on; one with nothing to train on takes back the furthest.
+    Those below `validation` validate, those below the sum test. A class with nothing to test or to validate with lends
+    the nearest of its training images (with those of the same hash) as long as it keeps some to train on; one with
+    nothing to train on takes back the furthest.
     """
-    splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and hash
-    places = [percentage_hash(image.key) for image in images]
-    for image, place in zip(images, places, strict=True):
-        rest = "testing" if place < validation + testing else "training"
-        splits[image.label][place] = "validation" if place < validation else rest
+    splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and place
+    places = {}
+    for image in images:
+        place = int(sha1_of(stem_of(image.key)), 16) % 2**27 * (100.0 / (2**27 - 1))
+        split = "training"
+        if place < validation:
+            split = "validation"
+        elif place < validation + testing:
+            split = "testing"
+        splits[image.label][place], places[image] = split, place
     for split_at in splits.values():
         if "training" not in split_at.values():
             split_at[max(split_at)] = "training"
@@ -727,8 +725,7 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
             spare = [place for place, its_split in split_at.items() if its_split == "training"]
             if wanted and split not in split_at.values() and len(spare) > 1:
                 split_at[min(spare)] = split
-    placed = zip(images, places, strict=True)
-    return [dataclasses.replace(image, split=splits[image.label][place]) for image, place in placed]
+    return [dataclasses.replace(image, split=splits[image.label][place]) for image, place in places.items()]
 
 
 def read_anywhere(path: Path | UPath) -> bytes:
@@ -1312,7 +1309,10 @@ class Distortion:
     random_color: int = 0
 
     def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
-        """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
+        """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3].
+
+        Without any setting it is the image itself, resized.
+        """
         chance = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
 
         def factor(percent: int) -> np.float32:
@@ -1320,7 +1320,7 @@ class Distortion:
 
         if self.random_rotation:  # the corners get the mean color
             angle = chance.uniform(-self.random_rotation, self.random_rotation)
-            mean_color = tuple(int(mean) for mean in pixels.mean(axis=(0, 1)))
+            mean_color = tuple(map(int, pixels.mean(axis=(0, 1))))
             image = PIL.Image.fromarray(pixels)
             pixels = np.asarray(image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=mean_color))
         enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
@@ -1336,7 +1336,7 @@ class Distortion:
             saturation, contrast = factor(self.random_color), factor(self.random_color)
             grey, mean = variant.mean(axis=2, keepdims=True), variant.mean()
             variant = mean + (grey + (variant - grey) * saturation - mean) * contrast
-        return np.ascontiguousarray(variant)
+        return variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1346,9 +1346,9 @@ class Job:
     row: int  # of the image
     path: Path | UPath  # absolute
     key: str
-    record: tuple[int, int, str]  # size, time and recipe, from before it is read: if it changes meanwhile, it is redone
+    record: tuple[int, int, str]  # stamp and recipe, from before it is read: if it changes meanwhile, it is redone
     names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
-    distortion: Distortion | None
+    distortion: Distortion
     reading: Reading
     size: tuple[int, int]  # height and width that the network takes
     data: bytes | None = None  # of the image, where another process has read it
@@ -1357,12 +1357,9 @@ class Job:
 class BottleneckStore:
     """The bottleneck files of a base model, `<dir>/<class folder>/<image file name>_<architecture>.txt`.
 
-    Images from elsewhere than image_dir have a folder of their own between the first two.
-
     Like `make`, it takes a file to be good as long as the image and the base model are those that it was made from. An
-    index beside the files records, in a line of JSON for each: its name, the image's size and time of change, the
-    recipe, and the cues. Files without a record are the classic script's, if they were there before this run: they are
-    good if younger than their image.
+    index beside the files has a line of JSON for each: its name, the image's stamp, the recipe, and the cues. Files
+    without such a record are the classic script's, if older than this run: they are good if younger than their image.
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
@@ -1390,15 +1387,13 @@ class BottleneckStore:
 
         record: what such a file made now would be recorded with. The cues of a classic file are NaN.
         """
-        path = self.folder / name
-        *made_from, cues = self.records.get(name, [*record, [math.nan] * len(CUES)])
+        path, known = self.folder / name, self.records.get(name)
+        *made_from, cues = known or [*record, [math.nan] * len(CUES)]
         if made_from != list(record):
             return None
         try:
-            if name not in self.records:
-                written = path.stat().st_mtime_ns  # after the start: by a run beside this one, which knows how
-                if record[2] != self.recipe or not record[1] <= written < self.started:
-                    return None
+            if not known and not record[1] <= path.stat().st_mtime_ns < self.started:
+                return None
             features = np.array(path.read_text("ascii").split(","), np.float32)
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
@@ -1418,15 +1413,14 @@ class BottleneckStore:
     def tell_skipped(self, skipped: dict[Path | UPath, str]) -> None:
         """List the files that were skipped, with their reasons, beside the bottlenecks, and print the first three."""
         path = self.folder / f"skipped_{self.base.name}.tsv"
-        if not skipped:
-            path.unlink(missing_ok=True)
-            return
-        lines = [f"{printable(image)}\t{printable(reason)}\n" for image, reason in skipped.items()]
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(lines), "utf-8")
+        path.unlink(missing_ok=True)
+        lines = [f"{printable(image)}\t{printable(reason)}" for image, reason in skipped.items()]
         for line in lines[:3]:
-            log.warning("%s", line.strip().replace("\t", ": "))
-        log.warning("%d of the files could not be used; %s lists all, with the reasons.", len(skipped), path)
+            log.warning("%s", line.replace("\t", ": "))
+        if lines:
+            log.warning("%d of the files could not be used; %s lists all, with the reasons.", len(lines), path)
+            with whole_file(path) as temporary:
+                temporary.write_text("\n".join([*lines, ""]), "utf-8")
 
 
 def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
@@ -1436,9 +1430,9 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     luma = np.asarray(small, np.float32) / 255
     laplacian = np.diff(luma, 2, axis=0)[:, 1:-1] + np.diff(luma, 2, axis=1)[1:-1]
     measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
-    short, long = sorted(PIL.Image.open(io.BytesIO(data)).size)
-    is_tall = pixels.shape[0] > pixels.shape[1]
-    return [*measured, short, long] if is_tall else [*measured, long, short]
+    height, width, _ = pixels.shape  # upright; those of the file may not be
+    sides = sorted(PIL.Image.open(io.BytesIO(data)).size, reverse=width > height)
+    return [*measured, *sides]
 
 
 def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
@@ -1453,14 +1447,11 @@ def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], l
         return str(error)
     features, texts = [], []
     for variant in job.names:
-        if job.distortion:
-            resized = job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}")
-        else:
-            resized = resize_bilinear(pixels, job.size)
-        features.append(network(resized))
-        # As many digits as bring back the same floats. They are made here, since a cluster's driver has no time to,
-        # and all at once, which takes two thirds of the time.
-        texts.append(",".join(["%.9g"] * len(features[-1])) % tuple(features[-1].tolist()))
+        made = network(job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}"))
+        features.append(made)
+        # As many digits as bring back the same floats, all at once, which takes two thirds of the time. They are made
+        # here, since a cluster's driver has no time to.
+        texts.append(",".join(["%.9g"] * len(made)) % tuple(made.tolist()))
     if not np.isfinite(features).all():
         return "the base model gives no finite features for it"
     return features, texts, cues_of(data, pixels)
@@ -1488,23 +1479,25 @@ def compute_bottlenecks(
     """
     features = empty_matrix((len(images), count, store.base.bottleneck_size), store.folder)
     cues = np.full((len(images), len(CUES)), np.nan, np.float32)
-    doing, recipe = "Bottlenecks", store.recipe
+    doing, variant_name, recipe = "Bottlenecks", "", store.recipe
     if distortion:
-        doing, recipe = "Distortions", f"{recipe} {dataclasses.astuple(distortion)}"
-    jobs, wanted, reasons = [], 0, {}
+        doing, variant_name = "Distortions", "_distorted_{}"
+        recipe += f" {dataclasses.astuple(distortion)}"
+    jobs, reasons = [], {}
     for row, image in enumerate(images):
-        record, missing = (*stamp_of(image), recipe), {}
+        record, missing = (*image.stamp, recipe), {}
         for variant in range(count):
-            name = store.name(image, f"_distorted_{variant}" if distortion else "")
-            if found := store.load(name, record):
+            name = store.name(image, variant_name.format(variant))
+            found = store.load(name, record)
+            if found:
                 features[row, variant], cues[row] = found
             else:
                 missing[variant] = name
         if missing:
-            how = distortion, store.reading, store.base.input_size
+            how = distortion or Distortion(), store.reading, store.base.input_size
             jobs.append(Job(row, image.path.absolute(), image.key, record, missing, *how))
-            wanted += len(missing)
     if jobs:
+        wanted = sum(len(job.names) for job in jobs)
         log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
         with progress_bar(doing, wanted, " images") as bar:
             for job, result in extract_all(store, jobs):
@@ -1527,23 +1520,19 @@ def compute_bottlenecks(
 # ======================================================================================================================
 
 # So many images travel together at most, and so many bytes of them.
-LARGEST_BLOCK, BLOCK_BYTES = 64, 64 << 20
+LARGEST_BLOCK, BLOCK_BYTES = 64, 16 << 20
 # How often an image is tried again whose process dies while it has that for itself.
 RETRIES = 2
 
 
 def import_ray() -> types.ModuleType:
-    """Import Ray with Ray Data, which only --ray_address needs, and keep it quiet; UserError if it is missing."""
+    """Import Ray, which only --ray_address needs, and keep it quiet; UserError if it is missing."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread of Ray Data that outlives the cluster may start another
     try:
-        import ray.data
+        import ray
     except ImportError as error:
         raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
-    # Whoever kept its records of lost blocks would keep the processes that these are about, and their processors.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # until it goes, there is no other way
     return ray
 
 
@@ -1556,11 +1545,7 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """
     ray = import_ray()
     options = {"num_cpus": core_count(cores), "include_dashboard": False} if address == "local" else {}
-    environment = {
-        "py_modules": [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")],
-        # As predict.py does; else pandas takes our folder `bottleneck` for the package.
-        "worker_process_setup_hook": lambda: sys.modules.setdefault("bottleneck", None),  # type: ignore[arg-type]
-    }
+    scripts = [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if ":" in address:  # Ray itself would go on trying for minutes
@@ -1568,111 +1553,48 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
         with quiet_stderr():  # where it tells that it will be quiet
-            ray.init(address, runtime_env=environment, **quiet, **options)
+            ray.init(address, runtime_env={"py_modules": scripts}, **quiet, **options)
     except Exception as error:  # Ray raises just that when a local cluster is slow to start
-        raise UserError(
-            f"--ray_address {address}: there is no cluster to connect to ({first_line(error)}); start one with "
-            "`ray start --head`, or use --ray_address local."
-        ) from error
+        told = f"there is no cluster to connect to ({first_line(error)}); `ray start --head` starts one"
+        raise UserError(f"--ray_address {address}: {told}.") from error
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end us without a sentence
     try:
         yield
     except ray.exceptions.RayError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        node = "".join(f" on {ip}" for ip in re.findall(r"\bip=([^,)\s]+)", str(error))[:1])
-        raise UserError(f"--ray_address: the cluster {address} gave up{node} ({lines[-1].strip()}).") from error
+        why, node = str(error).strip().rpartition("\n")[2], re.search(r"\bip=([^,)\s]+)", str(error))
+        where = f" on {node[1]}" if node else ""
+        raise UserError(f"--ray_address: the cluster {address} gave up{where} ({why}).") from error
     finally:
         ray.shutdown()
 
 
-def with_data(job: Job) -> Job:
-    """Return a job with the bytes of its image, or as it is if they can't be read: `extract` will tell why."""
-    if job.data is None:
-        with contextlib.suppress(ImageError):
-            job = dataclasses.replace(job, data=read_anywhere(job.path))
-    return job
+def with_data(jobs: Sequence[Job]) -> list[Job]:
+    """Return jobs with the bytes of their images, or as they are where those can't be read: `extract` will tell why."""
+
+    def read(job: Job) -> Job:
+        if job.data is None:
+            with contextlib.suppress(ImageError):
+                job = dataclasses.replace(job, data=read_anywhere(job.path))
+        return job
+
+    return [job for _, job in on_all_cores([read] * 8, jobs)]  # a far store answers late, but many at once
 
 
-class ClusterReader:
-    """A process of this machine that reads images for the workers: an actor, since Ray soon ends those of tasks."""
-
-    def __call__(self, block: Any) -> Any:
-        """Return an Arrow table of pickled jobs with the bytes of their images for one of jobs without."""
-        jobs = map(pickle.loads, block["item"].to_pylist())
-        return block.set_column(0, "item", [[pickle.dumps(with_data(job)) for job in jobs]])
-
-
-class ClusterWorker:
-    """A process on some node of a Ray cluster that computes what extract does; no file of ours stays there."""
-
-    def __init__(self, parcel: ObjectRef):
-        """Load the network. parcel: reference to base model, engine, name of the network's file, its bytes."""
-        base, kind, network_file, data = import_ray().get(parcel)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
-            path = Path(folder, network_file)
-            path.write_bytes(data)
-            base = dataclasses.replace(base, **{network_file: path})
-            at_once = networks(base, kind, 1, LARGEST_BLOCK)
-        self.network = at_once[0]
-        self.network(np.zeros([*base.input_size, 3], np.float32))  # whatever it prepares, it prepares now
-        self.computers = concurrent.futures.ThreadPoolExecutor(len(at_once))
-        self.readers = concurrent.futures.ThreadPoolExecutor(8)  # a far store answers late, but many at once
-
-    def compute(self, job: Job) -> tuple:
-        return job.row, extract(job, self.network)
-
-    def __call__(self, block: Any) -> Any:
-        """Return an Arrow table of pickled results for one of pickled jobs."""
-        jobs = [pickle.loads(item) for item in block["item"].to_pylist()]
-        try:
-            read = self.readers.map(with_data, jobs)
-            results = list(self.computers.map(self.compute, read))
-        except Exception as error:  # it ends the run there, where it would be taken for a lost block here
-            results = [(0, UserError(f"a worker of the cluster failed ({error!r})."))] * len(jobs)
-        return block.set_column(0, "item", [[pickle.dumps(result) for result in results]])
+@functools.lru_cache(1)
+def networks_on_node(parcel: ObjectRef) -> list[Callable]:
+    """Return the networks of this process. parcel: reference to base model, engine, and the bytes of its file."""
+    base, engine, network = import_ray().get(parcel)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
+        path = Path(folder, "network")
+        path.write_bytes(network)
+        return networks(dataclasses.replace(base, graph_path=path, lite_path=path), engine, 1, LARGEST_BLOCK)
 
 
-def map_on_cluster(
-    jobs: Sequence[Job], largest: int, retries: int, parcel: ObjectRef, read_here: bool, on_gpus: bool
-) -> Iterator[tuple]:
-    """Yield (row, result) of jobs as they are finished; those of blocks whose process dies are left out.
-
-    largest: how many jobs may make a block; retries: how often a lost one is tried again; read_here: whether this
-    machine reads the images and sends their bytes.
-    """
-    ray, as_tables = import_ray(), {"batch_size": None, "batch_format": "pyarrow"}
-    resources = ray.cluster_resources()
-    processes, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
-    weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
-    together = max(1, min(largest, len(jobs) // (4 * processes), BLOCK_BYTES // weight))
-    blocks = math.ceil(len(jobs) / together)
-    if on_gpus:  # every core feeds some GPU, but no more than eight processes crowd one
-        processes = max(1, min(processes, int(8 * gpus)))
-    data = ray.data.from_items([{"item": pickle.dumps(job)} for job in jobs], override_num_blocks=blocks)
-    if read_here:
-        here = ray.get_runtime_context().get_node_id()
-        data = data.map_batches(
-            ClusterReader,
-            compute=ray.data.ActorPoolStrategy(size=min(2, blocks)),
-            num_cpus=0,  # it mostly waits for the disk
-            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False),
-            **as_tables,
-        )
-    data = data.map_batches(
-        ClusterWorker,
-        fn_constructor_args=[parcel],
-        compute=ray.data.ActorPoolStrategy(
-            initial_size=min(processes, blocks),
-            max_tasks_in_flight_per_actor=1 if largest == 1 else None,  # none waits for one that another may kill
-        ),
-        num_cpus=1,
-        num_gpus=min(1, gpus / processes) if on_gpus else None,
-        max_task_retries=retries,
-        **as_tables,
-    )
-    for block in data.iter_batches(**as_tables):
-        yield from map(pickle.loads, block["item"].to_pylist())
+def extract_block(parcels: list[ObjectRef], jobs: Sequence[Job]) -> list:
+    """Return the results of extract for jobs, in a process on some node of the cluster; no file of ours stays there."""
+    workers = [functools.partial(extract, network=network) for network in networks_on_node(*parcels)]
+    return [result for _, result in on_all_cores(workers, with_data(jobs))]
 
 
 def extract_on_cluster(
@@ -1680,31 +1602,42 @@ def extract_on_cluster(
 ) -> Iterator[tuple]:
     """Yield (job, result of extract) as they are finished, on all nodes of the Ray cluster that we are connected to.
 
-    shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. A process that dies,
-    or is lost with its node, is replaced by Ray. What is missing in the end is done once more, each image alone: one
-    that is still missing then has killed whatever process it met.
+    shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. What is lost with a
+    process or a node is done again, at the end, each image alone: one that is lost again kills whatever process it met.
     """
     ray, base = import_ray(), store.base
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars, context.max_errored_blocks = False, -1
-    has_gpus = "GPU" in ray.cluster_resources()
-    kind, file = "litert", "lite_path"
-    if engine == "tensorflow" or not base.lite_path or (engine == "auto" and has_gpus):
-        kind, file = "tensorflow", "graph_path"
-    parcel = ray.put((base, kind, file, getattr(base, file).read_bytes()))
+    of = ray.exceptions
+    lost = (of.WorkerCrashedError, of.OutOfMemoryError, of.NodeDiedError, of.ObjectLostError)
+    resources = ray.cluster_resources()
+    processes, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
+    if engine == "tensorflow" or not base.lite_path or (engine == "auto" and gpus):
+        engine, network = "tensorflow", base.graph_path
+    else:
+        engine, network, gpus = "litert", base.lite_path, 0
+    parcel = ray.put((base, engine, network.read_bytes()))
+    share = min(1, max(gpus / processes, 1 / 8)) if gpus else 0  # no more than eight processes crowd a GPU
+    compute = ray.remote(num_cpus=1, num_gpus=share)(extract_block)
     read_here = not shared_files and isinstance(jobs[0].path, Path)
-    waiting = {job.row: job for job in jobs}
-    how = parcel, read_here, kind == "tensorflow" and has_gpus
-    for largest, retries in ((LARGEST_BLOCK, 0), (1, RETRIES)):
-        for row, result in map_on_cluster(list(waiting.values()), largest, retries, *how):
-            if isinstance(result, UserError):
-                raise result
-            yield waiting.pop(row), result
-        if not waiting:
-            return
-        gc.collect()  # Ray Data's errors of lost blocks hold themselves and idle processes, and those the processors
-    for job in waiting.values():
-        yield job, "the process that decodes it dies, again and again"
+    weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
+    together = max(1, min(LARGEST_BLOCK, len(jobs) // (4 * processes), BLOCK_BYTES // weight))
+    waiting = [jobs[start : start + together] for start in range(0, len(jobs), together)]
+    running: dict[concurrent.futures.Future, Sequence[Job]] = {}
+    while waiting or running:
+        cores = ray.cluster_resources().get("CPU", 0)  # nodes come and go
+        while waiting and len(running) < 2 * cores + 2:
+            block = waiting.pop(0)
+            task = compute.options(max_retries=RETRIES if len(block) == 1 else 0)
+            running[task.remote([parcel], with_data(block) if read_here else block).future()] = block
+        done = next(concurrent.futures.as_completed(running))  # unlike ray.wait, it leaves signals as they are
+        block = running.pop(done)
+        try:
+            results = done.result()
+        except lost:
+            if len(block) > 1:
+                waiting += [[job] for job in block]
+                continue
+            results = ["the process that decodes it dies, again and again"]
+        yield from zip(block, results, strict=True)
 
 
 # ======================================================================================================================
@@ -2200,8 +2133,8 @@ class HeldOut:
         """Return the doubts about the rows at some places, int [some]."""
         found = []
         for i in places:
-            own, best, scores = self.classes[i], self.predicted[i], self.scores[i]
-            found.append(Doubt(int(self.rows[i]), int(best), float(scores[best]), float(scores[own]), reason))
+            row, named, scores = int(self.rows[i]), int(self.predicted[i]), self.scores[i]
+            found.append(Doubt(row, named, float(scores[named]), float(scores[self.classes[i]]), reason))
         return found
 
 
@@ -2404,7 +2337,8 @@ def cross_validate(
     groups: int [rows]; train: takes and returns what `train_head` does; part: bool [rows], what heads may learn from.
     """
     folds = held_out_folds(known.classes, groups, settings.random_seed or 0)
-    nothing, class_count = Rows(known.matrix, folds[:0], folds[:0]), int(known.classes.max()) + 1
+    nothing = Rows(known.matrix, folds[:0], folds[:0])
+    class_count = int(known.classes.max()) + 1
     logits = np.zeros((len(folds), class_count), np.float32)
     for fold in np.unique(folds):
         held_out, rest = folds == fold, (folds != fold) & part
@@ -2505,8 +2439,9 @@ def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -
     exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
     if not unnamed:
         return Familiar(exemplars, -1.0, 0.0)
-    scores = validated.scores.max(axis=1)
-    return Familiar(exemplars, float(np.quantile(likeness, 0.8 * unnamed)), float(np.quantile(scores, 0.2 * unnamed)))
+    least_similarity = np.quantile(likeness, 0.8 * unnamed)
+    least_score = np.quantile(validated.scores.max(axis=1), 0.2 * unnamed)
+    return Familiar(exemplars, float(least_similarity), float(least_score))
 
 
 # ... which images are wrong
@@ -2604,9 +2539,10 @@ def findings(found: Diagnostics) -> Iterator[str]:
         yield "There is no cross-validation: too few images."
     if judged:
         recalls = [(judged.recall(c), printable(label)) for c, label in enumerate(found.labels)]
-        behind = [(recall.value, label) for recall, label in recalls if recall.high < judged.accuracy.value - 1e-9]
+        usual = judged.accuracy.value - 1e-9
+        behind = sorted((recall.value, label) for recall, label in recalls if recall.high < usual)
         if behind:
-            told = ", ".join(f"{label} ({100 * value:.0f} %)" for value, label in sorted(behind)[:3])
+            told = ", ".join(f"{label} ({100 * value:.0f} %)" for value, label in behind[:3])
             yield f"Recognised less often than the others: {told}."
     if curve and curve.hardly:
         yield "Twice as many images would hardly help: by less than one point."

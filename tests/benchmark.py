@@ -276,17 +276,17 @@ def cluster(nodes: int, cpus: int = 1) -> Iterator[None]:
         started.shutdown()
 
 
-def clocked_worker(clock: Path) -> type:
-    """Return a ClusterWorker that notes in a file of this machine when it finished how many images."""
+def clocked_block(clock: Path) -> Callable:
+    """Return an extract_block that notes in a file of this machine when it finished how many images."""
+    whole = retrain.extract_block
 
-    class Clocked(retrain.ClusterWorker):
-        def __call__(self, block):
-            result = super().__call__(block)
-            with open(clock, "a") as file:
-                file.write(f"{os.getpid()} {time.time()} {len(block)}\n")
-            return result
+    def clocked(parcels, jobs):
+        result = whole(parcels, jobs)
+        with open(clock, "a") as file:
+            file.write(f"{os.getpid()} {time.time()} {len(jobs)}\n")
+        return result
 
-    return Clocked
+    return clocked
 
 
 def steady_rate(base: retrain.BaseModel, images: Sequence[retrain.Image], extract_all: Callable) -> float:
@@ -302,12 +302,12 @@ def steady_rate(base: retrain.BaseModel, images: Sequence[retrain.Image], extrac
             yield finished
 
     with tempfile.TemporaryDirectory() as folder:
-        clock, worker = Path(folder, "clock"), retrain.ClusterWorker
-        retrain.ClusterWorker = clocked_worker(clock)
+        clock, whole = Path(folder, "clock"), retrain.extract_block
+        retrain.extract_block = clocked_block(clock)
         try:
             end_to_end(base, images, functools.partial(retrain.compute_bottlenecks, extract_all=timed))
         finally:
-            retrain.ClusterWorker = worker
+            retrain.extract_block = whole
         notes = (
             np.loadtxt(clock, ndmin=2) if clock.exists() else np.array([[0, at, 1] for at in came[len(came) // 4 :]])
         )
@@ -325,7 +325,7 @@ def plain_process(base: retrain.BaseModel, images: Sequence[retrain.Image], barr
     barrier.wait()
     start = time.time()
     for image in images:
-        job = retrain.Job(0, image.path, image.key, (0, 0, ""), {0: ""}, None, READING, base.input_size)
+        job = retrain.Job(0, image.path, image.key, (0, 0, ""), {0: ""}, retrain.Distortion(), READING, base.input_size)
         retrain.extract(job, network)
     times.put((start, time.time()))
 

@@ -401,6 +401,7 @@ def test_cues_are_kept_beside_the_features(image_dir, model_dir, tmp_path, compu
     for age, folder in ((120, image_dir), (60, tmp_path / "kept")):
         for path in folder.rglob("*.*"):
             os.utime(path, (time.time() - age,) * 2)
+    images = retrain.list_images(str(image_dir))
     assert np.isnan(retrain.compute_bottlenecks(open_store(), images)[1]).all()
     assert not computed
 

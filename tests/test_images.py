@@ -494,7 +494,7 @@ def test_a_change_in_an_object_store_is_noticed():
             fsspec.filesystem("memory").pipe({"/photos/blue/a.jpg": content, "/photos/green/a.jpg": content})
         image, _ = retrain.list_images("memory://photos")
         assert (image.key, retrain.read_anywhere(image.path)) == ("blue/a.jpg", content or b"one")
-        stamps.append(retrain.stamp_of(image))
+        stamps.append(image.stamp)
     assert stamps[0] == stamps[1] != stamps[2] and stamps[0][0] == 3
     with pytest.raises(ImageError, match="it can't be read"):
         retrain.read_anywhere(image.path.with_name("none.jpg"))
