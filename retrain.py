@@ -1309,10 +1309,9 @@ class Distortion:
     random_color: int = 0
 
     def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
-        """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3].
-
-        Without any setting it is the image itself, resized.
-        """
+        """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
+        if self == Distortion():
+            return resize_bilinear(pixels, size)
         chance = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
 
         def factor(percent: int) -> np.float32:
@@ -1392,8 +1391,10 @@ class BottleneckStore:
         if made_from != list(record):
             return None
         try:
-            if not known and not record[1] <= path.stat().st_mtime_ns < self.started:
-                return None
+            if not known:
+                written = path.stat().st_mtime_ns
+                if record[2] != self.recipe or not record[1] <= written < self.started:
+                    return None
             features = np.array(path.read_text("ascii").split(","), np.float32)
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
@@ -1745,7 +1746,6 @@ class TrainingSettings:
     rehearsal: float = 0.5
 
     def stages(self, same_classes: bool) -> tuple[TrainingSettings, TrainingSettings]:
-        """Return the settings of stage one and of stage two."""
         rate = self.refine_learning_rate
         if rate is None:  # gently, to keep what stage one knows; a new output layer has all to learn
             rate = self.coarse_learning_rate * (0.3 if same_classes else 1)
@@ -1757,8 +1757,6 @@ class TrainingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How well the head did on one batch of one split."""
-
     step: int
     split: str
     accuracy: float
