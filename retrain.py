@@ -2359,7 +2359,8 @@ def learning_curve(
     groups, count, class_count = validated.groups, len(known.rows), validated.logits.shape[1]
     batch = count if settings.train_batch_size == -1 else settings.train_batch_size
     affordable = int(MOST_SEEN / (settings.how_many_training_steps * FOLDS * batch)) - 1
-    shares = [share for share in CURVE_SHARES if share * count >= 2 * class_count]
+    # Some of each fold and class; a part of fewer images might be the whole.
+    shares = [share for share in CURVE_SHARES if share * count >= FOLDS * class_count]
     if affordable < 1 or settings.hidden_units or not shares:
         return None
     order = np.random.default_rng(settings.random_seed or 0).permutation(groups.max() + 1)[groups]
@@ -2544,7 +2545,7 @@ def findings(found: Diagnostics) -> Iterator[str]:
             yield f"Recognised less often than the others: {told}."
     if curve and curve.hardly:
         yield "Twice as many images would hardly help: by less than one point."
-    elif curve:
+    elif curve and curve.accuracies[-1].value < 1:
         low, high = math.floor(100 * curve.gain[0]), math.ceil(100 * curve.gain[1])
         much = f"{low} to {high} points" if low > 0 else f"{high} points at most"
         yield f"Twice as many images, of new scenes, would raise the accuracy by {much}."
@@ -2552,6 +2553,9 @@ def findings(found: Diagnostics) -> Iterator[str]:
         flags = "--testing_percentage 0 --validation_percentage 0"
         yield f"Of {len(images)} images none can be spared: with {flags} it learns from all, and is judged as well."
     counts = Counter(found.classes)
+    few = [f"{printable(found.labels[c])} {count}" for c, count in sorted(counts.items()) if count < FOLDS]
+    if few:
+        yield f"Too few images to learn from, or to judge by: {', '.join(few)}."
     scenes = Counter(zip(found.classes, found.groups.tolist(), strict=True)).most_common()
     large = [(size, c) for (c, _), size in scenes if size >= 5 and size > LARGE_SHARE * counts[c]]
     if large:
@@ -2716,8 +2720,7 @@ def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[
     """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
 
     cells: "class,class named" -> rows, the surest mistakes and the least sure right ones first; images: row -> [class
-    folder/file name, class, class to propose, score]. The thumbnails that only the script shows are in its data: 12 of
-    each cell, as far as there is room.
+    folder/file name, class, class to propose, score].
     """
     judged, classes, judgements = found.believed, found.classes, []
     if judged:
@@ -2995,8 +2998,6 @@ Candidate = namedtuple("Candidate", "url page licence title creator", defaults=(
 
 @dataclasses.dataclass
 class Host:
-    """A server, and how it is to be treated."""
-
     delay: float  # seconds from the start of one request to that of the next
     next_start: float = 0  # of time.monotonic
     lost: float = 0  # seconds that were spent on it since its last answer
@@ -3535,7 +3536,6 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
 
 
 def split_images(flags: argparse.Namespace, images: Sequence[Image]) -> list[Image]:
-    """Return the images, those of --image_dir with their splits, in their order."""
     if flags.split_file:
         return list(images)
     testing = 0 if flags.test_dir else flags.testing_percentage
@@ -3763,7 +3763,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
         write_evaluation_summaries(found, data.features, logs / "evaluation")
     if note:
         log.warning(note)
-    chosen = "" if flags.output_graph == at_home("output_graph.pb") else f" --graph {flags.output_graph}"
+    chosen = "" if flags.output_graph == at_home("output_graph.pb") else f' --graph "{flags.output_graph}"'
     script = Path(__file__).with_name("predict.py")
     shown_script = script.name if script.parent == Path.cwd() else script
     log.info("Name images with: python3 %s%s --image FILE", shown_script, chosen)
