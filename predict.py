@@ -729,8 +729,7 @@ def files_below(folder: Path) -> list[Path]:
     """Return the files in a folder and the folders in it, by name; hidden ones are not read."""
     files = []
     for path in sorted(folder.rglob("*")):
-        inside = [path, *path.parents][: len(path.parts) - len(folder.parts)]
-        if path.is_file() and not any(map(is_hidden, inside)):
+        if path.is_file() and not any(is_hidden(Path(part)) for part in path.relative_to(folder).parts):
             files.append(path)
     return files
 
@@ -916,12 +915,13 @@ def run(flags: argparse.Namespace) -> int:
                 sort_into(Path(flags.sort_into), prediction)
             predictions.append(prediction)
     finally:  # what was named until it was stopped is written, and summed up, all the same
-        if predictions and flags.csv:
-            write_csv(flags.csv, predictions, classifier.labels)
-        if predictions and flags.json:
-            write_json(flags.json, predictions, flags.top_k)
-        if len(paths) > 1:
-            print_summary(predictions, classifier.labels)
+        if predictions:
+            if flags.csv:
+                write_csv(flags.csv, predictions, classifier.labels)
+            if flags.json:
+                write_json(flags.json, predictions, flags.top_k)
+            if len(paths) > 1:
+                print_summary(predictions, classifier.labels)
     if outputs:
         print(f"Wrote {printable(', '.join(outputs.values()))}.")
     return int(any(prediction.error for prediction in predictions))

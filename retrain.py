@@ -351,7 +351,6 @@ def add_head_flags(flag: Callable) -> None:
         return tuple(map(COUNT, text.split(","))) if text.strip() else ()
 
     whole_numbers.__name__ = "whole number"
-
     flag("--head", None, way, usual.head, choices=("softmax", "logistic"))
     flag("--how_many_training_steps", "N", "how many steps to train", usual.how_many_training_steps, COUNT)
     flag("--learning_rate", "X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
@@ -536,8 +535,7 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]
                 lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
                 stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
                 if name != store.path.strip("/"):  # some stores keep an empty object for the folder
-                    path = store / name.rpartition("/")[2]
-                    entries.append((path, None if told["type"] == "directory" else stamp))
+                    entries.append((store / name.rpartition("/")[2], None if told["type"] == "directory" else stamp))
         except Exception as error:  # stores have errors of their own
             why = first_line(error).replace(url, shown(url))
             remedy = f"the package for it may be missing: {INSTALL} -r requirements-ray.txt"
@@ -654,9 +652,10 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for a path
     that is no image's, one named twice, and another label or split.
     """
+    true_folder = functools.cache(os.path.realpath)
 
     def place(where: str) -> str:  # one name for one file, however its folder is given
-        return os.path.join(os.path.realpath(os.path.dirname(where)), os.path.basename(where))
+        return os.path.join(true_folder(os.path.dirname(where)), os.path.basename(where))
 
     known = {place(str(image.path)): image for image in images}
     labels = {image.label for image in images}
@@ -1169,7 +1168,7 @@ class LiteEditor:
     def __init__(self, lite: bytes):
         from ai_edge_litert import schema_py_generated as schema
 
-        self.lite, self.schema = lite, schema
+        self.schema = schema
         self.model = schema.ModelT.InitFromPackedBuf(lite)  # its weights are views of these bytes
         self.network = self.model.subgraphs[0]
 
@@ -1188,14 +1187,14 @@ class LiteEditor:
         self.model.operatorCodes.append(self.schema.OperatorCodeT(code, version=2, builtinCode=code))
         operator = self.schema.OperatorT(len(self.model.operatorCodes) - 1, inputs, [output], builtinOptions=options)
         if options:
-            name = type(options).__name__.removesuffix("T")
-            operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, name)
+            operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
         self.network.operators.append(operator)
 
     def packed(self) -> memoryview:
         import flatbuffers
 
-        builder = flatbuffers.Builder(len(self.lite) + (1 << 20))
+        size = sum(len(buffer.data) for buffer in self.model.buffers if buffer.data is not None)
+        builder = flatbuffers.Builder(size + (1 << 20))  # or it would grow by copying all
         builder.Finish(self.model.Pack(builder), b"TFL3")
         return memoryview(builder.Bytes)[builder.Head() :]  # Output() would be a copy
 
@@ -2256,19 +2255,20 @@ def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL
     return {row: small for row, (_, small) in zip(rows, made, strict=True) if small}
 
 
-def crops_of(small: PIL.Image.Image) -> np.ndarray:
-    """Return a thumbnail in grey, 16 pixels square: mirrored, whole, and 99 crops; unit vectors float32 [101, 256]."""
+def crops_of(thumbnails: dict[int, PIL.Image.Image]) -> dict[int, np.ndarray]:
+    """Return each in grey, 16 pixels square: mirrored, whole, and 99 crops; unit vectors float32 [101, 256]."""
     spans = [(0.0, 64.0)]
     for cut in (3.2, 6.4, 9.6):  # 95, 90 and 85 % of width or height, at its beginning, middle and end
         spans += [(0, 64 - cut), (cut / 2, 64 - cut / 2), (cut, 64)]
     identity, soft = PIL.Image.fromarray(np.eye(64, dtype=np.float32)), PIL.Image.Resampling.HAMMING
-    weights = np.concatenate(
-        [identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in spans]
-    )  # [160, 64]
-    grey = np.asarray(small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
-    crops = (weights @ grey @ weights.T).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
-    crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
-    return unit(crops - crops.mean(axis=1, keepdims=True))
+    weights = np.concatenate([identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in spans])
+    found = {}
+    for row, small in thumbnails.items():
+        grey = np.asarray(small.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
+        crops = (weights @ grey @ weights.T).reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
+        crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
+        found[row] = unit(crops - crops.mean(axis=1, keepdims=True))
+    return found
 
 
 def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[NearDuplicate]:
@@ -2278,7 +2278,7 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     """
     alike = [pair for pair in alike if pair[0] >= ALIKE]
     rows = sorted({row for _, *both in alike for row in both})
-    crops = {row: crops_of(small) for row, small in thumbnails_of(images, rows).items()}
+    crops = crops_of(thumbnails_of(images, rows))
     pairs = []
     for cosine, first, second in alike:
         if not {first, second} <= crops.keys():
