@@ -70,7 +70,7 @@ except ImportError as missing:
 if TYPE_CHECKING:  # only to name it: TensorFlow is loaded where it is first needed
     from tensorflow.core.framework.graph_pb2 import GraphDef
 
-# None: there is none. Else pandas, which TensorFlow and cleanlab load, takes our folder for the package.
+# None: there is none. Else pandas, which TensorFlow and gradio load, takes our folder for the package.
 sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 
 # ======================================================================================================================
