@@ -2027,32 +2027,35 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
 
     A group hangs together by features within GROUP_RADIUS, by listed pairs, or by a `_nohash_` stem.
     """
-    _, groups = np.unique([image.place + stem_of(image.key) for image in images], return_inverse=True)
+    stems = [image.place + stem_of(image.key) for image in images]
+    groups = np.unique(stems, return_inverse=True)[1]
     directions = unit(features)
     alike: list[tuple[float, int, int]] = []
     at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
     for start in range(0, len(images), at_once):
-        # Each pair once, and none with itself.
-        cosines = np.triu(directions[start : start + at_once] @ directions[start:].T, 1)
-        groups = merged(groups, start + np.argwhere(cosines > 1 - GROUP_RADIUS))
+        cosines = directions[start : start + at_once] @ directions[start:].T
+        cosines = np.triu(cosines, 1)  # each pair once, and none with itself
+        first, second = np.nonzero(cosines > 1 - GROUP_RADIUS)
+        groups = merged(groups, start + first, start + second)
         rows = np.arange(len(cosines))
         for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
             nearest = cosines.argmax(axis=1)
-            best = cosines[rows, nearest].tolist()
-            alike += zip(best, (start + rows).tolist(), (start + nearest).tolist(), strict=True)
+            best = cosines[rows, nearest]
+            alike += zip(best.tolist(), start + rows, start + nearest, strict=True)
             cosines[rows, nearest] = 0
     pairs = same_images(sorted(alike, reverse=True)[:MOST_PAIRS], images)
-    links = [(pair.first, pair.second) for pair in pairs]
-    return merged(groups, np.array(links, int).reshape(-1, 2)), pairs
+    groups = merged(groups, [pair.first for pair in pairs], [pair.second for pair in pairs])
+    return groups, pairs
 
 
-def merged(groups: np.ndarray, links: np.ndarray) -> np.ndarray:
-    """Return groups, int [images], after joining those of each link's two images, int [links, 2]."""
+def merged(groups: np.ndarray, first: Sequence[int], second: Sequence[int]) -> np.ndarray:
+    """Return groups, int [images], after joining those of each image in `first` and its like in `second`."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    joined = coo_array((np.ones(len(links), bool), groups[links].T), shape=(len(groups), len(groups)))
-    return connected_components(joined, directed=False)[1][groups]
+    links = np.ones(len(first), bool), (groups[first], groups[second])
+    graph = coo_array(links, shape=(len(groups), len(groups)))
+    return connected_components(graph, directed=False)[1][groups]
 
 
 def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[NearDuplicate]:
@@ -2063,17 +2066,21 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     from threadpoolctl import threadpool_limits
 
     alike = [pair for pair in alike if pair[0] >= ALIKE]
-    rows = sorted({row for _, *both in alike for row in both})
+    rows = {int(row) for _, *both in alike for row in both}
     pairs = []
     with threadpool_limits(1):  # several threads halve the speed of small products
-        crops = {row: crops_of(small) for row, small in thumbnails_of(images, rows).items()}
+        thumbnails = thumbnails_of(images, sorted(rows))
+        crops = {row: crops_of(small) for row, small in thumbnails.items()}
         for cosine, first, second in alike:
             if not {first, second} <= crops.keys():
                 continue
             one, other = crops[first], crops[second]
-            if max((one[:2] @ other.T).max(), (other[:2] @ one.T).max()) >= SAME_IMAGE:
-                same_file = cosine > 0.999 and read_bytes(images[first].path) == read_bytes(images[second].path)
-                pairs.append(NearDuplicate(first, second, cosine, same_file))
+            correlation = max(np.max(one[:2] @ other.T), np.max(other[:2] @ one.T))
+            if correlation < SAME_IMAGE:
+                continue
+            paths = images[first].path, images[second].path
+            same_file = cosine > 0.999 and read_bytes(paths[0]) == read_bytes(paths[1])
+            pairs.append(NearDuplicate(int(first), int(second), cosine, same_file))
     return pairs
 
 
@@ -2081,9 +2088,10 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
 def thumbnail(image: Image) -> PIL.Image.Image | None:
     """Return an image of at most THUMBNAIL pixels in width and height, None if it is gone."""
     try:
-        small = PIL.Image.fromarray(read_image(image.path, Reading(), (80, 80)))  # 160 pixels or more, soon read
+        pixels = read_image(image.path, Reading(), (80, 80))  # at reduced scale, but 160 pixels or more
     except ImageError:
         return None
+    small = PIL.Image.fromarray(pixels)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small
 
@@ -2100,19 +2108,23 @@ def crop_weights() -> np.ndarray:
 
     The first part is the whole; the others are 95, 90 and 85 % at its beginning, middle and end.
     """
-    spans = [(0.0, 64.0)]
+    parts = [(0.0, 64.0)]
     for cut in (3.2, 6.4, 9.6):
-        spans += [(0, 64 - cut), (cut / 2, 64 - cut / 2), (cut, 64)]
-    identity, soft = PIL.Image.fromarray(np.eye(64, dtype=np.float32)), PIL.Image.Resampling.HAMMING
-    return np.concatenate([identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in spans])
+        parts += [(0, 64 - cut), (cut / 2, 64 - cut / 2), (cut, 64)]
+    identity = PIL.Image.fromarray(np.eye(64, dtype=np.float32))
+    soft = PIL.Image.Resampling.HAMMING
+    weights = [identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in parts]
+    return np.concatenate(weights)
 
 
 def crops_of(thumbnail: PIL.Image.Image) -> np.ndarray:
     """Return it in grey, 16 pixels square: mirrored, whole, and 99 crops; unit vectors float32 [101, 256]."""
-    grey = np.asarray(thumbnail.convert("L").resize((64, 64), PIL.Image.Resampling.BOX), np.float32)
-    crops = crop_weights() @ grey @ crop_weights().T
+    small = thumbnail.convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
+    weights = crop_weights()
+    crops = weights @ np.asarray(small, np.float32) @ weights.T
     crops = crops.reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
-    crops = np.concatenate([crops[:1, :, ::-1], crops]).reshape(101, 256)
+    mirrored = crops[:1, :, ::-1]
+    crops = np.concatenate([mirrored, crops]).reshape(101, 256)
     return unit(crops - crops.mean(axis=1, keepdims=True))
 
 
@@ -2122,10 +2134,12 @@ def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) 
     features: float32 [images, n], of the coarse images and of the others.
     """
     others = np.flatnonzero([image.split != "coarse" for image in images])
-    known, alike = unit(features[others]), []
-    for row in coarse.rows.tolist():
+    known = unit(features[others])
+    alike = []
+    for row in coarse.rows:
         cosines = known @ unit(features[row])
-        alike += [(float(cosines[i]), row, int(others[i])) for i in np.argsort(-cosines)[:3]]
+        nearest = np.argsort(-cosines)[:3]
+        alike += [(float(cosines[i]), row, others[i]) for i in nearest]
     copies = {pair.first for pair in same_images(alike, images)}
     if copies:
         log.warning("%d coarse images are left out, since they show the same as other images.", len(copies))
@@ -2174,7 +2188,8 @@ class Proportion:
         effective = len(right) ** 2 / max(float((sizes**2).sum()), 1)
         count = effective / divisor
         middle = (share * count + z2 / 2) / (count + z2)
-        spread = math.sqrt(z2 * (count * share * (1 - share) + z2 / 4)) / (count + z2)
+        variance = count * share * (1 - share) + z2 / 4
+        spread = math.sqrt(z2 * variance) / (count + z2)
         return cls(share, len(right), effective, max(0.0, middle - spread), min(1.0, middle + spread))
 
     def __str__(self) -> str:
@@ -2258,8 +2273,9 @@ class HeldOut:
         """Return the doubts about the rows at some places, int [some]."""
         found = []
         for i in places:
-            row, named, scores = int(self.rows[i]), int(self.predicted[i]), self.scores[i]
-            found.append(Doubt(row, named, float(scores[named]), float(scores[self.classes[i]]), reason))
+            scores = self.scores[i].tolist()
+            own, named = self.classes[i], int(self.predicted[i])
+            found.append(Doubt(int(self.rows[i]), named, scores[named], scores[own], reason))
         return found
 
 
