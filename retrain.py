@@ -2450,7 +2450,8 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
         warnings.simplefilter("ignore")  # a cluster without an image does no harm
         for c in present:
             rows = directions[classes == c]
-            middles.append(kmeans2(rows, rows[:most], minit="matrix")[0])
+            count = min(most, len(rows))
+            middles.append(kmeans2(rows, count, minit="points", rng=0)[0])
     return unit(np.concatenate(middles)).astype(np.float16)
 
 
