@@ -2048,8 +2048,8 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
     return groups, pairs
 
 
-def merged(groups: np.ndarray, first: Sequence[int], second: Sequence[int]) -> np.ndarray:
-    """Return groups, int [images], after joining those of each image in `first` and its like in `second`."""
+def merged(groups: np.ndarray, first: Any, second: Any) -> np.ndarray:
+    """Return groups, int [images], after joining those of each image in `first` and its like in `second`, int [n]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -2113,7 +2113,7 @@ def crop_weights() -> np.ndarray:
         parts += [(0, 64 - cut), (cut / 2, 64 - cut / 2), (cut, 64)]
     identity = PIL.Image.fromarray(np.eye(64, dtype=np.float32))
     soft = PIL.Image.Resampling.HAMMING
-    weights = [identity.resize((64, 16), soft, (0, start, 64, end)) for start, end in parts]
+    weights = [np.asarray(identity.resize((64, 16), soft, (0, start, 64, end))) for start, end in parts]
     return np.concatenate(weights)
 
 
@@ -2210,7 +2210,7 @@ class Doubt:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class HeldOut:
     """What heads that never saw an image make of it: those of the cross-validation, or the final one of the test."""
 
@@ -2220,17 +2220,11 @@ class HeldOut:
     groups: np.ndarray  # int [n]
     folds: np.ndarray  # int [n]; all 0 for the test
 
-    @property
-    def source(self) -> str:
-        return "cross-validation" if self.folds.any() else "test"
-
-    @functools.cached_property
-    def predicted(self) -> np.ndarray:
-        return self.logits.argmax(axis=1)
-
-    @functools.cached_property
-    def right(self) -> np.ndarray:
-        return self.predicted == self.classes
+    def __post_init__(self) -> None:
+        self.source = "cross-validation" if self.folds.any() else "test"
+        self.scores = softmax(self.logits)  # float32 [n, classes]
+        self.predicted = self.logits.argmax(axis=1)
+        self.right = self.predicted == self.classes
 
     def share(self, some: np.ndarray) -> Proportion:
         """Return how many of some of the rows, bool [n], are named rightly."""
@@ -2256,11 +2250,6 @@ class HeldOut:
     def cooled(self, temperature: float) -> HeldOut:
         """Return it as heads with their logits divided by a number would have done it, see Head.cooled."""
         return dataclasses.replace(self, logits=self.logits / np.float32(temperature))
-
-    @functools.cached_property
-    def scores(self) -> np.ndarray:
-        """The probabilities of the classes, float32 [n, classes]."""
-        return softmax(self.logits)
 
     @functools.cached_property
     def calibration_error(self) -> float:

@@ -81,8 +81,9 @@ def test_the_list_names_files_with_quotes(tmp_path):
 
 def test_the_page_shows_all_classes_the_worst_recall_first(tmp_path):
     found = made_up(tmp_path, [f"class {c:02}" for c in range(40)], count=5)
-    worst = dataclasses.replace(found.validated, logits=found.validated.logits.copy())
-    worst.logits[33 * 5 : 34 * 5, 0] = 9
+    logits = found.validated.logits.copy()
+    logits[33 * 5 : 34 * 5, 0] = 9
+    worst = dataclasses.replace(found.validated, logits=logits)
     page = write(dataclasses.replace(found, validated=worst), tmp_path).read_text("utf-8")
     table = page.partition('<table class="classes">')[2]
     names = re.findall(r'<th scope="row"><bdi>(.*?)</bdi>', table)
