@@ -2467,17 +2467,19 @@ def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -
 
 
 def mislabelled(validated: HeldOut, labels: Sequence[str]) -> list[Doubt]:
-    """Return the rows that confident learning (Northcutt et al. 2021) finds mislabelled, worst first.
+    """Return the rows that are mistaken for another class, as many as may be mislabelled, worst first.
 
-    A row counts as of the class of its greatest score among those in which it has what the class's own images have in
-    the mean; of a row without any nothing is known.
+    How many is told by confident learning (Northcutt et al. 2021): by the rows that have of some class what its own
+    images have in the mean, and of how many of these that is another class.
     """
     classes, scores = validated.classes, validated.scores
     own = scores[np.arange(len(classes)), classes]
     usual = np.bincount(classes, own) / np.bincount(classes)
     likely = np.where(scores >= usual, scores, 0)
-    wrong = np.flatnonzero(~validated.right & likely.any(axis=1) & (likely.argmax(axis=1) != classes))
-    doubts = validated.doubts(wrong[np.argsort(own[wrong])])
+    known = likely.any(axis=1)
+    count = round(len(classes) * np.mean(likely.argmax(axis=1)[known] != classes[known]))
+    worst = np.argsort(own)[:count]
+    doubts = validated.doubts(worst[~validated.right[worst]])
     return [dataclasses.replace(doubt, reason=f"looks like {labels[doubt.proposed]}") for doubt in doubts]
 
 
