@@ -2014,12 +2014,11 @@ THUMBNAIL = 200  # the longer side, in pixels
 
 @dataclasses.dataclass(frozen=True)
 class NearDuplicate:
-    """Two images, by their rows, that show the same: to the byte, or but for size, crop, mirror and compression."""
+    """Two images, by their rows, that show the same, but for size, crop, mirror and compression."""
 
     first: int
     second: int
-    cosine: float
-    same_file: bool
+    cosine: float  # of their features: 1 if they are the same to the byte
 
 
 def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarray, list[NearDuplicate]]:
@@ -2075,12 +2074,8 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
             if not {first, second} <= crops.keys():
                 continue
             one, other = crops[first], crops[second]
-            correlation = max(np.max(one[:2] @ other.T), np.max(other[:2] @ one.T))
-            if correlation < SAME_IMAGE:
-                continue
-            paths = images[first].path, images[second].path
-            same_file = cosine > 0.999 and read_bytes(paths[0]) == read_bytes(paths[1])
-            pairs.append(NearDuplicate(int(first), int(second), cosine, same_file))
+            if max(np.max(one[:2] @ other.T), np.max(other[:2] @ one.T)) >= SAME_IMAGE:
+                pairs.append(NearDuplicate(int(first), int(second), cosine))
     return pairs
 
 
@@ -2159,7 +2154,6 @@ CROSS_VALIDATED = 1.5
 MOST_SEEN, CURVE_SHARES = 6_000_000, (0.125, 0.25, 0.5)
 GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
 ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
-ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the folders that images lie in
 # How often brightness and the like, in so many bins, may tell a class from the others, where chance is 0.5.
 CUE_ALARM, CUE_BINS = 0.75, 8
 TINY, NEARLY_BLACK, BLURRED = 64, 0.06, 0.05  # pixels; brightness and contrast; of the median sharpness
@@ -2602,9 +2596,7 @@ def findings(found: Diagnostics) -> Iterator[str]:
     if found.pairs:
         across = sum(found.classes[pair.first] != found.classes[pair.second] for pair in found.pairs)
         yield f"Pairs of images that show the same: {len(found.pairs)}, {across} of them in two classes."
-    if doubts and judged and judged.accuracy.value < ENOUGH_TO_DOUBT:
-        yield "It errs too often to tell which images lie in the wrong folder; the .tsv lists where it differs."
-    elif doubts:
+    if doubts:
         told = ", ".join(f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3])
         yield f"Doubtful images: {len(doubts)}, such as {told}; the .tsv lists all, for --exclude or --relabel."
 
@@ -2693,9 +2685,7 @@ def report_as_json(found: Diagnostics) -> dict:
         "duplicates": [
             dataclasses.asdict(pair) | {"first": keys[pair.first], "second": keys[pair.second]} for pair in found.pairs
         ],
-        "training": [
-            {"of": name, **dataclasses.asdict(each)} for name, scores in found.histories.items() for each in scores
-        ],
+        "training": found.histories,
     }
 
 

@@ -293,7 +293,7 @@ def test_copies_are_found_and_the_merely_alike_are_not(tmp_path):
     assert {row for pair in pairs for row in (pair.first, pair.second)} == {0, 1, 2, 3, 5}
     assert len(set(groups[[0, 1, 2, 3, 5]])) == 1 and len(set(groups)) == 3
     features[5] = features[0]
-    assert [(p.first, p.second) for p in retrain.find_groups(features, images)[1] if p.same_file] == [(0, 5)]
+    assert [(p.first, p.second) for p in retrain.find_groups(features, images)[1] if p.cosine > 0.9999] == [(0, 5)]
     assert retrain.find_groups(np.eye(7, dtype=np.float32), images)[1] == []
 
 
@@ -402,6 +402,6 @@ def test_the_report_of_a_run_shows_near_duplicates(train, image_dir, tmp_path):
         shutil.copy(image_dir / source, image_dir / copy)
     assert train("--random_seed", 1) == 0
     report = json.loads((tmp_path / "output_report.json").read_text("utf-8"))
-    pairs = [{pair["first"], pair["second"]} for pair in report["duplicates"] if pair["same_file"]]
+    pairs = [{pair["first"], pair["second"]} for pair in report["duplicates"] if pair["cosine"] > 0.9999]
     assert {"green/green_00.jpg", "blue/copy.jpg"} in pairs and {"blue/blue_00.jpg", "blue/again.jpg"} in pairs
     assert "blue/copy.jpg" in (tmp_path / "output_report.html").read_text("utf-8")

@@ -37,7 +37,7 @@ def made_up(folder: Path, names: list[str], count: int = 20, file_name: str = "i
     curve = LearningCurve([20, 40], [held_out.accuracy, held_out.accuracy], (0.0, 0.03))
     history = [Scores(step, split, 0.8, 0.5) for step in range(0, 50, 10) for split in ("train", "validation")]
     doubts = [Doubt(0, 1, 0.9, 0.05, f"looks like {names[1]}"), Doubt(3, 0, 0.0, 0.0, "blurred")]
-    pairs = [NearDuplicate(1, 2, 0.99, True)]
+    pairs = [NearDuplicate(1, 2, 1.0)]
     return Diagnostics(
         labels=names, images=images, groups=rows // 2, validated=held_out, test=None,
         classic_accuracy=0.9, test_duplicates=0, curve=curve, temperature=1.2,
@@ -115,7 +115,7 @@ def test_a_page_of_many_images_can_be_mailed(tmp_path, monkeypatch):
     many = HeldOut(rows, rows % 2, np.eye(2, dtype=np.float32)[(rows // 2) % 2], rows, rows % 5)
     images = [Image(Path(f"folder/{'x' * 50}{i}.jpg"), "ants" if i % 2 == 0 else "bees") for i in rows]
     doubts = [Doubt(i, 1 - i % 2, 0.9, 0.1, "looks like") for i in range(1000)]
-    pairs = [NearDuplicate(i, i + 1, 0.9, False) for i in range(1000)]
+    pairs = [NearDuplicate(i, i + 1, 0.9) for i in range(1000)]
     large = dataclasses.replace(found, images=images, groups=rows, validated=many, doubts=doubts, pairs=pairs)
     page = write(large, tmp_path)
     assert page.stat().st_size < 8_000_000
