@@ -2006,9 +2006,10 @@ def write_checkpoint(head: Head, path: Path) -> None:
 # Features nearer than this, 1 - cosine, show one scene: by it 48 scenes of shaken frames made 48 groups and none of 885
 # different photographs were joined, with Inception-v3 and EfficientNet-Lite2.
 GROUP_RADIUS = 0.07
-# Listed as near duplicates are, of the MOST_PAIRS of greatest cosine, at least ALIKE, those whose thumbnails correlate
-# by SAME_IMAGE: 97 % of copies cropped by 4 to 12 % do, and no two different photographs (0.92 at most).
-ALIKE, SAME_IMAGE, MOST_PAIRS = 0.7, 0.93, 1000
+# Two images show the same if twice the cosine of their features and their thumbnails' correlation sum to this: 96 %
+# of copies cropped by 4 to 12 % do, all mirrored and recompressed ones, and no two of 1,600 photographs (2.49 at most);
+# only small pictures of single daisies are sometimes taken for one another.
+SAME_IMAGE, MOST_PAIRS = 2.7, 1000
 THUMBNAIL = 200  # the longer side, in pixels
 
 
@@ -2058,23 +2059,15 @@ def merged(groups: np.ndarray, first: Any, second: Any) -> np.ndarray:
 
 
 def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[NearDuplicate]:
-    """Return those pairs (cosine, row, row) that are ALIKE enough and show the same image, and not just the like.
-
-    That is told by the best correlation of all of one thumbnail, mirrored or not, with a crop of the other.
-    """
-    from threadpoolctl import threadpool_limits
-
-    alike = [pair for pair in alike if pair[0] >= ALIKE]
+    """Return those pairs (cosine, row, row) that show the same image, mirrored or not, and not just the like."""
+    alike = [pair for pair in alike if 2 * pair[0] + 1 > SAME_IMAGE]
     rows = {int(row) for _, *both in alike for row in both}
+    colors = {row: colors_of(small) for row, small in thumbnails_of(images, sorted(rows)).items()}
     pairs = []
-    with threadpool_limits(1):  # several threads halve the speed of small products
-        thumbnails = thumbnails_of(images, sorted(rows))
-        crops = {row: crops_of(small) for row, small in thumbnails.items()}
-        for cosine, first, second in alike:
-            if not {first, second} <= crops.keys():
-                continue
-            one, other = crops[first], crops[second]
-            if max(np.max(one[:2] @ other.T), np.max(other[:2] @ one.T)) >= SAME_IMAGE:
+    for cosine, first, second in alike:
+        if first in colors and second in colors:
+            correlation = np.max(colors[first] @ colors[second][0])
+            if 2 * cosine + correlation > SAME_IMAGE:
                 pairs.append(NearDuplicate(int(first), int(second), cosine))
     return pairs
 
@@ -2097,30 +2090,11 @@ def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL
     return {row: small for row, (_, small) in zip(rows, made, strict=True) if small}
 
 
-@functools.cache
-def crop_weights() -> np.ndarray:
-    """Return what makes 16 pixels out of each part of 64 that a crop may leave, float32 [10 * 16, 64].
-
-    The first part is the whole; the others are 95, 90 and 85 % at its beginning, middle and end.
-    """
-    parts = [(0.0, 64.0)]
-    for cut in (3.2, 6.4, 9.6):
-        parts += [(0, 64 - cut), (cut / 2, 64 - cut / 2), (cut, 64)]
-    identity = PIL.Image.fromarray(np.eye(64, dtype=np.float32))
-    soft = PIL.Image.Resampling.HAMMING
-    weights = [np.asarray(identity.resize((64, 16), soft, (0, start, 64, end))) for start, end in parts]
-    return np.concatenate(weights)
-
-
-def crops_of(thumbnail: PIL.Image.Image) -> np.ndarray:
-    """Return it in grey, 16 pixels square: mirrored, whole, and 99 crops; unit vectors float32 [101, 256]."""
-    small = thumbnail.convert("L").resize((64, 64), PIL.Image.Resampling.BOX)
-    weights = crop_weights()
-    crops = weights @ np.asarray(small, np.float32) @ weights.T
-    crops = crops.reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, 16, 16)
-    mirrored = crops[:1, :, ::-1]
-    crops = np.concatenate([mirrored, crops]).reshape(101, 256)
-    return unit(crops - crops.mean(axis=1, keepdims=True))
+def colors_of(thumbnail: PIL.Image.Image) -> np.ndarray:
+    """Return its colors in 8 by 8 fields, as it is and mirrored, less their mean: unit vectors float32 [2, 192]."""
+    colors = np.asarray(thumbnail.resize((8, 8), PIL.Image.Resampling.BOX), np.float32)
+    both = np.stack([colors, colors[:, ::-1]]) - colors.mean(axis=(0, 1))
+    return unit(both.reshape(2, 192))
 
 
 def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
