@@ -243,13 +243,6 @@ def ip_networks(text: str) -> tuple:
         raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
 
 
-def architecture_named(text: str) -> str:
-    base = text.removesuffix("_quantized")  # as the MobileNets of the classic script's tutorial may be named
-    if base != text:
-        raise argparse.ArgumentTypeError(f"what {text} did is done by --architecture {base} --quantize")
-    return text
-
-
 def switch(text: str) -> bool:
     """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
     if text.lower() in ("true", "t", "1", "yes"):
@@ -318,7 +311,7 @@ def add_base_model_flags(flag: Callable) -> None:
     names += "(also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; "
     names += "auto: inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
     engines = "auto", "litert", "tensorflow"
-    flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
+    flag("--architecture NAME", names, "auto", choices=ARCHITECTURES)
     flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
     flag("--model_dir DIR", "where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url URL", "download the network from here, as .pb or .tgz")
@@ -413,8 +406,6 @@ def check_flags(parser: Parser, flags: Flags) -> None:
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", flags.final_tensor_name, re.ASCII):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
-    if flags.crawl_only and not flags.crawl:
-        parser.error("--crawl_only: there is nothing to crawl without --crawl")
     local = "crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize"
     if is_store_url(flags.image_dir) and (not flags.ray_address or any(vars(flags)[name] for name in local)):
         told = f"an object store is read by a Ray cluster; add --ray_address, and leave out --{', --'.join(local)}"
@@ -2856,8 +2847,11 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     last = "input/BottleneckInputPlaceholder"
     add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=shape)
     for name, values in head.variables().items():
-        tensor = {"dtype": DT_FLOAT, "tensor_shape": shape_of(*values.shape)}
-        tensor["tensor_content"] = values.astype("<f4").tobytes()
+        tensor = {
+            "dtype": DT_FLOAT,
+            "tensor_shape": shape_of(*values.shape),
+            "tensor_content": values.astype("<f4").tobytes(),
+        }
         add("Const", f"{scope}/{name}", dtype=float32, value=AttrValue(tensor=tensor))
     for i in range(len(head.hidden)):
         layer = f"{scope}/hidden_{i}"
@@ -2885,8 +2879,11 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
         name = f"hidden_{i}"
         if i == len(head.hidden):
             name, activation = "logits", schema.ActivationFunctionType.NONE
-        inputs = [last, editor.add_constant(f"{name}_weights", weights.T)]
-        inputs.append(editor.add_constant(f"{name}_biases", biases))
+        inputs = [
+            last,
+            editor.add_constant(f"{name}_weights", weights.T),
+            editor.add_constant(f"{name}_biases", biases),
+        ]
         last = editor.add_tensor(name, [1, len(biases)])
         editor.add_operator("FULLY_CONNECTED", inputs, last, schema.FullyConnectedOptionsT(activation))
     scores = editor.add_tensor("scores", [1, len(head.biases)])
@@ -2919,6 +2916,8 @@ def write_outputs(
         new_facts.write_bytes((json.dumps(known | facts, indent=2, ensure_ascii=False) + "\n").encode())
     if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
+    written = files.graph, files.lite, files.facts, labels_path
+    log.info("Wrote %s.", ", ".join(str(path) for path in written if path.exists()))
 
 
 def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) -> None:
@@ -2933,22 +2932,20 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     network = graph_function(graph, final_tensor_name)
     size = graph_input_size(graph)
 
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
+    def serve(image: Tensor) -> dict[str, Tensor]:
+        return {"prediction": network(image * 255)[0]}
+
     def decoded(data: Tensor) -> Tensor:
         pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
-        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
+        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32)
         return {"prediction": network(pixels)[0]}
 
-    def serve(image: Tensor) -> dict[str, Tensor]:
-        return {"prediction": network(image * 255)[0]}
-
-    image, file = tf.TensorSpec([None, *size, 3], tf.float32, "image"), tf.TensorSpec([None], tf.string)
-    signatures = {
-        "serving_default": tf.function(serve, [image], autograph=False),
-        "image_bytes": tf.function(serve_bytes, [file], autograph=False),
-    }
+    signatures = {"serving_default": serve, "image_bytes": serve_bytes}
     tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
 
 
@@ -3436,7 +3433,7 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
 # What the images of the folders that stand beside --image_dir are used for.
 SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
 # The flags for which the folders of a set that is split already stand, by how their names usually begin.
-FOLDERS_OF_SPLITS = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
+FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
 # The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
 RESULT = logging.WARNING + 1
 
@@ -3474,8 +3471,8 @@ def find_class_folders(flags: Flags) -> None:
     for folder in sorted(Path(flags.image_dir).glob("*")):
         known = re.match("train|val|test", folder.name.lower())
         if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
-            folders[FOLDERS_OF_SPLITS[known[0]]] = str(folder)
-    if "image_dir" in folders and len(folders) > 1 and not flags.split_file:
+            folders[FLAG_OF[known[0]]] = str(folder)
+    if len(folders) > 1 and "image_dir" in folders and not flags.split_file:
         folders |= paths_of(flags, "validation_dir", "test_dir")
         vars(flags).update(folders)
         log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
@@ -3528,16 +3525,14 @@ def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
 
 
 def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, str]:
-    """Return the base model that the flags ask for, and what to say at the end of the run if it is another, or ''.
-
-    images: all, of which those that train from --image_dir calibrate an 8-bit base model.
-    """
-    model_dir, samples = Path(flags.model_dir), None
+    """Return the base model that the flags ask for, and what to say at the end of the run if it is another, or ''."""
+    model_dir = Path(flags.model_dir)
     if flags.tfhub_module:
         recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
     else:
         layer = flags.bottleneck_layer
         recipe = find_recipe(flags.architecture, layer, model_dir, flags.model_url, flags.trust_model)
+    samples = None
     if flags.quantize:
         log_gain_of_quantizing()
         training = [image for image in images if image.split == "training" and not image.place]
@@ -3548,13 +3543,12 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
 def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Say how many images there are of what, and write the split file. Raises UserError for a class without any."""
     check_classes("--image_dir", [image for image in images if image.split == "training"], labels)
-    if flags.write_split_file:
-        write_split_file(Path(flags.write_split_file), flags.image_dir, images)
-        log.info("Wrote %s.", flags.write_split_file)
     counts = Counter(image.label for image in images)
     log.info("Classes: %s.", ", ".join(f"{label} {counts[label]}" for label in labels))
     splits = Counter(image.split for image in images)
     log.info("Images: %d to train, %d to validate, %d to test.", *(splits[split] for split in SPLITS))
+    if flags.write_split_file:
+        write_split_file(Path(flags.write_split_file), flags.image_dir, images)
 
 
 def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
@@ -3585,25 +3579,16 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     if coarse and not len(coarse.rows):
         raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
     training, distortion = rows_of("training"), from_flags(Distortion, flags)
-    if distortion != Distortion():
-        chosen = [images[row] for row in training.rows]
-        variants, _, _ = compute(chosen, distortion, flags.distortions_per_image)
-        training = with_variants(training, variants, store.folder)
+    if distortion != Distortion():  # each image then has as many rows as all others: itself, and its variants
+        count = flags.distortions_per_image
+        variants, _, _ = compute([images[row] for row in training.rows], distortion, count)
+        matrix = empty_matrix((len(variants), 1 + count, base.bottleneck_size), store.folder)
+        np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
+        matrix = matrix.reshape(-1, base.bottleneck_size)
+        training = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
     held_out = rows_of("validation"), rows_of("testing")
     known = rows_of("training", "validation")
     return Dataset(own, labels, features[: len(own)], cues[: len(own)], training, *held_out, known, coarse)
-
-
-def with_variants(training: Rows, variants: np.ndarray, folder: Path) -> Rows:
-    """Return the training rows, each followed by its distorted variants, float32 [rows, count, n].
-
-    Every image gets the same number of rows, so drawing a row of a class still draws an image first.
-    """
-    images, count, size = variants.shape
-    matrix = empty_matrix((images, 1 + count, size), folder)
-    np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
-    rows = np.arange(images * (1 + count))
-    return Rows(matrix.reshape(-1, size), rows, np.repeat(training.classes, 1 + count))
 
 
 def train_as_asked(
@@ -3622,18 +3607,18 @@ def train_as_asked(
     same = np.array_equal(present, np.arange(len(data.labels)))
     first, second = settings.stages(same)
     seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
-    base, base_history = train_head(coarse, seen, int(present[-1]) + 1, first)
+    trained = {"stage one": train_head(coarse, seen, int(present[-1]) + 1, first)}
+    base, _ = trained["stage one"]
     train = functools.partial(train_head, base=base, coarse=coarse if same else None)
-    alone, alone_history = train_head(*own, settings)
-    head, history = train(*own, second, after_step)
+    trained["without stage one"] = train_head(*own, settings)
+    trained["both stages"] = train(*own, second, after_step)
     held_out = data.testing if len(data.testing.rows) else data.validation
-    compared = {"stage one": base} if same else {}
-    for name, trained in (compared | {"without stage one": alone, "both stages": head}).items():
-        if len(held_out.rows):
-            right = trained.logits(held_out.features()).argmax(axis=1) == held_out.classes
+    for name, (head, _) in trained.items():
+        if len(held_out.rows) and (same or name != "stage one"):
+            right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
-    histories = {"stage one": base_history, "without stage one": alone_history, "both stages": history}
-    return head, histories, train, second
+    histories = {name: history for name, (_, history) in trained.items()}
+    return head, histories, train, second  # the head of both stages, which came last
 
 
 def final_test(flags: Flags, head: Head, data: Dataset) -> dict:
@@ -3653,42 +3638,24 @@ def final_test(flags: Flags, head: Head, data: Dataset) -> dict:
     return {"test_accuracy": float(right.mean()), "test_images": len(batch)}
 
 
-def tell_findings(found: Diagnostics) -> None:
-    if found.believed:
-        log.info("The accuracy to believe, by %s: %s.", found.believed.source, found.believed.accuracy)
-    for finding in findings(found):
-        log.info("%s", finding)
-
-
-def facts_of(flags: Flags, base: BaseModel, data: Dataset, found: Diagnostics | None) -> dict:
-    """Return what output_graph.json holds of how images are read, and of what predict.py calls unsure."""
+def facts_of(flags: Flags, base: BaseModel, tested: dict, known: Rows, found: Diagnostics | None) -> dict:
+    """Return what output_graph.json holds of how images are read, how it was tested, and what is unsure."""
     familiar = None
     if found and found.validated:
-        familiar = become_familiar(data.known.features(), found.validated, flags.coverage).as_facts()
+        familiar = become_familiar(known.features(), found.validated, flags.coverage).as_facts()
         familiar["coverage"] = flags.coverage  # which copies of predict.py of older versions read, too
     return {
         "architecture": base.name,
         "base_model_sha256": base.fingerprint,
         "input_size": base.input_size,
         "final_tensor_name": flags.final_tensor_name,
-        **dataclasses.asdict(from_flags(Reading, flags)),
+        "ignore_exif_orientation": flags.ignore_exif_orientation,
+        "exact_decode": flags.exact_decode,
         "quantized": flags.quantize,  # the .tflite; the graph never is
+        **tested,
         "temperature": found.temperature if found else 1.0,
         "familiar": familiar,
     }
-
-
-def write_all(flags: Flags, base: BaseModel, head: Head, labels: list[str], facts: dict) -> None:
-    """Write the graph with what belongs to it, and then the other formats that were asked for."""
-    files = OutputFiles(flags.output_graph)
-    write_outputs(files, base, head, labels, Path(flags.output_labels), facts)
-    if flags.checkpoint_path:
-        write_checkpoint(head, Path(flags.checkpoint_path))
-    if flags.saved_model_dir:
-        write_saved_model(files.graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
-    written = [files.graph, base.lite_path and files.lite, files.facts, flags.output_labels]
-    written += [flags.checkpoint_path, flags.saved_model_dir]
-    log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
 
 
 def tell_how_to_predict(output_graph: str) -> None:
@@ -3707,8 +3674,8 @@ def run(flags: Flags) -> None:
     if flags.crawl:
         crawl_dir = Path(flags.crawl_dir or flags.image_dir)
         crawl(read_names(flags.crawl, crawl_dir), crawl_dir, flags)
-    if flags.crawl_only:
-        return
+        if flags.crawl_only:
+            return
     logs = Path(flags.summaries_dir)
     logs.mkdir(parents=True, exist_ok=True)
     log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
@@ -3726,11 +3693,19 @@ def run(flags: Flags) -> None:
     found = None
     if not flags.no_report:
         found = diagnose(data, head, settings, histories, train)
-        tell_findings(found)
         head = head.cooled(found.temperature)
-    write_all(flags, base, head, labels, facts_of(flags, base, data, found) | tested)
-    *_, last_history = histories.values()
-    write_summaries(last_history, logs)
+        if found.believed:
+            log.info("The accuracy to believe, by %s: %s.", found.believed.source, found.believed.accuracy)
+        for finding in findings(found):
+            log.info("%s", finding)
+    files = OutputFiles(flags.output_graph)
+    facts = facts_of(flags, base, tested, data.known, found)
+    write_outputs(files, base, head, labels, Path(flags.output_labels), facts)
+    if flags.checkpoint_path:
+        write_checkpoint(head, Path(flags.checkpoint_path))
+    if flags.saved_model_dir:
+        write_saved_model(files.graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
+    write_summaries([*histories.values()][-1], logs)
     if found:
         write_report(found, Path(flags.output_report), {"Base model": base.name, "Folder": shown(flags.image_dir)})
         write_evaluation_summaries(found, data.features, logs / "evaluation")
