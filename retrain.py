@@ -324,7 +324,7 @@ def add_base_model_flags(flag: Callable) -> None:
 
 
 def add_bottleneck_flags(flag: Callable) -> None:
-    flag("--bottleneck_dir DIR", "keeps what the network computes for later runs", at_home("bottleneck"))
+    flag("--bottleneck_dir DIR", "keeps what the network computes, for later runs", at_home("bottleneck"))
     flag("--flip_left_right", "also train on images mirrored at random")
     flag("--random_crop N", "also on images less a margin of N percent", 0, PERCENTAGE)
     flag("--random_scale N", "also on images enlarged by up to N percent", 0, WHOLE)
@@ -361,7 +361,6 @@ def add_head_flags(flag: Callable) -> None:
 
 def add_output_flags(flag: Callable) -> None:
     levels = "DEBUG", "INFO", "WARN", "ERROR", "FATAL"
-    intermediate = at_home("intermediate_graph")
     flag("--output_graph FILE", "the trained classifier", at_home("output_graph.pb"))
     flag("--output_labels FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
     flag("--output_report FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
@@ -374,7 +373,7 @@ def add_output_flags(flag: Callable) -> None:
     flag("--final_tensor_name NAME", "name of the graph's output", "final_result")
     flag("--saved_model_dir DIR", "also write the classifier as a SavedModel")
     flag("--checkpoint_path FILE", "also write the head as a TensorFlow checkpoint")
-    flag("--intermediate_output_graphs_dir DIR", "classifiers of earlier steps", intermediate)
+    flag("--intermediate_output_graphs_dir DIR", "for classifiers of earlier steps (intermediate_graph)")
     flag("--intermediate_store_frequency N", "steps between those; 0 for none", 0, WHOLE)
 
 
@@ -3434,6 +3433,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
 SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
 # The flags for which the folders of a set that is split already stand, by how their names usually begin.
 FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
+OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
+OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
 # The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
 RESULT = logging.WARNING + 1
 
@@ -3480,14 +3481,11 @@ def find_class_folders(flags: Flags) -> None:
 
 def check_outputs(flags: Flags) -> None:
     """Raise UserError, before the long work, for an output that can't be written or lies among the images."""
-    files = paths_of(flags, "output_graph", "output_labels", "output_report", "write_split_file", "checkpoint_path")
-    folders = paths_of(flags, "bottleneck_dir", "summaries_dir", "saved_model_dir")
-    if flags.intermediate_store_frequency:
-        folders |= paths_of(flags, "intermediate_output_graphs_dir")
-    for name, path in (files | folders).items():
-        check_writable(name, Path(path), name in folders)
+    for name, path in paths_of(flags, *OUTPUTS.split()).items():
+        is_folder = name.endswith("_dir")
+        check_writable(name, Path(path), is_folder)
         place = Path(path).resolve()
-        if name in files:
+        if not is_folder:
             place = place.parent.parent  # files beside the class folders are not read
         for other, folder in paths_of(flags, "image_dir", *SPLIT_OF).items():
             if place.is_relative_to(Path(folder).resolve()):
@@ -3586,9 +3584,17 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
         np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
         matrix = matrix.reshape(-1, base.bottleneck_size)
         training = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
-    held_out = rows_of("validation"), rows_of("testing")
-    known = rows_of("training", "validation")
-    return Dataset(own, labels, features[: len(own)], cues[: len(own)], training, *held_out, known, coarse)
+    return Dataset(
+        images=own,
+        labels=labels,
+        features=features[: len(own)],
+        cues=cues[: len(own)],
+        training=training,
+        validation=rows_of("validation"),
+        testing=rows_of("testing"),
+        known=rows_of("training", "validation"),
+        coarse=coarse,
+    )
 
 
 def train_as_asked(
@@ -3658,14 +3664,6 @@ def facts_of(flags: Flags, base: BaseModel, tested: dict, known: Rows, found: Di
     }
 
 
-def tell_how_to_predict(output_graph: str) -> None:
-    script = Path(__file__).with_name("predict.py")
-    if script.parent == Path.cwd():
-        script = Path(script.name)
-    chosen = "" if output_graph == at_home("output_graph.pb") else f' --graph "{output_graph}"'
-    log.info("Name images with: python3 %s%s --image FILE", script, chosen)
-
-
 def run(flags: Flags) -> None:
     """Go through the rooms in their order, the crawl first."""
     find_class_folders(flags)
@@ -3685,7 +3683,8 @@ def run(flags: Flags) -> None:
         data = dataset_of(flags, base, images, labels)
 
     def after_step(step: int, head: Head) -> None:
-        with whole_file(Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb") as temporary:
+        folder = Path(flags.intermediate_output_graphs_dir or at_home("intermediate_graph"))
+        with whole_file(folder / f"intermediate_{step}.pb") as temporary:
             write_graph(temporary, base, head, flags.final_tensor_name)
 
     head, histories, train, settings = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
@@ -3699,6 +3698,7 @@ def run(flags: Flags) -> None:
         for finding in findings(found):
             log.info("%s", finding)
     files = OutputFiles(flags.output_graph)
+    remove_leftovers(files.graph.parent)
     facts = facts_of(flags, base, tested, data.known, found)
     write_outputs(files, base, head, labels, Path(flags.output_labels), facts)
     if flags.checkpoint_path:
@@ -3711,7 +3711,8 @@ def run(flags: Flags) -> None:
         write_evaluation_summaries(found, data.features, logs / "evaluation")
     if note:
         log.warning(note)
-    tell_how_to_predict(flags.output_graph)
+    chosen = "" if flags.output_graph == at_home("output_graph.pb") else f' --graph "{flags.output_graph}"'
+    log.info("Name images with: python3 %s%s --image FILE", at_home("predict.py"), chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
