@@ -259,24 +259,28 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 whole_numbers.__name__ = "whole number"  # for argparse, whose words begin with "invalid"
 
 
-def add_flag(
-    group: Any, spelled: str, purpose: str, default: object = "", kind: Callable = str, **options: Any
-) -> None:
-    """Add a flag to a group of the parser, spelled as `--image_dir DIR`, or as `--quantize` if it needs no value.
+def flags_of(parser: Parser, room: str) -> Callable:
+    """Return the function that adds a flag of a room, spelled as `--image_dir DIR`, or as `--quantize` without a value.
 
-    Then --quantize=true is read, too. --help tells the default after the purpose, unless it is nothing or none.
+    The latter is read as --quantize=true, too. --help tells the default after the purpose, unless it is nothing.
     """
-    name, _, metavar = spelled.partition(" ")
-    if metavar:
-        options["metavar"] = metavar
-    elif "choices" not in options:
-        default, kind, options = False, switch, {"nargs": "?", "const": True, "metavar": ""}
-    if default:
-        purpose += " (%(default)s)"
-    group.add_argument(name, default=default, type=kind, help=purpose, **options)
+    group = parser.add_argument_group(room)
+
+    def flag(spelled: str, purpose: str, default: Any = "", kind: Callable = str, **options: Any) -> None:
+        name, _, metavar = spelled.partition(" ")
+        if metavar:
+            options["metavar"] = metavar
+        elif "choices" not in options:
+            default, kind, options = False, switch, {"nargs": "?", "const": True, "metavar": ""}
+        if default:
+            purpose += " (%(default)s)"
+        group.add_argument(name, default=default, type=kind, help=purpose, **options)
+
+    return flag
 
 
-def add_image_flags(flag: Callable) -> None:
+def add_data_flags(parser: Parser) -> None:
+    flag = flags_of(parser, "images")
     flag("--image_dir DIR", "folder with a folder of images for each class (or s3://...)", at_home("data"))
     flag("--testing_percentage N", "percent of the images kept for the final test", 10, PERCENTAGE)
     flag("--validation_percentage N", "percent kept to validate during training", 10, PERCENTAGE)
@@ -285,13 +289,12 @@ def add_image_flags(flag: Callable) -> None:
     flag("--split_file FILE", "table of each image's path, label and split")
     flag("--write_split_file FILE", "write such a table of this run")
     flag("--exclude FILE", "leave out the images in this list of the report")
-    flag("--relabel FILE", "give the images in this list of the report its labels")
+    flag("--relabel FILE", "take the labels in this list of the report")
     flag("--coarse_image_dir DIR", "train first on these many doubtful images")
     flag("--ignore_exif_orientation", "don't turn photographs upright")
     flag("--exact_decode", "read very large photographs at full size: slower")
 
-
-def add_crawl_flags(flag: Callable) -> None:
+    flag = flags_of(parser, "crawl")
     sources = "where to search: openverse, commons (both by default), inaturalist, bing, baidu, page:URL, list:FILE; "
     sources += "{} stands for the words; see CRAWL_CONTACT and OPENVERSE_TOKEN in the README"
     flag("--crawl FILE", "first download images of the classes in this file, one a line")
@@ -306,7 +309,8 @@ def add_crawl_flags(flag: Callable) -> None:
     flag("--crawl_allow_private NET", "private addresses to allow, or `all`", (), ip_networks)
 
 
-def add_base_model_flags(flag: Callable) -> None:
+def add_network_flags(parser: Parser) -> None:
+    flag = flags_of(parser, "base model")
     names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images "
     names += "(also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; "
     names += "auto: inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
@@ -322,8 +326,7 @@ def add_base_model_flags(flag: Callable) -> None:
     flag("--engine", "what runs the network; auto: the fastest", "auto", choices=engines)
     flag("--cpu_threads N", "processor cores to use; 0 for all", 0, WHOLE)
 
-
-def add_bottleneck_flags(flag: Callable) -> None:
+    flag = flags_of(parser, "bottlenecks")
     flag("--bottleneck_dir DIR", "keeps what the network computes, for later runs", at_home("bottleneck"))
     flag("--flip_left_right", "also train on images mirrored at random")
     flag("--random_crop N", "also on images less a margin of N percent", 0, PERCENTAGE)
@@ -336,7 +339,8 @@ def add_bottleneck_flags(flag: Callable) -> None:
     flag("--ray_shared_files", "its machines find the images at the same paths as this one")
 
 
-def add_head_flags(flag: Callable) -> None:
+def add_training_flags(parser: Parser) -> None:
+    flag = flags_of(parser, "head")
     usual = TrainingSettings()
     optimizers = "sgd", "momentum", "adam", "rmsprop"
     weights = "balanced: all classes count alike, even with --train_batch_size -1"
@@ -358,8 +362,7 @@ def add_head_flags(flag: Callable) -> None:
     flag("--refine_learning_rate X", "how far each of them goes (less)", None, RATE)
     flag("--rehearsal X", "share of coarse images in the later steps", usual.rehearsal, SHARE)
 
-
-def add_output_flags(flag: Callable) -> None:
+    flag = flags_of(parser, "report and export")
     levels = "DEBUG", "INFO", "WARN", "ERROR", "FATAL"
     flag("--output_graph FILE", "the trained classifier", at_home("output_graph.pb"))
     flag("--output_labels FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
@@ -382,16 +385,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="retrain.py", usage="python retrain.py [flags]", description=EXAMPLES, add_help=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev, parser.meant = False, MEANT
-    rooms = {
-        "images": add_image_flags,
-        "crawl": add_crawl_flags,
-        "base model": add_base_model_flags,
-        "bottlenecks": add_bottleneck_flags,
-        "head": add_head_flags,
-        "report and export": add_output_flags,
-    }
-    for room, add_flags in rooms.items():
-        add_flags(functools.partial(add_flag, parser.add_argument_group(room)))
+    add_data_flags(parser)
+    add_network_flags(parser)
+    add_training_flags(parser)
     purpose = "show this; `--help all` shows every flag"
     parser.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], metavar="all", help=purpose)
     return parser
@@ -3563,9 +3559,9 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     own = [image for image in images if image.split != "coarse"]  # which come first
     tell_splits(flags, own, labels)
     features = bottlenecks[:, 0]
-    numbers: dict[str, int] = {}  # of the classes, those that only coarse images have at the end
-    for label in [*labels, *(image.label for image in images)]:
-        numbers.setdefault(label, len(numbers))
+    numbers = {label: c for c, label in enumerate(labels)}
+    for image in images:
+        numbers.setdefault(image.label, len(numbers))  # of a class that only coarse images have
     classes = np.array([numbers[image.label] for image in images])
     split_of = np.array([image.split for image in images])
 
@@ -3573,9 +3569,11 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
         rows = np.concatenate([np.flatnonzero(split_of == split) for split in splits])
         return Rows(features, rows, classes[rows])
 
-    coarse = without_copies(rows_of("coarse"), features, images) if flags.coarse_image_dir else None
-    if coarse and not len(coarse.rows):
-        raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
+    coarse = None
+    if flags.coarse_image_dir:
+        coarse = without_copies(rows_of("coarse"), features, images)
+        if not len(coarse.rows):
+            raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
     training, distortion = rows_of("training"), from_flags(Distortion, flags)
     if distortion != Distortion():  # each image then has as many rows as all others: itself, and its variants
         count = flags.distortions_per_image
@@ -3638,9 +3636,8 @@ def final_test(flags: Flags, head: Head, data: Dataset) -> dict:
     log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", 100 * right.mean(), len(batch))
     if flags.print_misclassified_test_images:
         log.info("=== MISCLASSIFIED TEST IMAGES ===")
-        for i in np.flatnonzero(~right):
-            path = data.images[testing.rows[batch[i]]].path
-            log.info("%70s  %s", path, data.labels[predicted[i]])
+        for row, named in zip(testing.rows[batch][~right], predicted[~right], strict=True):
+            log.info("%70s  %s", data.images[row].path, data.labels[named])
     return {"test_accuracy": float(right.mean()), "test_images": len(batch)}
 
 
