@@ -109,11 +109,35 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 
 
 # ======================================================================================================================
-# Common ground: journals, progress, large matrices
+# Common ground: what is printed, journals, progress, large matrices
 # ======================================================================================================================
 
 # Features of more bytes than this lie in a file instead of in memory.
 MOST_IN_MEMORY = 2 << 30
+# The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
+RESULT = logging.WARNING + 1
+
+
+class Console(logging.Handler):
+    """Prints messages on stdout, and warnings and errors, as such, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = printable(record.getMessage())
+        if record.levelno < logging.WARNING or record.levelno == RESULT:
+            print(text, flush=True)
+        else:
+            print(f"{record.levelname}: {text}", file=sys.stderr, flush=True)
+
+
+def set_up_logging(verbosity: str) -> None:
+    """Print what is at least as serious as `verbosity`; on a terminal a progress bar stands for the lines of steps."""
+    console = Console(verbosity)
+    if verbosity != "DEBUG" and sys.stdout.isatty():
+        console.addFilter(lambda record: record.name != "retrain.steps")
+    log.handlers[:] = [console]
+    log.propagate = False
+    log.setLevel(verbosity)
+    log.getChild("steps").setLevel(logging.INFO)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -208,6 +232,12 @@ ARCHITECTURES = [
 ]
 # The layers of vgg16 that can be its bottleneck, the usual one first.
 VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
+# What the images of the folders that stand beside --image_dir are used for.
+SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
+# The flags for which the folders of a set that is split already stand, by how their names usually begin.
+FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
+OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
+OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
 # Kinds of values that several flags take.
 PERCENTAGE, WHOLE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(int, 0), number(int, 1), number(int, 1, also=-1)
 RATE, SHARE = number(float, 0), number(float, 0, 0.99)
@@ -311,9 +341,8 @@ def add_data_flags(parser: Parser) -> None:
 
 def add_network_flags(parser: Parser) -> None:
     flag = flags_of(parser, "base model")
-    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images "
-    names += "(also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; "
-    names += "auto: inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
+    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
+    names += "vgg16; mobilenet_1.0_224 and its sisters; auto: inception_v3 if it can be had, else efficientnet_lite2"
     engines = "auto", "litert", "tensorflow"
     flag("--architecture NAME", names, "auto", choices=ARCHITECTURES)
     flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
@@ -439,6 +468,37 @@ def parse_flags(arguments: Sequence[str] | None) -> Flags:
             setattr(flags, name, value)
     check_flags(parser, flags)
     return flags
+
+
+def paths_of(flags: Flags, *names: str) -> dict[str, str]:
+    """Return the paths that some of the flags name, by the flag, without those that name none."""
+    return {name: vars(flags)[name] for name in names if vars(flags)[name]}
+
+
+def find_class_folders(flags: Flags) -> None:
+    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
+    folders = {}
+    for folder in sorted(Path(flags.image_dir).glob("*")):
+        known = re.match("train|val|test", folder.name.lower())
+        if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
+            folders[FLAG_OF[known[0]]] = str(folder)
+    if len(folders) > 1 and "image_dir" in folders and not flags.split_file:
+        folders |= paths_of(flags, "validation_dir", "test_dir")
+        vars(flags).update(folders)
+        log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
+
+
+def check_outputs(flags: Flags) -> None:
+    """Raise UserError, before the long work, for an output that can't be written or lies among the images."""
+    for name, path in paths_of(flags, *OUTPUTS.split()).items():
+        is_folder = name.endswith("_dir")
+        check_writable(name, Path(path), is_folder)
+        place = Path(path).resolve()
+        if not is_folder:
+            place = place.parent.parent  # files beside the class folders are not read
+        for other, folder in paths_of(flags, "image_dir", *SPLIT_OF).items():
+            if place.is_relative_to(Path(folder).resolve()):
+                raise UserError(f"--{name} {path}: it lies in what --{other} names; name another place.")
 
 
 def from_flags(kind: type, flags: Flags) -> Any:
@@ -3424,68 +3484,6 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
 # ======================================================================================================================
 # Main: the rooms in their order
 # ======================================================================================================================
-
-# What the images of the folders that stand beside --image_dir are used for.
-SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
-# The flags for which the folders of a set that is split already stand, by how their names usually begin.
-FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
-OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
-OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
-# The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
-RESULT = logging.WARNING + 1
-
-
-class Console(logging.Handler):
-    """Prints messages on stdout, and warnings and errors, as such, on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = printable(record.getMessage())
-        if record.levelno < logging.WARNING or record.levelno == RESULT:
-            print(text, flush=True)
-        else:
-            print(f"{record.levelname}: {text}", file=sys.stderr, flush=True)
-
-
-def set_up_logging(verbosity: str) -> None:
-    """Print what is at least as serious as `verbosity`; on a terminal a progress bar stands for the lines of steps."""
-    console = Console(verbosity)
-    if verbosity != "DEBUG" and sys.stdout.isatty():
-        console.addFilter(lambda record: record.name != step_log.name)
-    log.handlers[:] = [console]
-    log.propagate = False
-    log.setLevel(verbosity)
-    step_log.setLevel(logging.INFO)
-
-
-def paths_of(flags: Flags, *names: str) -> dict[str, str]:
-    """Return the paths that some of the flags name, by the flag, without those that name none."""
-    return {name: vars(flags)[name] for name in names if vars(flags)[name]}
-
-
-def find_class_folders(flags: Flags) -> None:
-    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
-    folders = {}
-    for folder in sorted(Path(flags.image_dir).glob("*")):
-        known = re.match("train|val|test", folder.name.lower())
-        if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
-            folders[FLAG_OF[known[0]]] = str(folder)
-    if len(folders) > 1 and "image_dir" in folders and not flags.split_file:
-        folders |= paths_of(flags, "validation_dir", "test_dir")
-        vars(flags).update(folders)
-        log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
-
-
-def check_outputs(flags: Flags) -> None:
-    """Raise UserError, before the long work, for an output that can't be written or lies among the images."""
-    for name, path in paths_of(flags, *OUTPUTS.split()).items():
-        is_folder = name.endswith("_dir")
-        check_writable(name, Path(path), is_folder)
-        place = Path(path).resolve()
-        if not is_folder:
-            place = place.parent.parent  # files beside the class folders are not read
-        for other, folder in paths_of(flags, "image_dir", *SPLIT_OF).items():
-            if place.is_relative_to(Path(folder).resolve()):
-                raise UserError(f"--{name} {path}: it lies in what --{other} names; name another place.")
 
 
 def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
