@@ -156,7 +156,8 @@ class Journal:
 
     def read(self) -> list:
         """Return the values, [] if there is no such file; what is no JSON is left out, and half a line ended."""
-        data, values = self.path.read_bytes() if self.path.exists() else b"", []
+        values = []
+        data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines():
             with contextlib.suppress(ValueError):
                 values.append(json.loads(line))
@@ -182,10 +183,7 @@ def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tq
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
-    """Return an uninitialized float32 matrix [*shape], in a nameless file of `folder` if it is a large one.
-
-    Raises UserError when the disk has no room for it.
-    """
+    """Return an uninitialized float32 matrix [*shape], if large in a nameless file of `folder`. Raises UserError."""
     size = 4 * math.prod(shape)
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
@@ -239,16 +237,17 @@ FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
 OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
 OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
 # Kinds of values that several flags take.
-PERCENTAGE, WHOLE, COUNT, COUNT_OR_ALL = number(int, 0, 100), number(int, 0), number(int, 1), number(int, 1, also=-1)
-RATE, SHARE = number(float, 0), number(float, 0, 0.99)
+PERCENTAGE = number(int, 0, 100)
+WHOLE = number(int, 0)
+COUNT = number(int, 1)
+COUNT_OR_ALL = number(int, 1, also=-1)
+RATE = number(float, 0)
+SHARE = number(float, 0, 0.99)
 Flags = argparse.Namespace
 
 
 class Help(argparse.Action):
-    """Prints the flags of every day, or all of them; what stands before --help on the command line counts as default.
-
-    So `retrain.sh --help` tells the number of steps that retrain.sh passes.
-    """
+    """Prints the flags of every day, or all; what stands before --help, as in retrain.sh, counts as default."""
 
     def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
         for action in parser._actions:
@@ -2979,8 +2978,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     """Write a SavedModel of a trained graph with two signatures, both for a `prediction`, float32 [n, classes].
 
     `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as that of TF-Hub's retrain.py did;
-    `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, without their EXIF orientations. An earlier
-    SavedModel there is replaced; without variables all of it is in one file, which TensorFlow renames at the end.
+    `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, without their EXIF orientations.
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
@@ -3575,7 +3573,8 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     training, distortion = rows_of("training"), from_flags(Distortion, flags)
     if distortion != Distortion():  # each image then has as many rows as all others: itself, and its variants
         count = flags.distortions_per_image
-        variants, _, _ = compute([images[row] for row in training.rows], distortion, count)
+        chosen = [images[row] for row in training.rows]
+        variants, _, _ = compute(chosen, distortion, count)
         matrix = empty_matrix((len(variants), 1 + count, base.bottleneck_size), store.folder)
         np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
         matrix = matrix.reshape(-1, base.bottleneck_size)
@@ -3596,11 +3595,9 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
 def train_as_asked(
     data: Dataset, settings: TrainingSettings, after_step: Callable[[int, Head], None]
 ) -> tuple[Head, dict[str, list[Scores]], Callable, TrainingSettings]:
-    """Train the head, in two stages if there are coarse images.
-
-    Returns it with the scores of each training by name, and with what trained it: train_head or the like, and settings.
-    """
-    own, coarse = (data.training, data.validation, len(data.labels)), data.coarse
+    """Return the head, the scores of each training by name, and what trained it: a train_head, and its settings."""
+    coarse = data.coarse
+    own = data.training, data.validation, len(data.labels)
     if coarse is None:
         head, history = train_head(*own, settings, after_step)
         return head, {"head": history}, train_head, settings
@@ -3608,7 +3605,9 @@ def train_as_asked(
     present = np.unique(coarse.classes)
     same = np.array_equal(present, np.arange(len(data.labels)))
     first, second = settings.stages(same)
-    seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
+    seen = data.validation
+    if not same:
+        seen = Rows(data.features, np.arange(0), np.arange(0))
     trained = {"stage one": train_head(coarse, seen, int(present[-1]) + 1, first)}
     base, _ = trained["stage one"]
     train = functools.partial(train_head, base=base, coarse=coarse if same else None)
@@ -3628,7 +3627,8 @@ def final_test(flags: Flags, head: Head, data: Dataset) -> dict:
     testing = data.testing
     if not len(testing.rows):
         return {"test_accuracy": None, "test_images": 0}
-    batch = next(draw_batches(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed)))
+    chance = np.random.default_rng(flags.random_seed)
+    batch = next(draw_batches(testing.classes, flags.test_batch_size, chance))
     predicted = head.logits(testing.features(batch)).argmax(axis=1)
     right = predicted == testing.classes[batch]
     log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", 100 * right.mean(), len(batch))
