@@ -109,11 +109,35 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 
 
 # ======================================================================================================================
-# Common ground: journals, progress, large matrices
+# Common ground: what is printed, journals, progress, large matrices
 # ======================================================================================================================
 
 # Features of more bytes than this lie in a file instead of in memory.
 MOST_IN_MEMORY = 2 << 30
+# The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
+RESULT = logging.WARNING + 1
+
+
+class Console(logging.Handler):
+    """Prints messages on stdout, and warnings and errors, as such, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = printable(record.getMessage())
+        if record.levelno < logging.WARNING or record.levelno == RESULT:
+            print(text, flush=True)
+        else:
+            print(f"{record.levelname}: {text}", file=sys.stderr, flush=True)
+
+
+def set_up_logging(verbosity: str) -> None:
+    """Print what is at least as serious as `verbosity`; on a terminal a progress bar stands for the lines of steps."""
+    console = Console(verbosity)
+    if verbosity != "DEBUG" and sys.stdout.isatty():
+        console.addFilter(lambda record: record.name != "retrain.steps")
+    log.handlers[:] = [console]
+    log.propagate = False
+    log.setLevel(verbosity)
+    log.getChild("steps").setLevel(logging.INFO)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -132,7 +156,8 @@ class Journal:
 
     def read(self) -> list:
         """Return the values, [] if there is no such file; what is no JSON is left out, and half a line ended."""
-        data, values = self.path.read_bytes() if self.path.exists() else b"", []
+        values = []
+        data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines():
             with contextlib.suppress(ValueError):
                 values.append(json.loads(line))
@@ -158,10 +183,7 @@ def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tq
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
-    """Return an uninitialized float32 matrix [*shape], in a nameless file of `folder` if it is a large one.
-
-    Raises UserError when the disk has no room for it.
-    """
+    """Return an uninitialized float32 matrix [*shape], if large in a nameless file of `folder`. Raises UserError."""
     size = 4 * math.prod(shape)
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
@@ -208,16 +230,24 @@ ARCHITECTURES = [
 ]
 # The layers of vgg16 that can be its bottleneck, the usual one first.
 VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
+# What the images of the folders that stand beside --image_dir are used for.
+SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
+# The flags for which the folders of a set that is split already stand, by how their names usually begin.
+FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
+OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
+OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
 # Kinds of values that several flags take.
-PERCENTAGE, RATE = number(int, 0, 100), number(float, 0)
-COUNT, COUNT_OR_ALL = number(int, 1), number(int, 1, also=-1)
+PERCENTAGE = number(int, 0, 100)
+WHOLE = number(int, 0)
+COUNT = number(int, 1)
+COUNT_OR_ALL = number(int, 1, also=-1)
+RATE = number(float, 0)
+SHARE = number(float, 0, 0.99)
+Flags = argparse.Namespace
 
 
 class Help(argparse.Action):
-    """Prints the flags of every day, or all of them; what stands before --help on the command line counts as default.
-
-    So `retrain.sh --help` tells the number of steps that retrain.sh passes.
-    """
+    """Prints the flags of every day, or all; what stands before --help, as in retrain.sh, counts as default."""
 
     def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
         for action in parser._actions:
@@ -235,17 +265,11 @@ def is_store_url(text: str) -> bool:
 
 def ip_networks(text: str) -> tuple:
     """Read the value of --crawl_allow_private: addresses or networks, joined by commas, or `all`."""
+    networks = "0.0.0.0/0,::/0" if text == "all" else text
     try:
-        return tuple(map(ipaddress.ip_network, (text if text != "all" else "0.0.0.0/0,::/0").split(",")))
+        return tuple(map(ipaddress.ip_network, networks.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
-
-
-def architecture_named(text: str) -> str:
-    if text.endswith("_quantized"):  # as the MobileNets of the classic script's tutorial may
-        base = text.removesuffix("_quantized")
-        raise argparse.ArgumentTypeError(f"what {text} did is done by --architecture {base} --quantize")
-    return text
 
 
 def switch(text: str) -> bool:
@@ -257,137 +281,131 @@ def switch(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def add_flag(
-    group: argparse._ActionsContainer,
-    name: str,
-    metavar: str | None,
-    purpose: str,
-    default: object = "",
-    kind: Callable = str,
-    **options: Any,
-) -> None:
-    """Add a flag to a group of the parser; without a metavar, it needs no value, though --flag=true is read, too.
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(COUNT, text.split(",")))
 
-    --help tells its default after its purpose, unless that is 'nothing'.
+
+whole_numbers.__name__ = "whole number"  # for argparse, whose words begin with "invalid"
+
+
+def flags_of(parser: Parser, room: str) -> Callable:
+    """Return the function that adds a flag of a room, spelled as `--image_dir DIR`, or as `--quantize` without a value.
+
+    The latter is read as --quantize=true, too. --help tells the default after the purpose, unless it is nothing.
     """
-    if not metavar and "choices" not in options:
-        metavar, default, kind, options = "", False, switch, {"nargs": "?", "const": True}
-    if default not in (None, "", (), False):
-        purpose += " (%(default)s)"
-    group.add_argument(name, default=default, type=kind, metavar=metavar, help=purpose, **options)
+    group = parser.add_argument_group(room)
+
+    def flag(spelled: str, purpose: str, default: Any = "", kind: Callable = str, **options: Any) -> None:
+        name, _, metavar = spelled.partition(" ")
+        if metavar:
+            options["metavar"] = metavar
+        elif "choices" not in options:
+            default, kind, options = False, switch, {"nargs": "?", "const": True, "metavar": ""}
+        if default:
+            purpose += " (%(default)s)"
+        group.add_argument(name, default=default, type=kind, help=purpose, **options)
+
+    return flag
 
 
-def add_image_flags(flag: Callable) -> None:
-    flag("--image_dir", "DIR", "folder that holds a folder of images for each class (also s3://...)", at_home("data"))
-    flag("--testing_percentage", "N", "percent of the images that are kept for the final test", 10, PERCENTAGE)
-    flag("--validation_percentage", "N", "percent that are kept to validate during training", 10, PERCENTAGE)
-    flag("--test_dir", "DIR", "test on the images of this folder instead")
-    flag("--validation_dir", "DIR", "validate on the images of this folder instead")
-    flag("--split_file", "FILE", "table of each image's path, label and split; see --write_split_file")
-    flag("--write_split_file", "FILE", "write such a table of this run")
-    flag("--exclude", "FILE", "leave out the images in this list of the report")
-    flag("--relabel", "FILE", "train the images in this list of the report under its labels")
-    flag("--coarse_image_dir", "DIR", "train first on these many doubtful images, then on --image_dir")
-    flag("--ignore_exif_orientation", None, "don't turn photographs upright (the classic script never did)")
-    flag("--exact_decode", None, "read very large photographs at full size: slower (the classic script always did)")
+def add_data_flags(parser: Parser) -> None:
+    flag = flags_of(parser, "images")
+    flag("--image_dir DIR", "folder with a folder of images for each class (or s3://...)", at_home("data"))
+    flag("--testing_percentage N", "percent of the images kept for the final test", 10, PERCENTAGE)
+    flag("--validation_percentage N", "percent kept to validate during training", 10, PERCENTAGE)
+    flag("--test_dir DIR", "test on the images of this folder instead")
+    flag("--validation_dir DIR", "validate on those of this folder instead")
+    flag("--split_file FILE", "table of each image's path, label and split")
+    flag("--write_split_file FILE", "write such a table of this run")
+    flag("--exclude FILE", "leave out the images in this list of the report")
+    flag("--relabel FILE", "take the labels in this list of the report")
+    flag("--coarse_image_dir DIR", "train first on these many doubtful images")
+    flag("--ignore_exif_orientation", "don't turn photographs upright")
+    flag("--exact_decode", "read very large photographs at full size: slower")
+
+    flag = flags_of(parser, "crawl")
+    sources = "where to search: openverse, commons (both by default), inaturalist, bing, baidu, page:URL, list:FILE; "
+    sources += "{} stands for the words; see CRAWL_CONTACT and OPENVERSE_TOKEN in the README"
+    flag("--crawl FILE", "first download images of the classes in this file, one a line")
+    flag("--crawl_count N", "images to download for each class", 100, COUNT)
+    flag("--crawl_dir DIR", "where to put them, if not into --image_dir")
+    flag("--crawl_only", "don't train afterwards")
+    flag("--crawl_source SOURCE", sources, None, source_named, nargs="+", action="extend")
+    flag("--crawl_license NAMES", "licenses that will do, as in by,by-sa,cc0", (), license_names)
+    flag("--crawl_min_side N", "least pixels of the shorter side", 100, COUNT)
+    flag("--crawl_parallel N", "downloads at the same time", 8, COUNT)
+    flag("--crawl_host_delay S", "seconds between two requests to a server", 1.0, RATE)
+    flag("--crawl_allow_private NET", "private addresses to allow, or `all`", (), ip_networks)
 
 
-def add_crawl_flags(flag: Callable) -> None:
-    sources = "where to search, the preferred one first: openverse and commons (used by default), inaturalist, bing, "
-    sources += "baidu, page:URL, list:FILE; {} in URL or FILE stands for the search words. The variable CRAWL_CONTACT "
-    sources += "tells the servers whom to write to; a key in OPENVERSE_TOKEN, which expires after ten hours, makes "
-    sources += "Openverse faster, but gives no more than 240 images a search"
-    flag("--crawl", "FILE", "first download images of the classes that this file names, one a line")
-    flag("--crawl_count", "N", "how many images to download for each class", 100, COUNT)
-    flag("--crawl_dir", "DIR", "folder for the downloaded images, if it is not the --image_dir")
-    flag("--crawl_only", None, "download images, and don't train afterwards")
-    flag("--crawl_source", "SOURCE", sources, None, source_named, nargs="+", action="extend")
-    flag("--crawl_license", "NAMES", "download only images under one of these, as in by,by-sa,cc0", (), license_names)
-    flag("--crawl_min_side", "N", "skip images with fewer pixels on their shorter side", 100, COUNT)
-    flag("--crawl_parallel", "N", "how many downloads run at the same time", 8, number(int, 1, 64))
-    flag("--crawl_host_delay", "S", "seconds between two requests to one server", 1.0, number(float, 0, 60))
-    flag("--crawl_allow_private", "NET", "also download from such private addresses, or from `all`", (), ip_networks)
+def add_network_flags(parser: Parser) -> None:
+    flag = flags_of(parser, "base model")
+    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
+    names += "vgg16; mobilenet_1.0_224 and its sisters; auto: inception_v3 if it can be had, else efficientnet_lite2"
+    engines = "auto", "litert", "tensorflow"
+    flag("--architecture NAME", names, "auto", choices=ARCHITECTURES)
+    flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
+    flag("--model_dir DIR", "where the network lies, or is downloaded to", at_home("inception_model"))
+    flag("--model_url URL", "download the network from here, as .pb or .tgz")
+    flag("--trust_model", "run a network though it could read and write files")
+    flag("--tfhub_module NAME", "network of TF-Hub or Kaggle, or folder of a SavedModel")
+    flag("--image_size N", "pixels of a side for a --tfhub_module that takes any", 0, WHOLE)
+    flag("--quantize", "compute with 8-bit integers: two to three times as fast on most processors")
+    flag("--engine", "what runs the network; auto: the fastest", "auto", choices=engines)
+    flag("--cpu_threads N", "processor cores to use; 0 for all", 0, WHOLE)
+
+    flag = flags_of(parser, "bottlenecks")
+    flag("--bottleneck_dir DIR", "keeps what the network computes, for later runs", at_home("bottleneck"))
+    flag("--flip_left_right", "also train on images mirrored at random")
+    flag("--random_crop N", "also on images less a margin of N percent", 0, PERCENTAGE)
+    flag("--random_scale N", "also on images enlarged by up to N percent", 0, WHOLE)
+    flag("--random_brightness N", "also on images up to N percent brighter or darker", 0, PERCENTAGE)
+    flag("--random_rotation N", "also on images turned by up to N degrees", 0, WHOLE)
+    flag("--random_color N", "also on images with N percent more or less color and contrast", 0, PERCENTAGE)
+    flag("--distortions_per_image N", "variants of an image to make by these flags", 8, COUNT)
+    flag("--ray_address ADDRESS", "compute on a Ray cluster: auto, host:port, or local for this machine")
+    flag("--ray_shared_files", "its machines find the images at the same paths as this one")
 
 
-def add_base_model_flags(flag: Callable) -> None:
-    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images "
-    names += "(also _lite0, _lite1); vgg16; mobilenet_1.0_224 and its sisters; "
-    names += "auto: inception_v3 if it is there or can be downloaded, else efficientnet_lite2"
-    layer = "layer of vgg16 whose output is used: avg_pool (the default), block5_pool, fc2"
-    flag("--architecture", "NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
-    flag("--bottleneck_layer", "NAME", layer, choices=VGG16_LAYERS)
-    flag("--model_dir", "DIR", "folder where the network lies, or is downloaded to", at_home("inception_model"))
-    flag("--model_url", "URL", "download the network from this address, a .pb or .tgz file")
-    flag("--trust_model", None, "run a network that could read and write files, since you trust it")
-    flag("--tfhub_module", "NAME", "use this network from TF-Hub or Kaggle, or in this folder with a SavedModel")
-    flag("--image_size", "N", "pixels of a side that a --tfhub_module is given, if it takes any", 0, number(int, 0))
-    flag("--quantize", None, "compute with 8-bit integers: two to three times as fast on most processors since 2020")
-    flag("--engine", None, "what runs the network; auto: the fastest", "auto", choices=("auto", "litert", "tensorflow"))
-    flag("--cpu_threads", "N", "how many processor cores to use; 0 for all", 0, number(int, 0))
-
-
-def add_bottleneck_flags(flag: Callable) -> None:
-    flag("--bottleneck_dir", "DIR", "folder for what the network computes, kept for later runs", at_home("bottleneck"))
-    flag("--flip_left_right", None, "also train on images mirrored at random")
-    flag("--random_crop", "N", "also train on images with a margin of N percent cut off", 0, number(int, 0, 99))
-    flag("--random_scale", "N", "also train on images enlarged by up to N percent", 0, number(int, 0, 1000))
-    flag("--random_brightness", "N", "also train on images brighter or darker by up to N percent", 0, PERCENTAGE)
-    flag("--random_rotation", "N", "also train on images turned by up to N degrees", 0, number(int, 0, 180))
-    flag("--random_color", "N", "also train on images with N percent more or less color and contrast", 0, PERCENTAGE)
-    flag("--distortions_per_image", "N", "how many variants of an image the flags above make", 8, number(int, 1, 1000))
-    flag("--ray_address", "ADDRESS", "compute on a Ray cluster: auto, host:port, or local for one on this machine")
-    flag("--ray_shared_files", None, "the cluster's machines find the images at the same paths as this one does")
-
-
-def add_head_flags(flag: Callable) -> None:
-    usual, share = TrainingSettings(), number(float, 0, 0.99)
-    sizes = "train hidden layers of these sizes, too, as in 512,256"
-    way = "softmax: learnt step by step; logistic: at once, which is often a little better"
+def add_training_flags(parser: Parser) -> None:
+    flag = flags_of(parser, "head")
+    usual = TrainingSettings()
+    optimizers = "sgd", "momentum", "adam", "rmsprop"
     weights = "balanced: all classes count alike, even with --train_batch_size -1"
-    kept = "share of the later steps for the images of --coarse_image_dir, so as not to forget them"
-    optimizers = ("sgd", "momentum", "adam", "rmsprop")
+    flag("--head", "logistic: at once, often a little better", usual.head, choices=("softmax", "logistic"))
+    flag("--how_many_training_steps N", "how many steps to train", usual.how_many_training_steps, COUNT)
+    flag("--learning_rate X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
+    flag("--train_batch_size N", "images a step looks at; -1 for all", usual.train_batch_size, COUNT_OR_ALL)
+    flag("--validation_batch_size N", "images to validate on; -1 for all", usual.validation_batch_size, COUNT_OR_ALL)
+    flag("--eval_step_interval N", "steps between validations", usual.eval_step_interval, COUNT)
+    flag("--random_seed N", "two runs with the same number give the same", None, WHOLE)
+    flag("--hidden_units N,N", "also train hidden layers of these sizes, as in 512,256", None, whole_numbers)
+    flag("--dropout X", "share of a hidden layer to leave out at each step", None, SHARE)
+    flag("--batch_norm", "normalise the hidden layers over each batch")
+    flag("--optimizer", "how a step is made from the gradient", usual.optimizer, choices=optimizers)
+    flag("--class_weights", weights, usual.class_weights, choices=("none", "balanced"))
+    flag("--coarse_training_steps N", "steps on --coarse_image_dir", usual.coarse_training_steps, COUNT)
+    flag("--coarse_learning_rate X", "how far each of them goes (as --learning_rate)", None, RATE)
+    flag("--refine_training_steps N", "later steps, on --image_dir", usual.refine_training_steps, COUNT)
+    flag("--refine_learning_rate X", "how far each of them goes (less)", None, RATE)
+    flag("--rehearsal X", "share of coarse images in the later steps", usual.rehearsal, SHARE)
 
-    def whole_numbers(text: str) -> tuple[int, ...]:
-        return tuple(map(COUNT, text.split(","))) if text.strip() else ()
-
-    whole_numbers.__name__ = "whole number"
-    flag("--head", None, way, usual.head, choices=("softmax", "logistic"))
-    flag("--how_many_training_steps", "N", "how many steps to train", usual.how_many_training_steps, COUNT)
-    flag("--learning_rate", "X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
-    flag("--train_batch_size", "N", "how many images a step looks at; -1 for all", usual.train_batch_size, COUNT_OR_ALL)
-    flag("--validation_batch_size", "N", "images to validate on; -1 for all", usual.validation_batch_size, COUNT_OR_ALL)
-    flag("--eval_step_interval", "N", "how many steps from one validation to the next", usual.eval_step_interval, COUNT)
-    flag("--random_seed", "N", "any number; two runs with the same one give the same", None, number(int, 0))
-    flag("--hidden_units", "N,N", sizes, None, whole_numbers)
-    flag("--dropout", "X", "share of each hidden layer that a step leaves out at random", None, share)
-    flag("--batch_norm", None, "normalise the hidden layers over each batch of images")
-    flag("--optimizer", None, "how a step is made from the gradient", usual.optimizer, choices=optimizers)
-    flag("--class_weights", None, weights, usual.class_weights, choices=("none", "balanced"))
-    flag("--coarse_training_steps", "N", "steps on --coarse_image_dir", usual.coarse_training_steps, COUNT)
-    flag("--coarse_learning_rate", "X", "how far each of those steps goes (as --learning_rate)", None, RATE)
-    flag("--refine_training_steps", "N", "later steps, on --image_dir", usual.refine_training_steps, COUNT)
-    flag("--refine_learning_rate", "X", "how far each of the later steps goes (less than that)", None, RATE)
-    flag("--rehearsal", "X", kept, usual.rehearsal, share)
-
-
-def add_output_flags(flag: Callable) -> None:
-    sure = "share of its right answers that predict.py shall be sure of; with more, also of more wrong ones"
-    levels = ("DEBUG", "INFO", "WARN", "ERROR", "FATAL")
-    intermediate = at_home("intermediate_graph")
-    flag("--output_graph", "FILE", "the trained classifier", at_home("output_graph.pb"))
-    flag("--output_labels", "FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
-    flag("--output_report", "FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
-    flag("--no_report", None, "no cross-validation and no report")
-    flag("--coverage", "X", sure, 0.93, number(float, 0.5, 1))
-    flag("--test_batch_size", "N", "how many images the final test looks at; -1 for all", -1, COUNT_OR_ALL)
-    flag("--print_misclassified_test_images", None, "list the test images that were taken for another class")
-    flag("--summaries_dir", "DIR", "folder for the log of all steps, also for TensorBoard", at_home("retrain_logs"))
-    flag("--logging_verbosity", None, "how much to print; DEBUG: each step, too", "INFO", str.upper, choices=levels)
-    flag("--final_tensor_name", "NAME", "name of the graph's output, for programs that read the graph", "final_result")
-    flag("--saved_model_dir", "DIR", "also write the classifier as a SavedModel, for other TensorFlow programs")
-    flag("--checkpoint_path", "FILE", "also write what was learnt as a TensorFlow checkpoint")
-    flag("--intermediate_output_graphs_dir", "DIR", "folder for classifiers of the steps before the last", intermediate)
-    flag("--intermediate_store_frequency", "N", "steps from one of those to the next; 0 for none", 0, number(int, 0))
+    flag = flags_of(parser, "report and export")
+    levels = "DEBUG", "INFO", "WARN", "ERROR", "FATAL"
+    flag("--output_graph FILE", "the trained classifier", at_home("output_graph.pb"))
+    flag("--output_labels FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
+    flag("--output_report FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
+    flag("--no_report", "no cross-validation and no report")
+    flag("--coverage X", "share of right answers that predict.py shall be sure of", 0.93, number(float, 0.5, 1))
+    flag("--test_batch_size N", "images of the final test; -1 for all", -1, COUNT_OR_ALL)
+    flag("--print_misclassified_test_images", "list the test images that were named wrongly")
+    flag("--summaries_dir DIR", "log of all steps, also for TensorBoard", at_home("retrain_logs"))
+    flag("--logging_verbosity", "how much to print", "INFO", str.upper, choices=levels)
+    flag("--final_tensor_name NAME", "name of the graph's output", "final_result")
+    flag("--saved_model_dir DIR", "also write the classifier as a SavedModel")
+    flag("--checkpoint_path FILE", "also write the head as a TensorFlow checkpoint")
+    flag("--intermediate_output_graphs_dir DIR", "for classifiers of earlier steps (intermediate_graph)")
+    flag("--intermediate_store_frequency N", "steps between those; 0 for none", 0, WHOLE)
 
 
 def build_parser() -> Parser:
@@ -395,29 +413,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="retrain.py", usage="python retrain.py [flags]", description=EXAMPLES, add_help=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev, parser.meant = False, MEANT
-    rooms = {
-        "images": add_image_flags,
-        "crawl": add_crawl_flags,
-        "base model": add_base_model_flags,
-        "bottlenecks": add_bottleneck_flags,
-        "head": add_head_flags,
-        "report and export": add_output_flags,
-    }
-    for room, add_flags in rooms.items():
-        add_flags(functools.partial(add_flag, parser.add_argument_group(room)))
-    parser.add_argument(
-        "-h",
-        "--help",
-        action=Help,
-        nargs="?",
-        choices=["all"],
-        metavar="all",
-        help="show this; `--help all` shows every flag",
-    )
+    add_data_flags(parser)
+    add_network_flags(parser)
+    add_training_flags(parser)
+    purpose = "show this; `--help all` shows every flag"
+    parser.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], metavar="all", help=purpose)
     return parser
 
 
-def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
+def check_flags(parser: Parser, flags: Flags) -> None:
     """End with a sentence for flags that contradict each other, where going on would do harm or mislead."""
     if flags.testing_percentage + flags.validation_percentage > 99:
         parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
@@ -425,18 +429,10 @@ def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", flags.final_tensor_name, re.ASCII):
         parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
-    if flags.crawl_only and not flags.crawl:
-        parser.error("--crawl_only: there is nothing to crawl without --crawl")
-
-    local = ("crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize")
+    local = "crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize"
     if is_store_url(flags.image_dir) and (not flags.ray_address or any(vars(flags)[name] for name in local)):
         told = f"an object store is read by a Ray cluster; add --ray_address, and leave out --{', --'.join(local)}"
         parser.error(f"--image_dir: {told}")
-    if any(map(is_store_url, (flags.validation_dir, flags.test_dir, flags.coarse_image_dir, flags.crawl_dir))):
-        parser.error("only an --image_dir may lie in an object store")
-    if flags.ray_address.startswith("ray://"):
-        parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
-
     if flags.tfhub_module and flags.architecture != "auto":
         parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
     if flags.bottleneck_layer and flags.architecture != "vgg16":
@@ -447,11 +443,11 @@ def check_flags(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error("--head logistic has neither hidden layers, two stages nor an optimizer; leave it out, or them")
 
 
-def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None) -> Flags:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
-    for name in ("image_dir", "model_dir", "bottleneck_dir", "output_graph"):
+    for name in ("image_dir", "model_dir", "bottleneck_dir", "summaries_dir", "output_graph"):
         if not vars(flags)[name].strip():  # as of a variable of the shell that is not set
             parser.error(f"--{name}: it needs a name")
     if flags.crawl and flags.image_dir == parser.get_default("image_dir"):
@@ -467,13 +463,44 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "dropout": 0.4 if two_stages else 0.0,
     }
     for name, value in defaults.items():
-        if vars(flags)[name] in (None, "", ()):
+        if vars(flags)[name] in (None, ""):
             setattr(flags, name, value)
     check_flags(parser, flags)
     return flags
 
 
-def from_flags(kind: type, flags: argparse.Namespace) -> Any:
+def paths_of(flags: Flags, *names: str) -> dict[str, str]:
+    """Return the paths that some of the flags name, by the flag, without those that name none."""
+    return {name: vars(flags)[name] for name in names if vars(flags)[name]}
+
+
+def find_class_folders(flags: Flags) -> None:
+    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
+    folders = {}
+    for folder in sorted(Path(flags.image_dir).glob("*")):
+        known = re.match("train|val|test", folder.name.lower())
+        if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
+            folders[FLAG_OF[known[0]]] = str(folder)
+    if len(folders) > 1 and "image_dir" in folders and not flags.split_file:
+        folders |= paths_of(flags, "validation_dir", "test_dir")
+        vars(flags).update(folders)
+        log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
+
+
+def check_outputs(flags: Flags) -> None:
+    """Raise UserError, before the long work, for an output that can't be written or lies among the images."""
+    for name, path in paths_of(flags, *OUTPUTS.split()).items():
+        is_folder = name.endswith("_dir")
+        check_writable(name, Path(path), is_folder)
+        place = Path(path).resolve()
+        if not is_folder:
+            place = place.parent.parent  # files beside the class folders are not read
+        for other, folder in paths_of(flags, "image_dir", *SPLIT_OF).items():
+            if place.is_relative_to(Path(folder).resolve()):
+                raise UserError(f"--{name} {path}: it lies in what --{other} names; name another place.")
+
+
+def from_flags(kind: type, flags: Flags) -> Any:
     """Return a dataclass of settings, its fields as the flags of the same names say."""
     return kind(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(kind)})
 
@@ -1677,8 +1704,7 @@ class Dataset:
     validation: Rows
     testing: Rows
     known: Rows  # training and validation, without those variants
-    coarse: Rows | None  # of stage one, if there are two
-    coarse_labels: list[str]  # `labels` themselves, if stage one has the same
+    coarse: Rows | None  # of stage one, if there are two; classes of its own come behind those of `labels`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2855,31 +2881,36 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     The nodes of the head have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
     They are a message of their own behind the base model's: protobuf reads two of one type as one.
     """
+    from tensorboardX.proto.attr_value_pb2 import AttrValue
     from tensorboardX.proto.graph_pb2 import GraphDef
     from tensorboardX.proto.types_pb2 import DT_FLOAT
 
-    graph, scope = GraphDef(), "final_training_ops"
+    graph, scope, float32 = GraphDef(), "final_training_ops", AttrValue(type=DT_FLOAT)
 
-    def add(op: str, name: str, *inputs: str, typed: str = "T") -> Any:
-        node = graph.node.add(op=op, name=name, input=inputs)
-        node.attr[typed].type = DT_FLOAT
-        return node
+    def add(op: str, name: str, *inputs: str, **attributes: AttrValue) -> str:
+        graph.node.add(op=op, name=name, input=inputs, attr=attributes or {"T": float32})
+        return name
 
-    features = add("PlaceholderWithDefault", "input/BottleneckInputPlaceholder", BOTTLENECK_NODE, typed="dtype")
-    for size in (-1, base.bottleneck_size):
-        features.attr["shape"].shape.dim.add(size=size)
+    def shape_of(*sizes: int) -> dict:
+        return {"dim": [{"size": size} for size in sizes]}
+
+    shape = AttrValue(shape=shape_of(-1, base.bottleneck_size))
+    last = "input/BottleneckInputPlaceholder"
+    add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=shape)
     for name, values in head.variables().items():
-        tensor = add("Const", f"{scope}/{name}", typed="dtype").attr["value"].tensor
-        tensor.dtype, tensor.tensor_content = DT_FLOAT, np.ascontiguousarray(values, "<f4").tobytes()
-        for size in values.shape:
-            tensor.tensor_shape.dim.add(size=size)
-    last = features.name
-    layers = [(f"{scope}/hidden_{i}", "weights", "biases") for i in range(len(head.hidden))]
-    for inside, weights, biases in [*layers, (scope, "weights/final_weights", "biases/final_biases")]:
-        last = add("MatMul", f"{inside}/Wx_plus_b/MatMul", last, f"{inside}/{weights}").name
-        last = add("BiasAdd", f"{inside}/Wx_plus_b/add", last, f"{inside}/{biases}").name
-        if inside != scope:
-            last = add("Relu", f"{inside}/Relu", last).name
+        tensor = {
+            "dtype": DT_FLOAT,
+            "tensor_shape": shape_of(*values.shape),
+            "tensor_content": values.astype("<f4").tobytes(),
+        }
+        add("Const", f"{scope}/{name}", dtype=float32, value=AttrValue(tensor=tensor))
+    for i in range(len(head.hidden)):
+        layer = f"{scope}/hidden_{i}"
+        last = add("MatMul", f"{layer}/Wx_plus_b/MatMul", last, f"{layer}/weights")
+        last = add("BiasAdd", f"{layer}/Wx_plus_b/add", last, f"{layer}/biases")
+        last = add("Relu", f"{layer}/Relu", last)
+    last = add("MatMul", f"{scope}/Wx_plus_b/MatMul", last, f"{scope}/weights/final_weights")
+    last = add("BiasAdd", f"{scope}/Wx_plus_b/add", last, f"{scope}/biases/final_biases")
     add("Softmax", final_tensor_name, last)
     shutil.copyfile(base.graph_path, path)
     with open(path, "ab") as file:
@@ -2894,19 +2925,22 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     editor = LiteEditor(lite_path.read_bytes())
     schema = editor.schema
     (bottleneck,) = editor.network.outputs
-    last = bottleneck
-    relu, none = schema.ActivationFunctionType.RELU, schema.ActivationFunctionType.NONE
-    layers = [(f"hidden_{i}", *layer, relu) for i, layer in enumerate(head.hidden)]
-    for name, weights, biases, activation in [*layers, ("logits", head.weights, head.biases, none)]:
-        constants = [editor.add_constant(f"{name}_weights", weights.T), editor.add_constant(f"{name}_biases", biases)]
-        inputs = [last, *constants]
+    last, activation = bottleneck, schema.ActivationFunctionType.RELU
+    for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
+        name = f"hidden_{i}"
+        if i == len(head.hidden):
+            name, activation = "logits", schema.ActivationFunctionType.NONE
+        inputs = [
+            last,
+            editor.add_constant(f"{name}_weights", weights.T),
+            editor.add_constant(f"{name}_biases", biases),
+        ]
         last = editor.add_tensor(name, [1, len(biases)])
         editor.add_operator("FULLY_CONNECTED", inputs, last, schema.FullyConnectedOptionsT(activation))
     scores = editor.add_tensor("scores", [1, len(head.biases)])
     editor.add_operator("SOFTMAX", [last], scores, schema.SoftmaxOptionsT(1.0))
     editor.network.outputs = [scores, bottleneck]
-    with open(path, "wb") as file:
-        file.write(editor.packed())
+    path.write_bytes(editor.packed())
 
 
 def write_outputs(
@@ -2914,55 +2948,54 @@ def write_outputs(
 ) -> None:
     """Write the graph, its .tflite, its labels, and the facts that tie them together by their SHA-256.
 
-    facts: what predict.py needs beyond the files, to be written as JSON; one is the final_tensor_name.
+    facts: what predict.py needs beyond the files, to be written as JSON; one is the final_tensor_name. All are written
+    before the first gets its name, so that none replaces its older one if another can't be written.
     """
-    known: dict[str, Any] = {"graph_sha256": "", "lite_sha256": None, "labels": list(labels)}
-    # All are written before the first gets its name, so that none replaces its older one if another can't be written.
-    # Names are given in the reverse order, to the facts last.
-    with contextlib.ExitStack() as whole_files:
-        new_facts, new_graph, new_labels = (
-            whole_files.enter_context(whole_file(path)) for path in (files.facts, files.graph, labels_path)
-        )
-        new_labels.write_bytes("".join(f"{label}\n" for label in labels).encode())
+    with (  # named in the reverse order, the facts last
+        whole_file(files.facts) as new_facts,
+        whole_file(files.graph) as new_graph,
+        whole_file(labels_path) as new_labels,
+        whole_file(files.lite) if base.lite_path else contextlib.nullcontext() as new_lite,
+    ):
+        new_labels.write_bytes("\n".join([*labels, ""]).encode())
         write_graph(new_graph, base, head, facts["final_tensor_name"])
-        known["graph_sha256"] = sha256_of(new_graph)
-        if base.lite_path:
-            new_lite = whole_files.enter_context(whole_file(files.lite))
+        lite_sha256 = None
+        if base.lite_path and new_lite:
             write_lite(new_lite, base.lite_path, head)
-            known["lite_sha256"] = sha256_of(new_lite)
+            lite_sha256 = sha256_of(new_lite)
+        known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": lite_sha256, "labels": labels}
         new_facts.write_bytes((json.dumps(known | facts, indent=2, ensure_ascii=False) + "\n").encode())
     if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
+    written = files.graph, files.lite, files.facts, labels_path
+    log.info("Wrote %s.", ", ".join(str(path) for path in written if path.exists()))
 
 
 def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) -> None:
     """Write a SavedModel of a trained graph with two signatures, both for a `prediction`, float32 [n, classes].
 
     `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as that of TF-Hub's retrain.py did;
-    `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, without their EXIF orientations. An earlier
-    SavedModel there is replaced; without variables all of it is in one file, which TensorFlow renames at the end.
+    `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, without their EXIF orientations.
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     network = graph_function(graph, final_tensor_name)
     size = graph_input_size(graph)
 
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
+    def serve(image: Tensor) -> dict[str, Tensor]:
+        return {"prediction": network(image * 255)[0]}
+
     def decoded(data: Tensor) -> Tensor:
         pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
-        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.TensorSpec([*size, 3], tf.float32))
+        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32)
         return {"prediction": network(pixels)[0]}
 
-    def serve(image: Tensor) -> dict[str, Tensor]:
-        return {"prediction": network(image * 255)[0]}
-
-    image, file = tf.TensorSpec([None, *size, 3], tf.float32, "image"), tf.TensorSpec([None], tf.string)
-    signatures = {
-        "serving_default": tf.function(serve, [image], autograph=False),
-        "image_bytes": tf.function(serve_bytes, [file], autograph=False),
-    }
+    signatures = {"serving_default": serve, "image_bytes": serve_bytes}
     tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
 
 
@@ -3447,66 +3480,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
 # Main: the rooms in their order
 # ======================================================================================================================
 
-IMAGE_FOLDERS = ("image_dir", "validation_dir", "test_dir", "coarse_image_dir")
-# The flags for which the folders of a set that is split already stand, by how their names usually begin.
-FOLDERS_OF_SPLITS = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
-# The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
-RESULT = logging.WARNING + 1
 
-
-class Console(logging.Handler):
-    """Prints messages on stdout, and warnings and errors, as such, on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = printable(record.getMessage())
-        if record.levelno < logging.WARNING or record.levelno == RESULT:
-            print(text, flush=True)
-        else:
-            print(f"{record.levelname}: {text}", file=sys.stderr, flush=True)
-
-
-def set_up_logging(verbosity: str) -> None:
-    """Print what is at least as serious as `verbosity`; on a terminal a progress bar stands for the lines of steps."""
-    console = Console(verbosity)
-    if verbosity != "DEBUG" and sys.stdout.isatty():
-        console.addFilter(lambda record: record.name != step_log.name)
-    log.handlers[:] = [console]
-    log.propagate = False
-    log.setLevel(verbosity)
-    step_log.setLevel(logging.INFO)
-
-
-def find_class_folders(flags: argparse.Namespace) -> None:
-    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
-    folders = {}
-    for folder in sorted(Path(flags.image_dir).glob("*")):
-        known = re.match("train|val|test", folder.name.lower())
-        if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
-            folders[FOLDERS_OF_SPLITS[known[0]]] = str(folder)
-    if "image_dir" in folders and len(folders) > 1 and not flags.split_file:
-        folders |= {name: vars(flags)[name] for name in ("validation_dir", "test_dir") if vars(flags)[name]}
-        vars(flags).update(folders)
-        log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
-
-
-def check_outputs(flags: argparse.Namespace) -> None:
-    """Raise UserError, before the long work rather than after it, for an output that can't or mustn't be written."""
-    folders = ["bottleneck_dir", "summaries_dir", "saved_model_dir"]
-    folders += ["intermediate_output_graphs_dir"] if flags.intermediate_store_frequency else []
-    files = ["output_graph", "output_labels", "output_report", "write_split_file", "checkpoint_path"]
-    for name in files + folders:
-        if not vars(flags)[name]:
-            continue
-        path = Path(vars(flags)[name])
-        check_writable(name, path, name in folders)
-        place = path.resolve()
-        written_into = place if name in folders else place.parent.parent  # files beside the class folders are not read
-        for other in IMAGE_FOLDERS:
-            if vars(flags)[other] and written_into.is_relative_to(Path(vars(flags)[other]).resolve()):
-                raise UserError(f"--{name} {path}: it lies in what --{other} names; name another place.")
-
-
-def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
+def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
     """Return the images of all folders that the flags name, those of image_dir first, and the labels of image_dir."""
     images = list_images(flags.image_dir)
     labels = list(dict.fromkeys(image.label for image in images))
@@ -3514,177 +3489,160 @@ def list_all(flags: argparse.Namespace) -> tuple[list[Image], list[str]]:
         images = relabel(images, flags.relabel)
     if flags.split_file:
         images = read_split_file(flags.split_file, flags.image_dir, images)
-    folders = {os.path.realpath(flags.image_dir): "image_dir"}
-    for name, split in (("validation_dir", "validation"), ("test_dir", "testing"), ("coarse_image_dir", "coarse")):
-        folder = vars(flags)[name]
-        if not folder:
-            continue
+    flag_of = {os.path.realpath(flags.image_dir): "image_dir"}
+    for name, folder in paths_of(flags, *SPLIT_OF).items():
         others = list_images(folder, f"--{name}")
-        same = folders.setdefault(os.path.realpath(folder), name)
+        same = flag_of.setdefault(os.path.realpath(folder), name)
         if same != name:
             raise UserError(f"--{name} {folder}: it is the same folder as --{same}; name another.")
         odd = sorted({image.label for image in others} ^ set(labels))  # which one has and the other doesn't
-        if odd and split != "coarse":
+        if odd and name != "coarse_image_dir":
             told = f"its class folders must be those of --image_dir, and differ in {', '.join(map(repr, odd))}"
             raise UserError(f"--{name} {folder}: {told}.")
         place = place_of(Path(folder))
-        images += [dataclasses.replace(image, split=split, place=place) for image in others]
-    return leave_out(images, flags.exclude) if flags.exclude else images, labels
+        images += [dataclasses.replace(image, split=SPLIT_OF[name], place=place) for image in others]
+    if flags.exclude:
+        images = leave_out(images, flags.exclude)
+    if not flags.split_file:
+        own = [image for image in images if not image.place]
+        testing = 0 if flags.test_dir else flags.testing_percentage
+        validation = 0 if flags.validation_dir else flags.validation_percentage
+        images = assign_splits(own, testing, validation) + images[len(own) :]
+    return images, labels
 
 
-def split_images(flags: argparse.Namespace, images: Sequence[Image]) -> list[Image]:
-    if flags.split_file:
-        return list(images)
-    testing = 0 if flags.test_dir else flags.testing_percentage
-    validation = 0 if flags.validation_dir else flags.validation_percentage
-    inside = [image for image in images if not image.place]
-    return assign_splits(inside, testing, validation) + [image for image in images if image.place]
-
-
-def open_base_model(flags: argparse.Namespace, images: Sequence[Image]) -> tuple[BaseModel, str]:
-    """Return the base model that the flags ask for, and what to say at the end of the run if it is another, or ''.
-
-    images: all, of which those that train from --image_dir calibrate an 8-bit base model.
-    """
+def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, str]:
+    """Return the base model that the flags ask for, and what to say at the end of the run if it is another, or ''."""
     model_dir = Path(flags.model_dir)
     if flags.tfhub_module:
         recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
     else:
-        asked = flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model
-        recipe = find_recipe(*asked)
+        layer = flags.bottleneck_layer
+        recipe = find_recipe(flags.architecture, layer, model_dir, flags.model_url, flags.trust_model)
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
-        training = [image for image in split_images(flags, images) if image.split == "training" and not image.place]
+        training = [image for image in images if image.split == "training" and not image.place]
         samples = functools.partial(calibration_images, training, from_flags(Reading, flags))
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), recipe.note
 
 
-def tell_splits(flags: argparse.Namespace, images: Sequence[Image], labels: Sequence[str]) -> None:
+def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Say how many images there are of what, and write the split file. Raises UserError for a class without any."""
-    training = [image for image in images if image.split == "training"]
-    check_classes(f"--split_file {flags.split_file}" if flags.split_file else "--image_dir", training, labels)
+    check_classes("--image_dir", [image for image in images if image.split == "training"], labels)
+    counts = Counter(image.label for image in images)
+    log.info("Classes: %s.", ", ".join(f"{label} {counts[label]}" for label in labels))
+    splits = Counter(image.split for image in images)
+    log.info("Images: %d to train, %d to validate, %d to test.", *(splits[split] for split in SPLITS))
     if flags.write_split_file:
         write_split_file(Path(flags.write_split_file), flags.image_dir, images)
-        log.info("Wrote %s.", flags.write_split_file)
-    counts = Counter(image.label for image in images)
-    log.info("Classes: %s.", ", ".join(f"{printable(label)} {counts[label]}" for label in labels))
-    splits = Counter(image.split for image in images)
-    used = splits["training"], splits["validation"], splits["testing"]
-    log.info("Images: %d to train, %d to validate, %d to test.", *used)
 
 
-def dataset_of(flags: argparse.Namespace, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
+def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
     """Return the usable images and their features, kept or computed, here or on a cluster. Raises UserError."""
     engine = "litert" if flags.quantize else flags.engine
+    extract_all = functools.partial(extract_here, engine=engine, cpu_threads=flags.cpu_threads)
     if flags.ray_address:
         extract_all = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=engine)
-    else:
-        extract_all = functools.partial(extract_here, engine=engine, cpu_threads=flags.cpu_threads)
-    compute = functools.partial(compute_bottlenecks, extract_all=extract_all)
     store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
-    found, cues, skipped = compute(store, images)
+    compute = functools.partial(compute_bottlenecks, store, extract_all=extract_all)
+    bottlenecks, cues, skipped = compute(images)
     store.tell_skipped(skipped)
-    images = split_images(flags, [image for image in images if image.path not in skipped])
+    images = [image for image in images if image.path not in skipped]
     own = [image for image in images if image.split != "coarse"]  # which come first
     tell_splits(flags, own, labels)
-    features = found[:, 0]
+    features = bottlenecks[:, 0]
+    numbers = {label: c for c, label in enumerate(labels)}
+    for image in images:
+        numbers.setdefault(image.label, len(numbers))  # of a class that only coarse images have
+    classes = np.array([numbers[image.label] for image in images])
+    split_of = np.array([image.split for image in images])
 
-    def rows_of(labels: Sequence[str], *splits: str) -> Rows:
-        rows = [row for split in splits for row, image in enumerate(images) if image.split == split]
-        numbers = {label: number for number, label in enumerate(labels)}
-        classes = [numbers[images[row].label] for row in rows]
-        return Rows(features, np.array(rows, np.intp), np.array(classes, np.intp))
+    def rows_of(*splits: str) -> Rows:
+        rows = np.concatenate([np.flatnonzero(split_of == split) for split in splits])
+        return Rows(features, rows, classes[rows])
 
-    coarse, coarse_labels = None, labels
+    coarse = None
     if flags.coarse_image_dir:
-        theirs = dict.fromkeys(image.label for image in images if image.split == "coarse")
-        if set(theirs) != set(labels):
-            coarse_labels = list(theirs)
-        coarse = without_copies(rows_of(coarse_labels, "coarse"), features, images)
+        coarse = without_copies(rows_of("coarse"), features, images)
         if not len(coarse.rows):
             raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
-    training, distortion = rows_of(labels, "training"), from_flags(Distortion, flags)
-    if distortion != Distortion():
+    training, distortion = rows_of("training"), from_flags(Distortion, flags)
+    if distortion != Distortion():  # each image then has as many rows as all others: itself, and its variants
+        count = flags.distortions_per_image
         chosen = [images[row] for row in training.rows]
-        variants, _, gone = compute(store, chosen, distortion, flags.distortions_per_image)
-        if gone:
-            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
-        training = with_variants(training, variants, store.folder)
-    held_out = rows_of(labels, "validation"), rows_of(labels, "testing")
-    known = rows_of(labels, "training", "validation")
-    own_features, own_cues = features[: len(own)], cues[: len(own)]
-    return Dataset(own, labels, own_features, own_cues, training, *held_out, known, coarse, coarse_labels)
-
-
-def with_variants(training: Rows, variants: np.ndarray, folder: Path) -> Rows:
-    """Return the training rows, each followed by its distorted variants, float32 [rows, count, n].
-
-    Every image gets the same number of rows, so drawing a row of a class still draws an image first.
-    """
-    images, count, size = variants.shape
-    matrix = empty_matrix((images, 1 + count, size), folder)
-    matrix[:, 0] = training.features()
-    matrix[:, 1:] = variants
-    rows = np.arange(images * (1 + count))
-    return Rows(matrix.reshape(-1, size), rows, np.repeat(training.classes, 1 + count))
+        variants, _, _ = compute(chosen, distortion, count)
+        matrix = empty_matrix((len(variants), 1 + count, base.bottleneck_size), store.folder)
+        np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
+        matrix = matrix.reshape(-1, base.bottleneck_size)
+        training = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
+    return Dataset(
+        images=own,
+        labels=labels,
+        features=features[: len(own)],
+        cues=cues[: len(own)],
+        training=training,
+        validation=rows_of("validation"),
+        testing=rows_of("testing"),
+        known=rows_of("training", "validation"),
+        coarse=coarse,
+    )
 
 
 def train_as_asked(
     data: Dataset, settings: TrainingSettings, after_step: Callable[[int, Head], None]
 ) -> tuple[Head, dict[str, list[Scores]], Callable, TrainingSettings]:
-    """Train the head, in two stages if there are coarse images.
-
-    Returns it with the scores of each training by name, and with what trained it: train_head or the like, and settings.
-    """
-    given = data.training, data.validation, len(data.labels)
-    if data.coarse is None:
-        head, history = train_head(*given, settings, after_step)
+    """Return the head, the scores of each training by name, and what trained it: a train_head, and its settings."""
+    coarse = data.coarse
+    own = data.training, data.validation, len(data.labels)
+    if coarse is None:
+        head, history = train_head(*own, settings, after_step)
         return head, {"head": history}, train_head, settings
-    counts = len(data.coarse.rows), len(data.training.rows)
-    log.info("Stage one trains on %d coarse images, stage two on %d others.", *counts)
-    same = data.coarse_labels == data.labels
+    log.info("Stage one trains on %d coarse images, stage two on %d others.", len(coarse.rows), len(data.training.rows))
+    present = np.unique(coarse.classes)
+    same = np.array_equal(present, np.arange(len(data.labels)))
     first, second = settings.stages(same)
-    seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
-    trained = {"stage one": train_head(data.coarse, seen, len(data.coarse_labels), first)}
+    seen = data.validation
+    if not same:
+        seen = Rows(data.features, np.arange(0), np.arange(0))
+    trained = {"stage one": train_head(coarse, seen, int(present[-1]) + 1, first)}
     base, _ = trained["stage one"]
-    refine = functools.partial(train_head, base=base, coarse=data.coarse if same else None)
-    trained["without stage one"] = train_head(*given, settings)
-    trained["both stages"] = refine(*given, second, after_step)
+    train = functools.partial(train_head, base=base, coarse=coarse if same else None)
+    trained["without stage one"] = train_head(*own, settings)
+    trained["both stages"] = train(*own, second, after_step)
     held_out = data.testing if len(data.testing.rows) else data.validation
     for name, (head, _) in trained.items():
         if len(held_out.rows) and (same or name != "stage one"):
             right = head.logits(held_out.features()).argmax(axis=1) == held_out.classes
             log.info("  %s: %.1f%% of the %d held-out images", name, 100 * right.mean(), len(right))
-    head, _ = trained["both stages"]
-    return head, {name: history for name, (_, history) in trained.items()}, refine, second
+    histories = {name: history for name, (_, history) in trained.items()}
+    return head, histories, train, second  # the head of both stages, which came last
 
 
-def final_test(flags: argparse.Namespace, head: Head, data: Dataset) -> dict:
+def final_test(flags: Flags, head: Head, data: Dataset) -> dict:
     """Try the head on the test images and print the classic lines; return what output_graph.json holds of it."""
     testing = data.testing
     if not len(testing.rows):
         return {"test_accuracy": None, "test_images": 0}
-    batch = next(draw_batches(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed)))
+    chance = np.random.default_rng(flags.random_seed)
+    batch = next(draw_batches(testing.classes, flags.test_batch_size, chance))
     predicted = head.logits(testing.features(batch)).argmax(axis=1)
     right = predicted == testing.classes[batch]
     log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", 100 * right.mean(), len(batch))
     if flags.print_misclassified_test_images:
         log.info("=== MISCLASSIFIED TEST IMAGES ===")
-        for i in np.flatnonzero(~right):
-            path = data.images[testing.rows[batch[i]]].path
-            log.info("%70s  %s", printable(path), data.labels[predicted[i]])
+        for row, named in zip(testing.rows[batch][~right], predicted[~right], strict=True):
+            log.info("%70s  %s", data.images[row].path, data.labels[named])
     return {"test_accuracy": float(right.mean()), "test_images": len(batch)}
 
 
-def write_all(flags: argparse.Namespace, base: BaseModel, head: Head, labels: list[str], facts: dict) -> None:
-    """Write the graph with what belongs to it, and then the other formats that were asked for.
-
-    facts: what output_graph.json is to hold of how it was tested and judged.
-    """
-    files = OutputFiles(Path(flags.output_graph))
-    remove_leftovers(files.graph.parent)
-    facts = {
+def facts_of(flags: Flags, base: BaseModel, tested: dict, known: Rows, found: Diagnostics | None) -> dict:
+    """Return what output_graph.json holds of how images are read, how it was tested, and what is unsure."""
+    familiar = None
+    if found and found.validated:
+        familiar = become_familiar(known.features(), found.validated, flags.coverage).as_facts()
+        familiar["coverage"] = flags.coverage  # which copies of predict.py of older versions read, too
+    return {
         "architecture": base.name,
         "base_model_sha256": base.fingerprint,
         "input_size": base.input_size,
@@ -3692,88 +3650,70 @@ def write_all(flags: argparse.Namespace, base: BaseModel, head: Head, labels: li
         "ignore_exif_orientation": flags.ignore_exif_orientation,
         "exact_decode": flags.exact_decode,
         "quantized": flags.quantize,  # the .tflite; the graph never is
-        **facts,
+        **tested,
+        "temperature": found.temperature if found else 1.0,
+        "familiar": familiar,
     }
-    write_outputs(files, base, head, labels, Path(flags.output_labels), facts)
-    if flags.checkpoint_path:
-        write_checkpoint(head, Path(flags.checkpoint_path))
-    if flags.saved_model_dir:
-        write_saved_model(files.graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
-    written = [files.graph, base.lite_path and files.lite, files.facts, flags.output_labels]
-    written += [flags.checkpoint_path, flags.saved_model_dir]
-    log.info("Wrote %s.", ", ".join(str(path) for path in written if path))
 
 
-def run(flags: argparse.Namespace) -> None:
-    """Go through the rooms: the crawl, then the classifier."""
+def run(flags: Flags) -> None:
+    """Go through the rooms in their order, the crawl first."""
     find_class_folders(flags)
     if not flags.crawl_only:
         check_outputs(flags)
     if flags.crawl:
         crawl_dir = Path(flags.crawl_dir or flags.image_dir)
-        classes = read_names(flags.crawl, crawl_dir)
-        there = {path.name for path in Path(flags.image_dir).glob("[!.]*") if path.is_dir()}
-        if len({*classes, *there}) < 2 and not flags.crawl_only:
-            told = "it names fewer than two classes, which a classifier needs; name more, or add --crawl_only"
-            raise UserError(f"--crawl {flags.crawl}: {told}.")
-        crawl(classes, crawl_dir, flags)
-    if not flags.crawl_only:
-        make_classifier(flags)
-
-
-def make_classifier(flags: argparse.Namespace) -> None:
-    """Go through the rooms images, base model, bottlenecks, head, diagnostics, report and export."""
-    logs = Path(flags.summaries_dir) if flags.summaries_dir else None
-    if logs:
-        logs.mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
+        crawl(read_names(flags.crawl, crawl_dir), crawl_dir, flags)
+        if flags.crawl_only:
+            return
+    logs = Path(flags.summaries_dir)
+    logs.mkdir(parents=True, exist_ok=True)
+    log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
     images, labels = list_all(flags)
     base, note = open_base_model(flags, images)
     with ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else contextlib.nullcontext():
         data = dataset_of(flags, base, images, labels)
 
     def after_step(step: int, head: Head) -> None:
-        with whole_file(Path(flags.intermediate_output_graphs_dir) / f"intermediate_{step}.pb") as temporary:
+        folder = Path(flags.intermediate_output_graphs_dir or at_home("intermediate_graph"))
+        with whole_file(folder / f"intermediate_{step}.pb") as temporary:
             write_graph(temporary, base, head, flags.final_tensor_name)
 
     head, histories, train, settings = train_as_asked(data, from_flags(TrainingSettings, flags), after_step)
-    facts = final_test(flags, head, data) | {"temperature": 1.0, "familiar": None}
-    found, report = None, Path(flags.output_report)
+    tested = final_test(flags, head, data)
+    found = None
     if not flags.no_report:
         found = diagnose(data, head, settings, histories, train)
+        head = head.cooled(found.temperature)
         if found.believed:
             log.info("The accuracy to believe, by %s: %s.", found.believed.source, found.believed.accuracy)
         for finding in findings(found):
             log.info("%s", finding)
-        head = head.cooled(found.temperature)
-        facts["temperature"] = found.temperature
-        if found.validated:
-            given = data.known.features(), found.validated, flags.coverage
-            # Copies of predict.py of older versions read the coverage, too.
-            facts["familiar"] = become_familiar(*given).as_facts() | {"coverage": flags.coverage}
-    write_all(flags, base, head, labels, facts)
-    if logs:
-        write_summaries([*histories.values()][-1], logs)
+    files = OutputFiles(flags.output_graph)
+    remove_leftovers(files.graph.parent)
+    facts = facts_of(flags, base, tested, data.known, found)
+    write_outputs(files, base, head, labels, Path(flags.output_labels), facts)
+    if flags.checkpoint_path:
+        write_checkpoint(head, Path(flags.checkpoint_path))
+    if flags.saved_model_dir:
+        write_saved_model(files.graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
+    write_summaries([*histories.values()][-1], logs)
     if found:
-        write_report(found, report, {"Base model": base.name, "Folder": shown(flags.image_dir)})
-    if found and logs:
+        write_report(found, Path(flags.output_report), {"Base model": base.name, "Folder": shown(flags.image_dir)})
         write_evaluation_summaries(found, data.features, logs / "evaluation")
     if note:
         log.warning(note)
     chosen = "" if flags.output_graph == at_home("output_graph.pb") else f' --graph "{flags.output_graph}"'
-    script = Path(__file__).with_name("predict.py")
-    shown_script = script.name if script.parent == Path.cwd() else script
-    log.info("Name images with: python3 %s%s --image FILE", shown_script, chosen)
+    log.info("Name images with: python3 %s%s --image FILE", at_home("predict.py"), chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
-    try:
-        return exit_code("retrain.py", lambda: run(flags))
-    finally:
-        for handler in log.handlers:
-            handler.close()
+    code = exit_code("retrain.py", lambda: run(flags))
+    for handler in log.handlers:
+        handler.close()
+    return code
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module

@@ -229,19 +229,6 @@ def test_quantized_runs_name_their_files_and_say_so(train, tmp_path, model_dir):
     assert has_int8(Path("output_graph.tflite"))
 
 
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        ("--architecture mobilenet_0.25_128_quantized", "--architecture mobilenet_0.25_128 --quantize"),
-        ("--architecture starter", "invalid choice: 'starter' (choose from"),
-    ],
-)
-def test_flags_that_do_not_fit_are_told(capsys, flags, said):
-    with pytest.raises(SystemExit):
-        retrain.main(flags.split())
-    assert said in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("words, told", [("avx2 fma", True), ("avx2 avx512_vnni", False), ("avx_vnni", False)])
 def test_a_processor_without_vnni_is_told(monkeypatch, words, told):
     said = []

@@ -569,14 +569,6 @@ def test_a_slash_behind_the_folder_makes_it_no_other():
     assert flags.crawl_count == 100
 
 
-def test_a_file_with_one_class_is_refused_before_anything_is_downloaded(server, tmp_path):
-    (tmp_path / "names.txt").write_text("cat\n")
-    flags = ["--crawl", "names.txt", "--image_dir", "images", "--crawl_source", server.source("bing")]
-    done = run_script("retrain.py", *flags, cwd=tmp_path, stdin=subprocess.DEVNULL)
-    assert done.returncode == 1 and "it names fewer than two classes" in done.stderr
-    assert not server.traffic.counts
-
-
 @pytest.mark.parametrize("blocked", ["", "cat", "cat/crawl.jsonl"])
 def test_a_place_that_cannot_be_written_is_said_in_a_sentence(crawl, blocked):
     """Something else lies where a folder or file should be (the user may be root, whom no permission stops)."""

@@ -50,7 +50,7 @@ def diagnose(features, classes, split: str = "", cues=None) -> retrain.Diagnosti
     head, history = retrain.train_head(known, testing, len(labels), SETTINGS)
     cues = np.tile(np.float32([0.5, 0.2, 0.01, 300, 200]), (len(images), 1)) if cues is None else cues
     nothing = Rows(features, known.rows[:0], known.classes[:0])
-    data = Dataset(images, labels, features, cues, known, nothing, testing, known, None, labels)
+    data = Dataset(images, labels, features, cues, known, nothing, testing, known, None)
     return retrain.diagnose(data, head, SETTINGS, {"head": history}, retrain.train_head)
 
 

@@ -278,14 +278,6 @@ def test_next_run_replaces_the_summaries_and_nothing_else(train, tmp_path):
     assert [path.read_text() for path in foreign] == ["mine"] * 3
 
 
-def test_no_summaries_where_none_are_wanted(train, tmp_path):
-    before = {path.name for path in tmp_path.iterdir()}
-    assert train("--summaries_dir", "") == 0
-    made = {path.name for path in tmp_path.iterdir()} - before
-    graph = {"output_graph.json", "output_graph.pb", "output_graph.tflite", "output_labels.txt"}
-    assert made == graph | {"bottleneck"}
-
-
 def test_checkpoint_has_the_classic_names_and_the_head(trained):
     import tensorflow as tf
 

@@ -81,13 +81,13 @@ def test_every_flag_is_told_by_help(module, capsys):
         module.main(["--help", "all"] if module is retrain else ["--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    given = set(re.findall(r'\b(?:flag|add_argument)\(\s*"(--[a-z_]+)"', SCRIPTS[Path(module.__file__).name]))
+    given = set(re.findall(r'\b(?:flag|add_argument)\(\s*"(--[a-z_]+)[ "]', SCRIPTS[Path(module.__file__).name]))
     assert len(given) > 5
     assert {flag for flag in given if not re.search(rf"{flag}\b", told)} == set()
 
 
 def test_the_readme_names_no_flag_that_is_not_there():
-    known = {flag for text in SCRIPTS.values() for flag in re.findall(r'"(--[a-z_]+)"', text)}
+    known = {flag for text in SCRIPTS.values() for flag in re.findall(r'"(--[a-z_]+)[ "]', text)}
     for path in ROOT.glob("README*.md"):
         told = set(re.findall(r"(?<![\w-])--[a-z]+_[a-z_]+\b", path.read_text("utf-8")))
         assert told - known == set(), path.name
