@@ -288,6 +288,13 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 whole_numbers.__name__ = "whole number"  # for argparse, whose words begin with "invalid"
 
 
+def architecture_named(text: str) -> str:
+    base = text.removesuffix("_quantized")  # as the classic script's MobileNets may end
+    if base != text:
+        raise argparse.ArgumentTypeError(f"what {text} did is done by --architecture {base} --quantize")
+    return text
+
+
 def flags_of(parser: Parser, room: str) -> Callable:
     """Return the function that adds a flag of a room, spelled as `--image_dir DIR`, or as `--quantize` without a value.
 
@@ -343,7 +350,7 @@ def add_network_flags(parser: Parser) -> None:
     names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
     names += "vgg16; mobilenet_1.0_224 and its sisters; auto: inception_v3 if it can be had, else efficientnet_lite2"
     engines = "auto", "litert", "tensorflow"
-    flag("--architecture NAME", names, "auto", choices=ARCHITECTURES)
+    flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
     flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
     flag("--model_dir DIR", "where the network lies, or is downloaded to", at_home("inception_model"))
     flag("--model_url URL", "download the network from here, as .pb or .tgz")
@@ -433,6 +440,10 @@ def check_flags(parser: Parser, flags: Flags) -> None:
     if is_store_url(flags.image_dir) and (not flags.ray_address or any(vars(flags)[name] for name in local)):
         told = f"an object store is read by a Ray cluster; add --ray_address, and leave out --{', --'.join(local)}"
         parser.error(f"--image_dir: {told}")
+    if flags.ray_address.startswith("ray://"):
+        parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
+    if flags.crawl_only and not flags.crawl:
+        parser.error("--crawl_only: there is nothing to crawl without --crawl")
     if flags.tfhub_module and flags.architecture != "auto":
         parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
     if flags.bottleneck_layer and flags.architecture != "vgg16":
