@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Name new images with what retrain.py has trained.
+"""Name images with what retrain.py has trained.
 
-    python predict.py --image photo.jpg holiday/ 'more/*.png'
-    python predict.py --page
+  python3 predict.py photo.jpg                           what is it?
+  python3 predict.py holiday --csv holiday.csv           a whole folder, into a table
+  python3 predict.py holiday --sort_into sorted          copies in a folder for each class
 
-Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which needs no TensorFlow and starts in a
-second. A graph that stands alone, ours or one of the classic script's, is run by TensorFlow. All flags: --help.
-This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only; retrain.py takes
-from it what both must have alike. Its rooms: common ground, images, graphs, classifier, predictions, command line.
+Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which starts in a second. A graph that
+stands alone is run by TensorFlow.
 """
+# This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only; retrain.py takes
+# from it what both must have alike.
 
 from __future__ import annotations
 
@@ -25,9 +26,7 @@ import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -40,15 +39,13 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 # Where every default lies: beside the scripts, wherever they are started from, unless RETRAIN_HOME names a folder.
 HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
 # What installs a package where this Python looks for it.
 INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
 
-if sys.version_info < (3, 10):  # noqa: UP036  (whoever has an older one is told so)
-    sys.exit(f"This is Python {sys.version.split()[0]}, which is too old; run it with Python 3.10 to 3.13.")
 try:
     import numpy as np
     import PIL.Image
@@ -67,17 +64,12 @@ except ImportError as missing:
         sys.exit(subprocess.call([own_python, *sys.argv]))
     os.execv(own_python, [str(own_python), *sys.argv])
 
-if TYPE_CHECKING:  # only to name it: TensorFlow is loaded where it is first needed
-    from tensorflow.core.framework.graph_pb2 import GraphDef
-
 # None: there is none. Else pandas, which TensorFlow and cleanlab load, takes our folder for the package.
 sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 
 # ======================================================================================================================
 # Common ground: errors, whole files, all cores, flags
 # ======================================================================================================================
-
-log = logging.getLogger("retrain")
 
 
 class UserError(Exception):
@@ -90,31 +82,24 @@ class ImageError(Exception):
 
 def exit_code(program: str, work: Callable[[], int | None]) -> int:
     """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
-
-    def stop(signal_number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal_number)
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     code = 1
     try:
-        done = work() or 0
+        code = work() or 0
         print(end="", flush=True)  # while there are still words for what goes wrong
-        return done
+        return code
     except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
         return 141
-    except KeyboardInterrupt as error:
-        resumes = "; what is done is kept, and the same command goes on from there" if program == "retrain.py" else ""
-        message = f"stopped{resumes}."
-        code = 128 + (error.args[0] if error.args else signal.SIGINT)
+    except KeyboardInterrupt:
+        code = 130
+        message = "stopped; what is done is kept."
     except UserError as error:
         message = f"error: {error}"
-    except OSError as error:
-        message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
-    except MemoryError:
-        message = "error: there is not enough memory for so many images, or for such large ones."
+    except (OSError, MemoryError) as error:
+        message = f"error: {first_line(error)}."
     except ImportError as error:
         package = str(error.name).replace("_", "-")
         message = f"error: {error}; install it with: {INSTALL} {package}, or all with -r requirements.txt"
@@ -122,16 +107,9 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
     return code
 
 
-def end_process(code: int) -> None:
-    """End the process with an exit code, now, before a late signal or a thread that is stuck can spoil the end."""
-    with contextlib.suppress(OSError):
-        print(end="", flush=True)
-    os._exit(code)
-
-
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` when the block ends well: nobody sees half a file.
+    """Yield a temporary path, which gets the name `path` when the block ends well: nobody sees half a file.
 
     Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
     """
@@ -141,8 +119,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(target)
-    except BrokenPipeError:  # of stdout, in the block
-        raise
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
@@ -156,33 +132,25 @@ def core_count(at_most: int = 0) -> int:
     return min(cores, at_most or cores)
 
 
-def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator[tuple]:
-    """Yield (item, result) in the order of the items; a worker is a function of one item, for one thread at a time.
+def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator:
+    """Yield the results for items, in their order; a worker is a function of one item, for one thread at a time.
 
-    Threads do, since decoders and networks release the interpreter lock. What a worker raises is raised here.
+    Threads do, since decoders and networks release the interpreter lock. What a worker raises ends all.
     """
     idle = list(workers)
 
     def work(item: Any) -> Any:
         worker = idle.pop()
-        try:
-            return worker(item)
-        finally:
-            idle.append(worker)
+        result = worker(item)
+        idle.append(worker)
+        return result
 
-    pool = concurrent.futures.ThreadPoolExecutor(len(workers))
-    try:
-        yield from zip(items, pool.map(work, items), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)  # what is being written is finished
+    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+        yield from pool.map(work, items)
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):  # faster than the whole at once, for which memory must be found
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -226,25 +194,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
             wrong = message.split()[2].partition("=")[0]
-            name, flags = wrong.lstrip("-").replace("-", "_"), self._option_string_actions
-            near = difflib.get_close_matches(f"--{name}", flags, n=1)
-            meant = self.meant.get(name) or "".join(near)
-            if "--image_dir" in flags and Path(wrong).is_dir():  # no flag, but what one was forgotten before
+            name = wrong.lstrip("-").replace("-", "_")
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
+            meant = self.meant.get(name, "".join(near))
+            if Path(wrong).is_dir():  # no flag, but what one was forgotten before
                 meant = f"--image_dir {wrong}"
-            message = f"{wrong} is no flag of this command" + (f"; did you mean {meant}?" if meant else "")
+            message = f"{wrong} is no flag of this command"
+            if meant:
+                message += f"; did you mean {meant}?"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def number(kind: type, low: float, high: float = math.inf, also: float | None = None) -> Callable:
     """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
+    allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+    if also is not None:
+        allowed += f", or {also}"
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value != also and not (low <= value <= high and math.isfinite(value)):
-            allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            or_else = "" if also is None else f", or {also}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed}{or_else})")
-        return value
+        if value == also or (low <= value <= high and value < math.inf):
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
 
     parse.__name__ = "whole number" if kind is int else "number"  # for argparse, whose words begin with "invalid"
     return parse
@@ -257,8 +228,9 @@ def at_home(name: str) -> str:
 
 def check_writable(name: str, path: Path, is_folder: bool) -> None:
     """Raise UserError if a file or folder, by the name of its flag, can't be written."""
-    path = path.absolute()
-    place = next(place for place in [path, *path.parents][not is_folder :] if place.exists())
+    place = path.absolute() if is_folder else path.absolute().parent
+    while not place.exists():
+        place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"--{name} {path}: {place} is no folder that can be written to; name another place.")
     if not is_folder and path.exists() and not path.is_file():  # a device, too, would be replaced
@@ -269,8 +241,13 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # Images: read, decoded, upright, resized
 # ======================================================================================================================
 
-# What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
+# What is read, by the names that Pillow gives to formats.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
+with contextlib.suppress(ImportError):  # for HEIC
+    import pi_heif
+
+    pi_heif.register_heif_opener()
+    FORMATS.insert(0, "HEIF")
 MOST_BYTES = 150_000_000
 PIL.Image.MAX_IMAGE_PIXELS = 101_000_000  # Pillow refuses more than twice as many; phones take 201 million
 # Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
@@ -329,15 +306,12 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     """
     if not data:
         raise ImageError("the file is empty")
-    is_heic = re.match(rb"....ftyp(he|mif1|msf1)", data, re.DOTALL)
-    if is_heic:
-        register_heic()
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=["HEIF", "AVIF"] if is_heic else FORMATS)
-        shorter, target, scale = min(image.size), max(input_size), 1
-        if shorter > 4 * target and not reading.exact_decode:
-            scale = next(s for s in (8, 4, 2) if shorter / s >= 2 * target)
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format in ("JPEG", "MPO"):
+            scale, shorter = 1, min(image.size)
+            if shorter > 4 * max(input_size) and not reading.exact_decode:
+                scale = next(scale for scale in (8, 4, 2) if shorter / scale >= 2 * max(input_size))
             pixels = decode_jpeg(data, image, scale)
         elif image.mode.startswith("I"):
             grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
@@ -345,14 +319,14 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         else:
             pixels = np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError:
-        raise ImageError("not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format") from None
+        remedy = "" if "HEIF" in FORMATS else f"; HEIC needs pi-heif: {INSTALL} pi-heif"
+        raise ImageError(f"not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format{remedy}") from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
-    except MemoryError:
-        raise ImageError("too large for the memory") from None
     except Exception as error:  # decoders raise many kinds of errors on damaged data
         truncated = "truncated" in str(error).lower()
-        raise ImageError("the file is truncated" if truncated else f"damaged ({first_line(error)})") from None
+        told = "the file is truncated" if truncated else f"it can't be decoded ({first_line(error)})"
+        raise ImageError(told) from None
     if not reading.ignore_exif_orientation:
         with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
             orientation = image.getexif().get(0x0112, 1)  # Pillow has turned TIFF and HEIC already
@@ -361,15 +335,6 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
                 turned.getexif()[0x0112] = orientation
                 pixels = np.asarray(PIL.ImageOps.exif_transpose(turned))
     return pixels
-
-
-def register_heic() -> None:
-    """Let Pillow read HEIC, which it does by pi-heif, upright. Raises ImageError where that is not installed."""
-    try:
-        import pi_heif
-    except ImportError:
-        raise ImageError(f"an image in HEIC format, which needs pi-heif: {INSTALL} pi-heif") from None
-    pi_heif.register_heif_opener()
 
 
 def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
@@ -405,28 +370,24 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         low = place.astype(np.intp)
         return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
 
-    def between(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
-        end -= start  # in place, which is faster
-        end *= share
-        end += start
-        return end
-
-    def across_lines(at: np.ndarray) -> np.ndarray:
-        picked = lines.take(at, axis=0)
-        start, end = (picked.take(side, axis=1).astype(np.float32) for side in (left, right))
-        return between(start, end, np.repeat(across, 3))
+    def across_lines(picked: np.ndarray) -> np.ndarray:
+        start = picked[:, left].astype(np.float32)
+        end = picked[:, right].astype(np.float32)
+        return start + (end - start) * np.repeat(across, 3)
 
     (top, bottom, down), (left, right, across) = map(neighbours, pixels.shape, size)
     # Picked by value rather than by pixel of three: four times as fast, to the same bit.
     left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
-    return between(across_lines(top), across_lines(bottom), down[:, None]).reshape(*size, 3)
+    lines = pixels.reshape(len(pixels), -1)  # [height, width * 3]
+    upper, lower = across_lines(lines[top]), across_lines(lines[bottom])
+    return (upper + (lower - upper) * down[:, None]).reshape(*size, 3)
 
 
 # ======================================================================================================================
-# Graphs: by LiteRT or TensorFlow, and only such as do nothing but compute
+# The classifier: a graph for LiteRT or TensorFlow, its labels, and what it is familiar with
 # ======================================================================================================================
 
+GraphDef = Any  # TensorFlow's, which is loaded where it is first needed
 RESIZED_NODE, BOTTLENECK_NODE = "ResizeBilinear", "pool_3/_reshape"
 
 # A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations,
@@ -454,7 +415,7 @@ def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[No
     """Turn whatever comes of a file's content that is not as it must be into a UserError."""
     try:
         yield
-    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of TensorFlow, of protobuf
         raise UserError(f"{path} is {fault} ({printable(first_line(error))}).") from error
 
 
@@ -471,7 +432,6 @@ class LiteModel:
             self.interpreter = Interpreter(str(path), num_threads=threads)
             self.interpreter.allocate_tensors()
         (self.input,) = self.interpreter.get_input_details()
-        self.outputs = self.interpreter.get_output_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -480,18 +440,20 @@ class LiteModel:
     def run(self, pixels: np.ndarray) -> list[np.ndarray]:
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
-        return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
+        outputs = self.interpreter.get_output_details()
+        return [self.interpreter.get_tensor(output["index"])[0] for output in outputs]
 
 
 def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     from tensorflow.python.framework import op_def_registry
 
-    # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
-    names = (function.signature.name for function in graph.library.function)
-    own = [name for name in names if op_def_registry.get(name) is None]
-    allowed = {*PURE_OPS.split(), *also.split(), *own}
-    for node in itertools.chain(graph.node, *(function.node_def for function in graph.library.function)):
+    nodes, allowed = list(graph.node), {*PURE_OPS.split(), *also.split()}
+    for function in graph.library.function:  # which a node may call, unless it goes by an operation's name
+        nodes += function.node_def
+        if op_def_registry.get(function.signature.name) is None:
+            allowed.add(function.signature.name)
+    for node in nodes:
         if node.op not in allowed:
             raise UserError(
                 f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
@@ -502,10 +464,8 @@ def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
 def read_graph(path: Path, trusted: bool = False) -> GraphDef:
     """Return the GraphDef of a file. Raises UserError for none, and, unless trusted, for one that may do harm."""
     graph = import_tensorflow().compat.v1.GraphDef()
-    try:
+    with telling_of_damage(path, "no TensorFlow graph, or not a whole one"):
         graph.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, by its several names
-        raise UserError(f"{path} is no TensorFlow graph, or not a whole one; put the right file there.") from error
     if not trusted:
         check_ops(graph, path)
     return graph
@@ -525,27 +485,16 @@ def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
     return folded
 
 
-def graph_input_size(graph: GraphDef) -> tuple[int, int]:
-    """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its images."""
-    nodes = {node.name: node for node in graph.node}
-    size = nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor
-    height, width = import_tensorflow().make_ndarray(size).tolist()
-    return height, width
-
-
 def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> Any:
     """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a list of outputs."""
     tf = import_tensorflow()
     wanted = [f"{name}:0" for name in outputs]
+    nodes = {node.name: node for node in graph.node}
+    size = tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)
     return tf.compat.v1.wrap_function(
         lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
-        [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)],
+        [tf.TensorSpec([batch, *size, 3], tf.float32)],
     )
-
-
-# ======================================================================================================================
-# The classifier: a graph, its labels, and what it is familiar with
-# ======================================================================================================================
 
 
 class OutputFiles:
@@ -555,30 +504,35 @@ class OutputFiles:
     """
 
     def __init__(self, graph: str | Path):
-        path = Path(graph)
-        stem = path.name.removesuffix(".pb").removesuffix(".tflite")
-        self.graph = path.with_name(f"{stem}.pb") if path.suffix == ".tflite" else path
-        self.lite, self.facts = path.with_name(f"{stem}.tflite"), path.with_name(f"{stem}.json")
-        # output_labels.txt and output_report.html for output_graph.pb, ants_labels.txt for ants.pb.
-        stem = stem.removesuffix("_graph")
-        self.labels, self.report = path.with_name(f"{stem}_labels.txt"), path.with_name(f"{stem}_report.html")
+        stem = str(graph).removesuffix(".pb").removesuffix(".tflite")
+        self.graph = Path(f"{stem}.pb" if str(graph).endswith(".tflite") else graph)
+        self.lite = Path(f"{stem}.tflite")
+        self.facts = Path(f"{stem}.json")
+        stem = stem.removesuffix("_graph")  # output_labels.txt for output_graph.pb, ants_labels.txt for ants.pb
+        self.labels = Path(f"{stem}_labels.txt")
+        self.report = Path(f"{stem}_report.html")
 
 
 @dataclasses.dataclass(frozen=True)
 class Familiar:
-    """What tells an image like those of the training from one of something else, for predict.py's `unsure`.
-
-    exemplars: float16 [k, n], unit vectors in the middle of clusters of the training's bottlenecks. An image is named
-    if its bottleneck has a cosine of `least_similarity` with one of them, and its best score is `least_score`.
+    """What tells an image like those of the training from another: it is named if its bottleneck has a cosine of
+    `least_similarity` with an exemplar, the middle of a cluster of theirs, and its best score is `least_score`.
     """
 
-    exemplars: np.ndarray
-    least_similarity: float
     least_score: float
+    least_similarity: float
+    exemplars_shape: Sequence[int]  # [k, n]
+    exemplars_float16: str  # in base64
+    coverage: float  # the share of right answers that these thresholds leave
+
+    @functools.cached_property
+    def exemplars(self) -> np.ndarray:
+        values = np.frombuffer(base64.b64decode(self.exemplars_float16), np.float16)
+        return values.reshape(self.exemplars_shape).astype(np.float32)
 
     def likeness(self, features: np.ndarray) -> np.ndarray:
         """Return the greatest cosine with an exemplar, float32 [...], of features [..., n]."""
-        return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=-1)
+        return (unit(features) @ self.exemplars.T).max(axis=-1)
 
     def reason(self, likeness: float, scores: Sequence[tuple[str, float]]) -> str:
         """Tell why an image of this likeness and these (label, score), best first, is not to be named; "" if it is."""
@@ -587,63 +541,41 @@ class Familiar:
         (first, best), (second, _), *_ = scores
         return f"between {first} and {second}" if best < self.least_score else ""
 
-    def as_facts(self) -> dict:
-        return {
-            "least_score": self.least_score,
-            "least_similarity": self.least_similarity,
-            "exemplars_shape": self.exemplars.shape,
-            "exemplars_float16": base64.b64encode(self.exemplars.tobytes()).decode("ascii"),
-        }
-
-    @classmethod
-    def from_facts(cls, facts: dict) -> Familiar:
-        values = np.frombuffer(base64.b64decode(facts["exemplars_float16"]), np.float16)
-        exemplars = values.reshape(facts["exemplars_shape"])
-        return cls(exemplars, float(facts["least_similarity"]), float(facts["least_score"]))
-
 
 def unit(features: np.ndarray) -> np.ndarray:
     """Return vectors [..., n] brought to length 1."""
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-# A function from pixels, float32 [height, width, 3], to [probabilities, float32 [classes]], and maybe features [n].
-Model = Callable[[np.ndarray], list[np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier; models: one for each image at a time; familiar: None where that was not measured."""
+    """A trained classifier: its labels, its models, and how images are read for them.
 
-    labels: list[str]
-    models: list[Model]
-    input_size: tuple[int, int]
-    reading: Reading
-    familiar: Familiar | None = None
-
-
-def load_classifier(
-    graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False
-) -> Classifier:
-    """Return the classifier of a graph (or .tflite) file, for so many images; 0 threads: all cores.
-
-    labels: a file with a label per line, in place of those of the training. trusted: see read_graph. Raises UserError
-    for files that are missing or don't fit together.
+    A model, of which there is one for each image at a time, is a function from pixels float32 [*input_size, 3] to
+    [probabilities float32 [classes], features [n]]. familiar: None where that was not measured.
     """
-    files = OutputFiles(graph)
-    facts = read_facts(files)
-    if not facts and not files.graph.is_file():
-        fault = "there is no such file, or the .json that belongs to it is not beside it"
-        raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
-    names = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
-    reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
-    if not facts.get("lite_is_whole"):
-        model, input_size = tensorflow_model(files.graph, trusted)
-        return Classifier(names, [model], input_size, reading, facts.get("familiar"))
-    cores = core_count(cpu_threads)
-    at_once = min(cores, images)  # one image alone is done by all cores, many by a core each
-    models = [LiteModel(files.lite, cores // at_once) for _ in range(at_once)]
-    return Classifier(names, [model.run for model in models], models[0].input_size, reading, facts.get("familiar"))
+
+    def __init__(self, graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False):
+        """Open a graph (or .tflite) file for so many images; 0 threads: all cores.
+
+        labels: a file with a label per line, in place of those of the training. trusted: see read_graph. Raises
+        UserError for files that are missing or don't fit together.
+        """
+        files = OutputFiles(graph)
+        facts = read_facts(files)
+        if not facts and not files.graph.is_file():
+            fault = "there is no such file, or the .json that belongs to it is not beside it"
+            raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
+        self.labels = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
+        self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
+        self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
+        if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
+            cores = core_count(cpu_threads)
+            at_once = min(cores, images)  # one image alone is done by all cores, many by a core each
+            models = [LiteModel(files.lite, cores // at_once) for _ in range(at_once)]
+            self.models, self.input_size = [model.run for model in models], models[0].input_size
+        else:
+            model, self.input_size = tensorflow_model(files.graph, trusted)
+            self.models = [model]
 
 
 def read_labels(path: Path) -> list[str]:
@@ -655,21 +587,16 @@ def read_labels(path: Path) -> list[str]:
 
 
 def read_facts(files: OutputFiles) -> dict:
-    """Return what retrain.py noted about the graph, or {} if that is another's; `lite_is_whole`: so is the .tflite."""
+    """Return what retrain.py noted about the graph, or {} if that is another's."""
+    kept, noted = (files.graph, "graph_sha256") if files.graph.is_file() else (files.lite, "lite_sha256")
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
-        facts["labels"] = list(map(str, facts["labels"]))
-        facts["familiar"] = facts.get("familiar") and Familiar.from_facts(facts["familiar"])
-        facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
-        tied = facts["lite_is_whole"]
-        if files.graph.is_file():
-            tied = facts["graph_sha256"] == sha256_of(files.graph)
-        return facts if tied else {}
-    except (OSError, ValueError, KeyError, TypeError):  # no file, or one that is none of ours
+        return facts if facts[noted] == sha256_of(kept) else {}
+    except (OSError, ValueError, LookupError, TypeError):  # no file, or one that is none of ours
         return {}
 
 
-def tensorflow_model(path: Path, trusted: bool) -> tuple[Model, tuple[int, int]]:
+def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable, tuple[int, int]]:
     """Return a model, and its input size, of a graph of ours or of the classic script's.
 
     It is fed behind its decoder, so that it sees images as training saw them. Raises UserError for another graph.
@@ -677,24 +604,21 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Model, tuple[int, int]]
     graph = read_graph(path, trusted)
     softmax = [node.name for node in graph.node if node.op == "Softmax"][-1:]
     wanted = softmax + [node.name for node in graph.node if node.name == BOTTLENECK_NODE]
-    fault = f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"
-    with telling_of_damage(path, fault):
-        graph = fold_batch_norm(graph, *wanted)
-        network = graph_function(graph, *wanted, batch=1)
-        size = graph_input_size(graph)
-    return lambda pixels: [output.numpy()[0] for output in network(pixels[None])], size
+    with telling_of_damage(path, f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"):
+        network = graph_function(fold_batch_norm(graph, *wanted), *wanted, batch=1)
+    return lambda pixels: [output.numpy()[0] for output in network(pixels[None])], tuple(network.inputs[0].shape[1:3])
 
 
 # ======================================================================================================================
-# Predictions: for files and folders, as text and tables, and into folders
+# Predictions: for files and folders, as text and tables, into folders, on a page
 # ======================================================================================================================
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What one image was taken for: (label, score), best first, or why it could not be read.
+    """What one image was taken for: (label, score), best first, and why that is unsure; or why it can't be read.
 
-    reason: why it is unsure, "" if it is not. likeness: to the training's images, at most 1; None where not measured.
+    likeness: to the training's images, at most 1; None where not measured.
     """
 
     path: Path
@@ -705,8 +629,9 @@ class Prediction:
 
     @property
     def outcome(self) -> str:
-        """The best label, unless the image is unsure or could not be read."""
-        return "not read" if self.error else "unsure" if self.reason else self.scores[0][0]
+        if self.error:
+            return "not read"
+        return "unsure" if self.reason else self.scores[0][0]
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -717,28 +642,23 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        for path in map(Path, matches or [pattern]):
-            found += files_below(path) if path.is_dir() else [path]
+        for match in matches or [pattern]:
+            if not os.path.isdir(match):
+                found.append(Path(match))
+                continue
+            below = glob.glob(f"{glob.escape(match)}/**", recursive=True)  # but for names that begin with a dot
+            found += [path for path in map(Path, sorted(below)) if path.is_file() and not is_hidden(path)]
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
         raise UserError(f"--image {', '.join(patterns)}: {fault}.")
     return list(dict.fromkeys(found))
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Return the files in a folder and the folders in it, by name; hidden ones are not read."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(is_hidden(Path(part)) for part in path.relative_to(folder).parts):
-            files.append(path)
-    return files
-
-
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Return what each image is taken for, in the order of `paths`. Raises UserError if there are too few labels."""
     labels, familiar, size = classifier.labels, classifier.familiar, classifier.input_size
 
-    def name(model: Model, path: Path) -> Prediction:
+    def name(model: Callable, path: Path) -> Prediction:
         try:
             pixels = read_image(path, classifier.reading, size)
         except ImageError as error:
@@ -748,13 +668,12 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
             raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
         rounded = [round(score, 6) for score in probabilities.tolist()]
         scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
-        if familiar is None or not features:
+        if not familiar:
             return Prediction(path, scores)
         likeness = float(familiar.likeness(features[0]))
         return Prediction(path, scores, "", familiar.reason(likeness, scores), min(1.0, round(likeness, 6)))
 
-    workers = [functools.partial(name, model) for model in classifier.models]
-    return (prediction for _, prediction in on_all_cores(workers, paths))
+    return on_all_cores([functools.partial(name, model) for model in classifier.models], paths)
 
 
 def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
@@ -762,18 +681,18 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
     if prediction.error:
         print(f"predict.py: error: {printable(prediction.path)}: {prediction.error}", file=sys.stderr)
         return
-    lines = [f"unsure: {prediction.reason}; the best guesses are"] if prediction.reason else []
+    lines = [str(prediction.path)] if headed else []
+    if prediction.reason:
+        lines.append(f"unsure: {prediction.reason}; the best guesses are")
     lines += [f"{label} (score = {score:.5f})" for label, score in prediction.scores[:top_k]]
-    if headed:
-        lines = [str(prediction.path), *lines, ""]
-    print(*map(printable, lines), sep="\n", flush=True)
+    print(*map(printable, lines), sep="\n", end="\n\n" if headed else "\n", flush=True)
 
 
 def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
-    counts = collections.Counter(each.outcome for each in predictions).most_common()
-    told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
-    print(f"{len(predictions):,} images: {told}.")
+    counts = collections.Counter(each.outcome for each in predictions)
+    told = [f"{printable(outcome)} {count:,}" for outcome, count in counts.most_common()]
+    print(f"{len(predictions):,} images: {', '.join(told)}.")
     classes = {label_of(label) for label in labels}
     right = []
     for each in predictions:
@@ -784,27 +703,23 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
         print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.")
 
 
-def sort_into(folder: Path, prediction: Prediction) -> None:
+def sort_into(folder: str, prediction: Prediction) -> None:
     """Copy an image into the folder of its class, or into unsure/, under a free name, unless it lies there already."""
-    if prediction.error:
-        return
     path = prediction.path
-    place = folder / re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome)
-    for i in itertools.count(1):
-        copy = place / (path.name if i == 1 else f"{path.stem}_{i}{path.suffix}")
-        if not copy.exists():
-            with whole_file(copy) as temporary:
-                shutil.copy2(path, temporary)
-            return
+    place = Path(folder, re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome))
+    copy = place / path.name
+    others = 1
+    while copy.exists():
         if filecmp.cmp(path, copy, shallow=False):
             return
+        others += 1
+        copy = place / f"{path.stem}_{others}{path.suffix}"
+    with whole_file(copy) as temporary:
+        shutil.copy2(path, temporary)
 
 
 def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
-    """Write a table with a row per image: image, label, score, error, all scores, and any doubt.
-
-    Excel takes a file for UTF-8 by the mark at its beginning only, and what begins like a formula for one.
-    """
+    """Write a table with a row per image. Excel takes it for UTF-8 by its first mark, and "=x" for a formula."""
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8-sig", "backslashreplace", "") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "score", "error", *labels, "unsure", "reason", "likeness"])
@@ -817,7 +732,7 @@ def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str
 
 
 def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None:
-    """Write a list with an object per image: image, predictions (label, score), unsure, reason, likeness, error."""
+    """Write a list with an object per image."""
     entries = [
         {
             "image": str(prediction.path),
@@ -833,11 +748,6 @@ def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None
         temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
-# ======================================================================================================================
-# The page and the command line
-# ======================================================================================================================
-
-
 def serve_page(classifier: Classifier, top_k: int) -> None:
     """Open a page that names what is dropped, pasted or photographed there; only this machine can reach it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
@@ -845,8 +755,6 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
         import gradio
     except ImportError as error:
         raise UserError(f"--page needs gradio ({error}); install it with: {INSTALL} gradio") from None
-    with contextlib.suppress(ImageError):
-        register_heic()  # for gradio, which opens the image first
 
     def name(file: str | None) -> tuple[dict[str, float] | None, str]:
         if file is None:
@@ -869,68 +777,55 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
     threading.Event().wait()
 
 
-EXAMPLES = """examples:
-  python3 predict.py photo.jpg                           what is it?
-  python3 predict.py holiday --csv holiday.csv           a whole folder, into a table
-  python3 predict.py holiday --sort_into sorted          copies in a folder for each class
-"""
-
-
-def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="predict.py", description="Name images with what retrain.py has trained.", epilog=EXAMPLES)
-    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
-    flag = parser.add_argument
-    file: dict[str, Any] = {"metavar": "FILE", "default": ""}
-    flag("images", nargs="*", metavar="FILE", help="the same as --image")
-    images = "images: files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
-    flag("--image", nargs="+", action="extend", metavar="FILE", default=[], help=images)
-    flag("--csv", **file, help="also write a table for a spreadsheet, a row per image")
-    flag("--json", **file, help="also write a list for programs, an object per image")
-    flag("--sort_into", metavar="DIR", default="", help="copy each image into DIR/<its class>, or DIR/unsure")
-    flag("--page", action="store_true", help="open a page in the browser to drop images on")
-    flag("--top_k", type=number(int, 1), metavar="N", default=5, help="classes to print for each image (%(default)s)")
-    graph = "the trained classifier, .pb or .tflite (output_graph.pb, beside this script)"
-    flag("--graph", metavar="FILE", default=at_home("output_graph.pb"), help=graph)
-    flag("--labels", **file, help="other names for its classes, a line each (default: as they were trained)")
-    flag("--cpu_threads", type=number(int, 0), metavar="N", default=0, help="cores to use (default: all)")
-    flag("--trust_model", action="store_true", help="run a .pb of somebody else's even if it could change files")
-    return parser.parse_args(arguments)
-
-
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    outputs = {"csv": flags.csv, "json": flags.json, "sort_into": flags.sort_into}
-    outputs = {name: path for name, path in outputs.items() if path}
-    for name, path in outputs.items():
-        check_writable(name, Path(path), is_folder=name == "sort_into")
+    outputs = [name for name in ("csv", "json", "sort_into") if vars(flags)[name]]
+    for name in outputs:
+        check_writable(name, Path(vars(flags)[name]), name == "sort_into")
     paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
-    classifier = load_classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
+    classifier = Classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
         serve_page(classifier, flags.top_k)
     predictions: list[Prediction] = []
     try:
         for prediction in predict(classifier, paths):
             print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
-            if flags.sort_into:
-                sort_into(Path(flags.sort_into), prediction)
             predictions.append(prediction)
+            if flags.sort_into and not prediction.error:
+                sort_into(flags.sort_into, prediction)
     finally:  # what was named until it was stopped is written, and summed up, all the same
-        if predictions:
-            if flags.csv:
-                write_csv(flags.csv, predictions, classifier.labels)
-            if flags.json:
-                write_json(flags.json, predictions, flags.top_k)
-            if len(paths) > 1:
-                print_summary(predictions, classifier.labels)
+        if predictions and flags.csv:
+            write_csv(flags.csv, predictions, classifier.labels)
+        if predictions and flags.json:
+            write_json(flags.json, predictions, flags.top_k)
+        if predictions and len(paths) > 1:
+            print_summary(predictions, classifier.labels)
     if outputs:
-        print(f"Wrote {printable(', '.join(outputs.values()))}.")
+        print(f"Wrote {printable(', '.join(vars(flags)[name] for name in outputs))}.")
     return int(any(prediction.error for prediction in predictions))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    flags = parse_flags(arguments)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("predict.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("images", nargs="*", metavar="FILE", help="the same as --image")
+    images = "images: files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
+    flag("--image", nargs="+", action="extend", metavar="FILE", default=[], help=images)
+    flag("--csv", metavar="FILE", help="also write a table for a spreadsheet, a row per image")
+    flag("--json", metavar="FILE", help="also write a list for programs, an object per image")
+    flag("--sort_into", metavar="DIR", help="copy each image into DIR/<its class>, or DIR/unsure")
+    flag("--page", action="store_true", help="open a page in the browser to drop images on")
+    flag("--top_k", type=number(int, 1), metavar="N", default=5, help="classes to print for each image (%(default)s)")
+    graph = "the trained classifier, .pb or .tflite (output_graph.pb, beside this script)"
+    flag("--graph", metavar="FILE", default=at_home("output_graph.pb"), help=graph)
+    labels = "other names for its classes, a line each (default: as they were trained)"
+    flag("--labels", metavar="FILE", default="", help=labels)
+    flag("--cpu_threads", type=number(int, 0), metavar="N", default=0, help="cores to use (default: all)")
+    flag("--trust_model", action="store_true", help="run a .pb of somebody else's even if it could change files")
+    flags = parser.parse_intermixed_args(arguments)
     return exit_code("predict.py", lambda: run(flags))
 
 
 if __name__ == "__main__":
-    end_process(main())
+    os._exit(main())  # now, before a late signal or a thread that is stuck can spoil the end

@@ -71,16 +71,13 @@ from predict import (
     check_writable,
     core_count,
     decode_image,
-    end_process,
     exit_code,
     first_line,
     fold_batch_norm,
     graph_function,
-    graph_input_size,
     import_tensorflow,
     is_hidden,
     label_of,
-    log,
     number,
     on_all_cores,
     printable,
@@ -112,6 +109,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 # Common ground: journals, progress, large matrices
 # ======================================================================================================================
 
+log = logging.getLogger("retrain")
 # Features of more bytes than this lie in a file instead of in memory.
 MOST_IN_MEMORY = 2 << 30
 
@@ -1147,8 +1145,8 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
-    pixels = list(samples(graph_input_size(graph))) if samples else []
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
+    pixels = list(samples(tuple(function.inputs[0].shape[1:3]))) if samples else []
     try:
         with quiet_stderr():
             converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
@@ -1462,7 +1460,8 @@ def extract_here(
 ) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
     at_once = networks(store.base, engine, cpu_threads, len(jobs))
-    return on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
+    results = on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
+    return zip(jobs, results, strict=True)
 
 
 def compute_bottlenecks(
@@ -1578,7 +1577,7 @@ def with_data(jobs: Sequence[Job]) -> list[Job]:
                 job = dataclasses.replace(job, data=read_anywhere(job.path))
         return job
 
-    return [job for _, job in on_all_cores([read] * 8, jobs)]  # a far store answers late, but many at once
+    return list(on_all_cores([read] * 8, jobs))  # a far store answers late, but many at once
 
 
 @functools.lru_cache(1)
@@ -1594,7 +1593,7 @@ def networks_on_node(parcel: ObjectRef) -> list[Callable]:
 def extract_block(parcels: list[ObjectRef], jobs: Sequence[Job]) -> list:
     """Return the results of extract for jobs, in a process on some node of the cluster; no file of ours stays there."""
     workers = [functools.partial(extract, network=network) for network in networks_on_node(*parcels)]
-    return [result for _, result in on_all_cores(workers, with_data(jobs))]
+    return list(on_all_cores(workers, with_data(jobs)))
 
 
 def extract_on_cluster(
@@ -2252,7 +2251,7 @@ def thumbnail(image: Image) -> PIL.Image.Image | None:
 def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL.Image.Image]:
     """Return the thumbnails of some images by their rows, but for those that are gone."""
     made = on_all_cores([thumbnail] * core_count(), [images[row] for row in rows])
-    return {row: small for row, (_, small) in zip(rows, made, strict=True) if small}
+    return {row: small for row, small in zip(rows, made, strict=True) if small}
 
 
 def crops_of(thumbnails: dict[int, PIL.Image.Image]) -> dict[int, np.ndarray]:
@@ -2434,13 +2433,14 @@ def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -
     for fold in np.unique(validated.folds):
         out = validated.folds == fold
         exemplars = find_exemplars(directions[~out], validated.classes[~out])
-        likeness[out] = Familiar(exemplars, -1.0, 0.0).likeness(directions[out])
+        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
     exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
-    if not unnamed:
-        return Familiar(exemplars, -1.0, 0.0)
-    least_similarity = np.quantile(likeness, 0.8 * unnamed)
-    least_score = np.quantile(validated.scores.max(axis=1), 0.2 * unnamed)
-    return Familiar(exemplars, float(least_similarity), float(least_score))
+    least_similarity, least_score = -1.0, 0.0
+    if unnamed:
+        least_similarity = float(np.quantile(likeness, 0.8 * unnamed))
+        least_score = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
+    text = base64.b64encode(exemplars.tobytes()).decode("ascii")
+    return Familiar(least_score, least_similarity, exemplars.shape, text, coverage)
 
 
 # ... which images are wrong
@@ -2948,7 +2948,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     network = graph_function(graph, final_tensor_name)
-    size = graph_input_size(graph)
+    size = tuple(network.inputs[0].shape[1:3])
 
     def decoded(data: Tensor) -> Tensor:
         pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
@@ -3751,9 +3751,7 @@ def make_classifier(flags: argparse.Namespace) -> None:
         head = head.cooled(found.temperature)
         facts["temperature"] = found.temperature
         if found.validated:
-            given = data.known.features(), found.validated, flags.coverage
-            # Copies of predict.py of older versions read the coverage, too.
-            facts["familiar"] = become_familiar(*given).as_facts() | {"coverage": flags.coverage}
+            facts["familiar"] = vars(become_familiar(data.known.features(), found.validated, flags.coverage))
     write_all(flags, base, head, labels, facts)
     if logs:
         write_summaries([*histories.values()][-1], logs)
@@ -3780,4 +3778,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
-    end_process(importlib.import_module(Path(__file__).stem).main())
+    os._exit(importlib.import_module(Path(__file__).stem).main())  # before a late signal or a stuck thread spoils it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_unlike_images_are_unfamiliar():
         return np.mean([made.reason(likeness, scores) != "" for likeness in made.likeness(matrix)])
 
     assert unsure(familiar, strange) > 0.9 and unsure(familiar, features) < 0.2
-    kept = retrain.Familiar.from_facts(json.loads(json.dumps(familiar.as_facts())))
+    kept = retrain.Familiar(**json.loads(json.dumps(dataclasses.asdict(familiar))))
     np.testing.assert_array_equal(kept.exemplars, familiar.exemplars)
     assert unsure(retrain.become_familiar(features, validated, 1), strange) == 0
 

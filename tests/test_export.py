@@ -68,7 +68,7 @@ def served(folder: Path, paths: list[Path]) -> np.ndarray:
 
 def predicted(folder: Path, paths: list[Path]) -> np.ndarray:
     """Return predict.py's scores, float32 [paths, labels], in the order of the labels."""
-    classifier = predict.load_classifier(str(folder / "output_graph.pb"), str(folder / "output_labels.txt"), len(paths))
+    classifier = predict.Classifier(str(folder / "output_graph.pb"), str(folder / "output_labels.txt"), len(paths))
     found = [dict(prediction.scores) for prediction in predict.predict(classifier, paths)]
     return np.array([[scores[label] for label in classifier.labels] for scores in found])
 

@@ -9,7 +9,6 @@ import struct
 import sys
 import zlib
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
@@ -237,12 +236,12 @@ def cut(data: bytes, share: float) -> bytes:
             for share in (0.5, 0.95)
         ),
         pytest.param(cut(encoded(picture(500, 320), "JPEG"), 0.5), "truncated", id="half a large JPEG"),
-        pytest.param(cut(encoded(picture(), "WEBP"), 0.5), "damaged", id="half a WebP"),
+        pytest.param(cut(encoded(picture(), "WEBP"), 0.5), "can't be decoded", id="half a WebP"),
         pytest.param(b"<!DOCTYPE html><html><body>404</body></html>", NO_IMAGE, id="HTML"),
         pytest.param(encoded(picture(), "PPM"), NO_IMAGE, id="another format"),
         pytest.param(bytes(5000), NO_IMAGE, id="zeros, as a full disk leaves them"),
         pytest.param(b"\xff\xd8\xff", NO_IMAGE, id="the first bytes of a JPEG alone"),
-        pytest.param(OTHERS["PNG"][:60] + b"\0\xff" * 20 + OTHERS["PNG"][100:], "damaged", id="a PNG overwritten"),
+        pytest.param(OTHERS["PNG"][:60] + b"\0\xff" * 20 + OTHERS["PNG"][100:], "decoded", id="a PNG overwritten"),
         pytest.param(claiming_png(60_000, 60_000), "more pixels", id="PNG bomb"),
         pytest.param(claiming_png(15_000, 14_000), "more pixels", id="a PNG larger than phones' largest JPEGs"),
         pytest.param(claiming_jpeg(20_000, 16_000), "more pixels", id="JPEG bomb"),
@@ -257,12 +256,6 @@ def test_damage_gives_its_reason(tmp_path, data, reason):
 def test_a_photograph_of_200_megapixels_is_read(monkeypatch):
     monkeypatch.setattr("predict.decode_jpeg", lambda data, image, scale: np.zeros((1, scale, 3), np.uint8))
     assert decoded(claiming_jpeg(16_320, 12_240), REDUCED).shape == (1, 8, 3)
-
-
-def test_an_image_that_memory_cannot_hold_says_so(monkeypatch):
-    monkeypatch.setattr("simplejpeg.decode_jpeg", Mock(side_effect=MemoryError))
-    with pytest.raises(ImageError, match="too large for the memory"):
-        decoded(JPEGS["colour"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows, where modes mean little")
