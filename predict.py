@@ -5,11 +5,9 @@
   python3 predict.py holiday --csv holiday.csv           a whole folder, into a table
   python3 predict.py holiday --sort_into sorted          copies in a folder for each class
 
-Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which starts in a second. A graph that
-stands alone is run by TensorFlow.
+LiteRT runs output_graph.tflite, which lies beside output_graph.pb; a graph that stands alone is run by TensorFlow.
 """
-# This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only; retrain.py takes
-# from it what both must have alike.
+# This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only.
 
 from __future__ import annotations
 
@@ -41,9 +39,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Where every default lies: beside the scripts, wherever they are started from, unless RETRAIN_HOME names a folder.
+# Where every default lies, wherever the scripts are started from.
 HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
-# What installs a package where this Python looks for it.
 INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
 
 try:
@@ -54,7 +51,7 @@ try:
 except ImportError as missing:
     if Path(sys.argv[0]).name not in ("retrain.py", "predict.py"):
         raise
-    # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
+    # retrain.sh installs into .venv: go on with the Python that lies there.
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if Path(sys.prefix) == environment or not own_python.exists():
@@ -73,7 +70,7 @@ sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the file or flag and what to do."""
+    """Something the user can put right: a sentence that names the file or flag and what to do."""
 
 
 class ImageError(Exception):
@@ -83,9 +80,8 @@ class ImageError(Exception):
 def exit_code(program: str, work: Callable[[], int | None]) -> int:
     """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = 1
     try:
         code = work() or 0
@@ -101,18 +97,14 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
     except (OSError, MemoryError) as error:
         message = f"error: {first_line(error)}."
     except ImportError as error:
-        package = str(error.name).replace("_", "-")
-        message = f"error: {error}; install it with: {INSTALL} {package}, or all with -r requirements.txt"
+        message = f"error: {error}; install it with: {INSTALL} {error.name}, or all with -r requirements.txt"
     print(f"{program}: {printable(message)}", file=sys.stderr)
     return code
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path, which gets the name `path` when the block ends well: nobody sees half a file.
-
-    Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
-    """
+    """Yield a temporary path, which gets the name `path` when the block ends well. Raises UserError if it can't."""
     target = Path(path).resolve()  # a link stays one, to the new file
     temporary = target.with_name(f".retrain-{os.urandom(16).hex()}.tmp")
     try:
@@ -133,10 +125,7 @@ def core_count(at_most: int = 0) -> int:
 
 
 def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator:
-    """Yield the results for items, in their order; a worker is a function of one item, for one thread at a time.
-
-    Threads do, since decoders and networks release the interpreter lock. What a worker raises ends all.
-    """
+    """Yield the results for items, in their order; a worker is a function of one item, for one thread at a time."""
     idle = list(workers)
 
     def work(item: Any) -> Any:
@@ -155,7 +144,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch."""
+    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves."""
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -176,12 +165,12 @@ def import_tensorflow() -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, or for want of that is, without what it goes on to explain."""
+    """Return what an error says, or else is, without what it goes on to explain."""
     return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 def printable(text: object) -> str:
-    """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
+    """Return a path, or other text, with control characters and undecodable bytes escaped."""
     odd = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
@@ -222,7 +211,7 @@ def number(kind: type, low: float, high: float = math.inf, also: float | None = 
 
 
 def at_home(name: str) -> str:
-    """Return a flag's default: the path of a file or folder that lies beside the scripts, as short as can be."""
+    """Return the path of a file or folder that lies beside the scripts, as short as can be."""
     return name if Path.cwd() == HOME else str(HOME / name)
 
 
@@ -250,17 +239,16 @@ with contextlib.suppress(ImportError):  # for HEIC
     FORMATS.insert(0, "HEIF")
 MOST_BYTES = 150_000_000
 PIL.Image.MAX_IMAGE_PIXELS = 101_000_000  # Pillow refuses more than twice as many; phones take 201 million
-# Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
-warnings.filterwarnings("ignore", module="PIL")
-# Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
+warnings.filterwarnings("ignore", module="PIL")  # of large images and broken EXIF blocks
+# What operating systems put into folders of images, and the record of --crawl.
 NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
-# Raw photographs are what the sensor saw, often with a small preview that a reader of TIFF takes for the image.
+# Raw photographs hold a small preview, which a reader of TIFF takes for the image.
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How images are read: turned upright or not, very large photographs at reduced scale or not."""
+    """How images are read."""
 
     ignore_exif_orientation: bool = False
     exact_decode: bool = False
@@ -272,10 +260,8 @@ def is_hidden(path: Any) -> bool:
 
 
 def label_of(folder: str) -> str:
-    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
-
-    Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
-    """
+    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space."""
+    # Combining marks (M) are parts of letters in many alphabets.
     letters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
     return re.sub(" +", " ", "".join(letters))
 
@@ -293,16 +279,15 @@ def read_bytes(path: Any) -> bytes:
 
 
 def read_image(path: Any, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
+    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError."""
     return decode_image(read_bytes(path), reading, input_size)
 
 
 def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of an image, of the first frame if it has several.
+    """Return the uint8 pixels [height, width, 3] of an image, of its first frame. Raises ImageError.
 
     A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
-    shorter side, unless reading.exact_decode. As TensorFlow's decoders do, 16-bit values keep their upper byte, and
-    transparency is dropped, not blended. Raises ImageError for bytes that are no whole image.
+    shorter side. As in TensorFlow, 16-bit values keep their upper byte, and transparency is dropped, not blended.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -324,9 +309,9 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
     except Exception as error:  # decoders raise many kinds of errors on damaged data
-        truncated = "truncated" in str(error).lower()
-        told = "the file is truncated" if truncated else f"it can't be decoded ({first_line(error)})"
-        raise ImageError(told) from None
+        if "truncated" in str(error).lower():
+            raise ImageError("the file is truncated") from None
+        raise ImageError(f"it can't be decoded ({first_line(error)})") from None
     if not reading.ignore_exif_orientation:
         with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
             orientation = image.getexif().get(0x0112, 1)  # Pillow has turned TIFF and HEIC already
@@ -340,8 +325,7 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
 def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     """Return the uint8 pixels [height, width, 3] of a JPEG at 1/scale (1, 2, 4, 8), as TensorFlow's DecodeJpeg does.
 
-    TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
-    were the same to the bit on 2,296 photographs.
+    That uses libjpeg-turbo's fast DCT, which Pillow can't: simplejpeg's pixels are the same to the bit.
     """
     space = "CMYK" if image.mode == "CMYK" else "RGB"
     height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
@@ -359,10 +343,9 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return uint8 pixels [height, width, 3] resized to float32 [size[0], size[1], 3], values in [0, 255].
+    """Return uint8 pixels [height, width, 3] resized to float32 [*size, 3], values in [0, 255].
 
-    The kernel of TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale, without
-    half-pixel centres; float32 throughout.
+    As TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale.
     """
 
     def neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -375,11 +358,15 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         end = picked[:, right].astype(np.float32)
         return start + (end - start) * np.repeat(across, 3)
 
-    (top, bottom, down), (left, right, across) = map(neighbours, pixels.shape, size)
-    # Picked by value rather than by pixel of three: four times as fast, to the same bit.
-    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    lines = pixels.reshape(len(pixels), -1)  # [height, width * 3]
-    upper, lower = across_lines(lines[top]), across_lines(lines[bottom])
+    height, width, _ = pixels.shape
+    top, bottom, down = neighbours(height, size[0])
+    left, right, across = neighbours(width, size[1])
+    # Picked by value rather than by pixel of three: four times as fast.
+    left = np.add.outer(3 * left, np.arange(3)).ravel()
+    right = np.add.outer(3 * right, np.arange(3)).ravel()
+    lines = pixels.reshape(height, width * 3)
+    upper = across_lines(lines[top])
+    lower = across_lines(lines[bottom])
     return (upper + (lower - upper) * down[:, None]).reshape(*size, 3)
 
 
@@ -390,9 +377,8 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 GraphDef = Any  # TensorFlow's, which is loaded where it is first needed
 RESIZED_NODE, BOTTLENECK_NODE = "ResizeBilinear", "pool_3/_reshape"
 
-# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations,
-# which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
-# calls an operation stateless says little, since ReadFile is. A graph made to crash one ends the process, no more.
+# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations
+# only, which compute. They were picked by hand: TensorFlow calls even ReadFile stateless.
 PURE_OPS = """
 Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
 BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast CheckNumerics ClipByValue Concat
@@ -420,24 +406,18 @@ def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[No
 
 
 class LiteModel:
-    """A .tflite network on one interpreter, for one thread at a time: pixels float32 [height, width, 3] to float32 [n].
+    """A .tflite network, for one thread at a time: from pixels float32 [*input_size, 3] to a list of float32 [n]."""
 
-    Of several outputs, which those of a trained graph are (the scores, the bottleneck), `run` returns all.
-    """
-
-    def __init__(self, path: Path, threads: int = 1):
+    def __init__(self, path: Path):
         from ai_edge_litert.interpreter import Interpreter
 
         with telling_of_damage(path, "no model that LiteRT can run"), quiet_stderr():
-            self.interpreter = Interpreter(str(path), num_threads=threads)
+            self.interpreter = Interpreter(str(path), num_threads=1)
             self.interpreter.allocate_tensors()
         (self.input,) = self.interpreter.get_input_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        return self.run(pixels)[0]
-
-    def run(self, pixels: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
         outputs = self.interpreter.get_output_details()
@@ -472,16 +452,12 @@ def read_graph(path: Path, trusted: bool = False) -> GraphDef:
 
 
 def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
-    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, batch normalisation folded into the rest.
-
-    BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs.
-    """
+    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, with batch normalisation folded away."""
     tf = import_tensorflow()
     from tensorflow.python.tools.optimize_for_inference_lib import optimize_for_inference
 
     folded = optimize_for_inference(graph, ["DecodeJpeg/contents"], outputs, tf.string.as_datatype_enum)
-    # Old enough for any reader of TensorFlow 1, new enough for the operations that are left.
-    folded.versions.producer = max(graph.versions.producer, 21)
+    folded.versions.producer = max(graph.versions.producer, 21)  # which any TensorFlow reads
     return folded
 
 
@@ -497,11 +473,23 @@ def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> 
     )
 
 
-class OutputFiles:
-    """Where a graph and what belongs to it lie: beside x.pb the same for LiteRT, x.tflite, and x.json, which ties them.
+class GraphModel:
+    """A trained graph of ours or of the classic script's, run by TensorFlow as a LiteModel is by LiteRT."""
 
-    The graph may be named by its .tflite, too, which needs no .pb.
-    """
+    def __init__(self, path: Path, trusted: bool):
+        graph = read_graph(path, trusted)
+        with telling_of_damage(path, f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"):
+            softmax = [node.name for node in graph.node if node.op == "Softmax"][-1]
+            graph = fold_batch_norm(graph, softmax, BOTTLENECK_NODE)
+            self.network = graph_function(graph, softmax, BOTTLENECK_NODE, batch=1)
+        self.input_size = tuple(self.network.inputs[0].shape[1:3])
+
+    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
+        return [output.numpy()[0] for output in self.network(pixels[None])]
+
+
+class OutputFiles:
+    """Where a graph, x.pb, and what belongs to it lie: the same for LiteRT, x.tflite, and x.json, which ties them."""
 
     def __init__(self, graph: str | Path):
         stem = str(graph).removesuffix(".pb").removesuffix(".tflite")
@@ -513,17 +501,20 @@ class OutputFiles:
         self.report = Path(f"{stem}_report.html")
 
 
+def unit(features: np.ndarray) -> np.ndarray:
+    """Return vectors [..., n] brought to length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+
+
 @dataclasses.dataclass(frozen=True)
 class Familiar:
-    """What tells an image like those of the training from another: it is named if its bottleneck has a cosine of
-    `least_similarity` with an exemplar, the middle of a cluster of theirs, and its best score is `least_score`.
-    """
+    """What tells an image like those of the training from another, as output_graph.json holds it."""
 
     least_score: float
-    least_similarity: float
+    least_similarity: float  # least cosine with an exemplar, the middle of a cluster of the training's bottlenecks
     exemplars_shape: Sequence[int]  # [k, n]
     exemplars_float16: str  # in base64
-    coverage: float  # the share of right answers that these thresholds leave
+    coverage: float  # the share of right answers that these limits leave
 
     @functools.cached_property
     def exemplars(self) -> np.ndarray:
@@ -542,71 +533,45 @@ class Familiar:
         return f"between {first} and {second}" if best < self.least_score else ""
 
 
-def unit(features: np.ndarray) -> np.ndarray:
-    """Return vectors [..., n] brought to length 1."""
-    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-
-
 class Classifier:
-    """A trained classifier: its labels, its models, and how images are read for them.
+    """A trained classifier: its labels, how images are read for it, and as many models as run at the same time.
 
-    A model, of which there is one for each image at a time, is a function from pixels float32 [*input_size, 3] to
-    [probabilities float32 [classes], features [n]]. familiar: None where that was not measured.
+    A model is a function from pixels float32 [*input_size, 3] to [probabilities float32 [classes], features [n]].
     """
 
     def __init__(self, graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False):
-        """Open a graph (or .tflite) file for so many images; 0 threads: all cores.
-
-        labels: a file with a label per line, in place of those of the training. trusted: see read_graph. Raises
-        UserError for files that are missing or don't fit together.
-        """
+        """Open a graph (or .tflite) for so many images; labels: a file in place of those of the training, or ""."""
         files = OutputFiles(graph)
         facts = read_facts(files)
-        if not facts and not files.graph.is_file():
-            fault = "there is no such file, or the .json that belongs to it is not beside it"
-            raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
-        self.labels = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
+        names = Path(labels or files.labels)
+        if not facts and not (files.graph.is_file() and names.is_file()):
+            needed = f"there is no such file, or neither {files.facts} nor {names} that belongs to it"
+            raise UserError(f"--graph {graph}: {needed}; train first with retrain.sh.")
+        self.labels: list[str] = facts.get("labels", [])
+        if labels or not facts:
+            lines = names.read_text("utf-8-sig", "replace").splitlines()
+            self.labels = [line for line in lines if line]
         self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
-        self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
+        self.familiar = None
+        if facts.get("familiar"):
+            self.familiar = Familiar(**facts["familiar"])
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
-            cores = core_count(cpu_threads)
-            at_once = min(cores, images)  # one image alone is done by all cores, many by a core each
-            models = [LiteModel(files.lite, cores // at_once) for _ in range(at_once)]
-            self.models, self.input_size = [model.run for model in models], models[0].input_size
+            self.models: list = [LiteModel(files.lite) for _ in range(min(core_count(cpu_threads), images))]
         else:
-            model, self.input_size = tensorflow_model(files.graph, trusted)
-            self.models = [model]
-
-
-def read_labels(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8-sig").splitlines() if line]
-    except (OSError, UnicodeError) as error:
-        remedy = "name a file in UTF-8, or train first with retrain.sh"
-        raise UserError(f"--labels {path}: it can't be read ({first_line(error)}); {remedy}.") from error
+            self.models = [GraphModel(files.graph, trusted)]
+        self.input_size = self.models[0].input_size
 
 
 def read_facts(files: OutputFiles) -> dict:
     """Return what retrain.py noted about the graph, or {} if that is another's."""
-    kept, noted = (files.graph, "graph_sha256") if files.graph.is_file() else (files.lite, "lite_sha256")
+    path, noted = files.lite, "lite_sha256"
+    if files.graph.is_file():
+        path, noted = files.graph, "graph_sha256"
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
-        return facts if facts[noted] == sha256_of(kept) else {}
+        return facts if facts[noted] == sha256_of(path) else {}
     except (OSError, ValueError, LookupError, TypeError):  # no file, or one that is none of ours
         return {}
-
-
-def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable, tuple[int, int]]:
-    """Return a model, and its input size, of a graph of ours or of the classic script's.
-
-    It is fed behind its decoder, so that it sees images as training saw them. Raises UserError for another graph.
-    """
-    graph = read_graph(path, trusted)
-    softmax = [node.name for node in graph.node if node.op == "Softmax"][-1:]
-    wanted = softmax + [node.name for node in graph.node if node.name == BOTTLENECK_NODE]
-    with telling_of_damage(path, f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"):
-        network = graph_function(fold_batch_norm(graph, *wanted), *wanted, batch=1)
-    return lambda pixels: [output.numpy()[0] for output in network(pixels[None])], tuple(network.inputs[0].shape[1:3])
 
 
 # ======================================================================================================================
@@ -616,29 +581,18 @@ def tensorflow_model(path: Path, trusted: bool) -> tuple[Callable, tuple[int, in
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What one image was taken for: (label, score), best first, and why that is unsure; or why it can't be read.
-
-    likeness: to the training's images, at most 1; None where not measured.
-    """
+    """What one image was taken for, "unsure" with its reason, or "not read" with the error."""
 
     path: Path
-    scores: list[tuple[str, float]]
+    outcome: str
+    scores: list[tuple[str, float]]  # of all labels, best first
     error: str = ""
     reason: str = ""
-    likeness: float | None = None
-
-    @property
-    def outcome(self) -> str:
-        if self.error:
-            return "not read"
-        return "unsure" if self.reason else self.scores[0][0]
+    likeness: float | None = None  # to the training's images, at most 1
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that the arguments of --image name: files, folders (with those in them) and globs.
-
-    What names nothing is returned as it is, to be told like an image that can't be read. Raises UserError if all do.
-    """
+    """Return the files that the arguments of --image name, and what names nothing. Raises UserError if nothing does."""
     found: list[Path] = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -655,23 +609,25 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Return what each image is taken for, in the order of `paths`. Raises UserError if there are too few labels."""
+    """Yield what each image is taken for, in the order of `paths`. Raises UserError if the labels are too few."""
     labels, familiar, size = classifier.labels, classifier.familiar, classifier.input_size
 
     def name(model: Callable, path: Path) -> Prediction:
         try:
             pixels = read_image(path, classifier.reading, size)
         except ImageError as error:
-            return Prediction(path, [], str(error))
+            return Prediction(path, "not read", [], str(error))
         probabilities, *features = model(resize_bilinear(pixels, size))
         if len(probabilities) != len(labels):
             raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
         rounded = [round(score, 6) for score in probabilities.tolist()]
         scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
         if not familiar:
-            return Prediction(path, scores)
+            return Prediction(path, scores[0][0], scores)
         likeness = float(familiar.likeness(features[0]))
-        return Prediction(path, scores, "", familiar.reason(likeness, scores), min(1.0, round(likeness, 6)))
+        reason = familiar.reason(likeness, scores)
+        outcome = "unsure" if reason else scores[0][0]
+        return Prediction(path, outcome, scores, "", reason, min(1.0, round(likeness, 6)))
 
     return on_all_cores([functools.partial(name, model) for model in classifier.models], paths)
 

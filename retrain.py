@@ -1238,7 +1238,7 @@ def log_gain_of_quantizing() -> None:
 
 
 def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
-    """Return functions from resized pixels float32 [height, width, 3] to features [n], one for each thread to start.
+    """Return functions from resized pixels float32 [height, width, 3] to [features [n]], one for each thread to start.
 
     engine, cpu_threads: as the flags have them; count: how many images there are.
     """
@@ -1265,8 +1265,8 @@ class TensorFlowModel:
         self.running = threading.Lock()
         self.waiting: list[tuple[np.ndarray, list]] = []
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the features float32 [n] of resized pixels float32 [height, width, 3]. Raises UserError."""
+    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Return [features float32 [n]] of resized pixels float32 [height, width, 3]. Raises UserError."""
         answer: list[np.ndarray] = []
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
@@ -1283,7 +1283,7 @@ class TensorFlowModel:
                 del self.waiting[: len(taken)]
                 for i, (_, asked) in enumerate(taken):
                     asked.append(features[i])
-        return answer[0]
+        return answer
 
 
 # ======================================================================================================================
@@ -1436,7 +1436,7 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
 def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
     """Return the features float32 [n] of each variant, the texts of their files, and the CUES; or what is wrong.
 
-    network: function from pixels float32 [height, width, 3] to features [n].
+    network: function from pixels float32 [height, width, 3] to [features [n]].
     """
     try:
         data = read_anywhere(job.path) if job.data is None else job.data
@@ -1445,7 +1445,7 @@ def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], l
         return str(error)
     features, texts = [], []
     for variant in job.names:
-        made = network(job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}"))
+        made, *_ = network(job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}"))
         features.append(made)
         # As many digits as bring back the same floats, all at once, which takes two thirds of the time. They are made
         # here, since a cluster's driver has no time to.

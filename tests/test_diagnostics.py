@@ -392,7 +392,7 @@ def test_temperature_leaves_the_classes_and_no_report_the_classic_graph(train, t
     paths = sorted(Path("pictures/green").iterdir())[:5]
     for path in paths:
         pixels = retrain.resize_bilinear(retrain.read_image(path, retrain.Reading(), (33, 33)), (33, 33))
-        before, after = (retrain.LiteModel(Path(name))(pixels) for name in ("output_graph.tflite", "other.tflite"))
+        before, after = (retrain.LiteModel(Path(name))(pixels)[0] for name in ("output_graph.tflite", "other.tflite"))
         cooled = before ** (1 / temperature)
         np.testing.assert_allclose(after, cooled / cooled.sum(), atol=1e-4)
         assert before.argmax() == after.argmax()

@@ -112,17 +112,15 @@ def test_files_folders_and_globs(folder, asked, found):
     "flags, named",
     [
         (["--graph", "no.pb"], "no.pb: there is no such file"),
-        (["--graph", "lone.tflite"], "the .json that belongs to it is not beside it"),
-        (["--labels", "no.txt"], "--labels no.txt: it can't be read ([Errno 2] No such file or directory"),
-        (["--labels", "latin.txt"], "latin.txt"),
+        (["--graph", "lone.tflite"], "or neither lone.json nor lone_labels.txt that belongs to it"),
+        (["--labels", "no.txt"], "[Errno 2] No such file or directory: 'no.txt'."),
         (["--labels", "few.txt"], "--labels: there are 2 for the 3 classes"),
         (["--graph", "words.pb", "--labels", "output_labels.txt"], "words.pb"),
-        (["--graph", "red.jpg"], "red.jpg"),
+        (["--graph", "red.jpg"], "nor red.jpg_labels.txt"),
     ],
 )
 def test_files_that_are_missing_or_wrong(folder, capsys, flags, named):
     save("red.jpg")
-    Path("latin.txt").write_bytes("é\nb\nc\n".encode("latin-1"))
     Path("few.txt").write_text("red things\nblue\n")
     Path("words.pb").write_text("hello")
     shutil.copy("output_graph.tflite", "lone.tflite")
