@@ -19,7 +19,6 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import filecmp
 import functools
 import glob
 import hashlib
@@ -327,19 +326,13 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
 
     That uses libjpeg-turbo's fast DCT, which Pillow can't: simplejpeg's pixels are the same to the bit.
     """
-    space = "CMYK" if image.mode == "CMYK" else "RGB"
-    height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
-    for strict in (True, False):  # False forgives a harmless blemish, such as stray bytes between two markers
+    height, width = image.height // scale, image.width // scale
+    if image.mode != "CMYK":
         with contextlib.suppress(ValueError):
-            pixels = simplejpeg.decode_jpeg(data, space, True, False, height, width, strict=strict)
-            if space == "RGB":
-                return pixels
-            inks = pixels.astype(np.uint16)
-            if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
-                inks = 255 - inks
-            return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
-        image.load()  # raises if the file is truncated
-    return np.asarray(image.convert("RGB"))  # a blemish before the scan is never forgiven; a few levels off
+            return simplejpeg.decode_jpeg(data, fastdct=True, min_height=height, min_width=width)
+    # Pillow forgives blemishes, such as stray bytes between two markers; its pixels are a few levels off.
+    image.draft("RGB", (width, height))
+    return np.asarray(image.convert("RGB"))
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -666,7 +659,7 @@ def sort_into(folder: str, prediction: Prediction) -> None:
     copy = place / path.name
     others = 1
     while copy.exists():
-        if filecmp.cmp(path, copy, shallow=False):
+        if copy.read_bytes() == path.read_bytes():
             return
         others += 1
         copy = place / f"{path.stem}_{others}{path.suffix}"
