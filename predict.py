@@ -119,7 +119,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 def core_count(at_most: int = 0) -> int:
     """Return how many cores this process may use, but at most so many, unless 0."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
+        cores = len(os.sched_getaffinity(0))
     return min(cores, at_most or cores)
 
 
@@ -227,7 +229,6 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # Images: read, decoded, upright, resized
 # ======================================================================================================================
 
-# What is read, by the names that Pillow gives to formats.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
 with contextlib.suppress(ImportError):  # for HEIC
     import pi_heif
@@ -237,8 +238,7 @@ with contextlib.suppress(ImportError):  # for HEIC
 MOST_BYTES = 150_000_000
 PIL.Image.MAX_IMAGE_PIXELS = 101_000_000  # Pillow refuses more than twice as many; phones take 201 million
 warnings.filterwarnings("ignore", module="PIL")  # of large images and broken EXIF blocks
-# What operating systems put into folders of images, and the record of --crawl.
-NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
+NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}  # of operating systems, and of --crawl
 # Raw photographs hold a small preview, which a reader of TIFF takes for the image.
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 
@@ -258,9 +258,11 @@ def is_hidden(path: Any) -> bool:
 
 def label_of(folder: str) -> str:
     """Return a folder's label: its name in lower case, every run of other than letters and digits as one space."""
-    # Combining marks (M) are parts of letters in many alphabets.
-    letters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
-    return re.sub(" +", " ", "".join(letters))
+    label = ""
+    for letter in folder.lower():
+        is_mark = unicodedata.category(letter)[0] == "M"  # as parts of letters have it in many alphabets
+        label += letter if letter.isalnum() or is_mark else " "
+    return re.sub(" +", " ", label)
 
 
 def read_bytes(path: Any) -> bytes:
@@ -398,7 +400,7 @@ class LiteModel:
     def __init__(self, path: Path):
         from ai_edge_litert.interpreter import Interpreter
 
-        with telling_of_damage(path, "no model that LiteRT can run"), quiet_stderr():
+        with quiet_stderr():
             self.interpreter = Interpreter(str(path), num_threads=1)
             self.interpreter.allocate_tensors()
         (self.input,) = self.interpreter.get_input_details()
@@ -415,17 +417,16 @@ def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     from tensorflow.python.framework import op_def_registry
 
-    nodes, allowed = list(graph.node), {*PURE_OPS.split(), *also.split()}
+    nodes = list(graph.node)
+    allowed = {*PURE_OPS.split(), *also.split()}
     for function in graph.library.function:  # which a node may call, unless it goes by an operation's name
         nodes += function.node_def
         if op_def_registry.get(function.signature.name) is None:
             allowed.add(function.signature.name)
     for node in nodes:
         if node.op not in allowed:
-            raise UserError(
-                f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
-                "program, which could read and write your files; if you trust whoever made it, add --trust_model."
-            )
+            told = f"its node {node.name!r} is a {node.op}, which may do more than compute, such as write your files"
+            raise UserError(f"{path}: {told}; if you trust whoever made it, add --trust_model.")
 
 
 def read_graph(path: Path, trusted: bool = False) -> GraphDef:
@@ -468,7 +469,7 @@ class GraphModel:
         with telling_of_damage(path, f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"):
             softmax = [node.name for node in graph.node if node.op == "Softmax"][-1]
             graph = fold_batch_norm(graph, softmax, BOTTLENECK_NODE)
-            self.network = graph_function(graph, softmax, BOTTLENECK_NODE, batch=1)
+            self.network = graph_function(graph, softmax, BOTTLENECK_NODE)
         self.input_size = tuple(self.network.inputs[0].shape[1:3])
 
     def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
@@ -516,8 +517,9 @@ class Familiar:
         """Tell why an image of this likeness and these (label, score), best first, is not to be named; "" if it is."""
         if likeness < self.least_similarity:
             return "unlike the training images"
-        (first, best), (second, _), *_ = scores
-        return f"between {first} and {second}" if best < self.least_score else ""
+        if scores[0][1] < self.least_score:
+            return f"between {scores[0][0]} and {scores[1][0]}"
+        return ""
 
 
 class Classifier:
@@ -556,7 +558,7 @@ def read_facts(files: OutputFiles) -> dict:
         facts = json.loads(files.facts.read_text("utf-8"))
         known = facts["graph_sha256"], facts["lite_sha256"]
         return facts if sha256_of(path) in known else {}
-    except (OSError, ValueError, LookupError, TypeError):  # no file, or one that is none of ours
+    except Exception:  # there is no such file, or one that is none of ours
         return {}
 
 
@@ -583,11 +585,9 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in matches or [pattern]:
-            if not os.path.isdir(match):
-                found.append(Path(match))
-                continue
-            below = glob.glob(f"{glob.escape(match)}/**", recursive=True)  # but for names that begin with a dot
-            found += [path for path in map(Path, sorted(below)) if path.is_file() and not is_hidden(path)]
+            below = sorted(glob.glob(f"{glob.escape(match)}/**", recursive=True))  # but for names that begin with a dot
+            files = [path for path in map(Path, below) if path.is_file() and not is_hidden(path)]
+            found += files if os.path.isdir(match) else [Path(match)]
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
         raise UserError(f"--image {', '.join(patterns)}: {fault}.")
@@ -596,7 +596,9 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Yield what each image is taken for, in the order of `paths`. Raises UserError if the labels are too few."""
-    labels, familiar, size = classifier.labels, classifier.familiar, classifier.input_size
+    labels = classifier.labels
+    familiar = classifier.familiar
+    size = classifier.input_size
 
     def name(model: Callable, path: Path) -> Prediction:
         try:
@@ -634,7 +636,7 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
     counts = collections.Counter(each.outcome for each in predictions)
     told = [f"{printable(outcome)} {count:,}" for outcome, count in counts.most_common()]
-    print(f"{len(predictions):,} images: {', '.join(told)}.")
+    print(f"{len(predictions):,} images: {', '.join(told)}.", flush=True)
     classes = {label_of(label) for label in labels}
     right = []
     for each in predictions:
@@ -642,7 +644,7 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
         if each.scores and folder in classes:
             right.append(folder == label_of(each.scores[0][0]))
     if right:
-        print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.")
+        print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.", flush=True)
 
 
 def sort_into(folder: str, prediction: Prediction) -> None:
@@ -695,25 +697,19 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
     import gradio
 
-    def name(file: str | None) -> tuple[dict[str, float] | None, str]:
+    def name(file: str | None) -> tuple[dict[str, float], str]:
         if file is None:
-            return None, ""
+            return {}, ""
         (prediction,) = predict(classifier, [Path(file)])
-        return dict(prediction.scores) or None, prediction.error or prediction.reason
+        return dict(prediction.scores), prediction.error or prediction.reason
 
     image = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image")
     scores = gradio.Label(num_top_classes=top_k, label="What it is")
     doubt = gradio.Textbox(label="Doubt", placeholder="None")
     page = gradio.Interface(name, image, [scores, doubt], title="predict.py", live=True, flagging_mode="never")
-    _, address, _ = page.launch(
-        server_name="127.0.0.1",
-        share=False,
-        inbrowser=True,
-        prevent_thread_lock=True,
-        quiet=True,
-        theme=gradio.themes.Default(font=["system-ui"], font_mono=["monospace"]),  # no font from elsewhere
-        ssr_mode=False,
-    )
+    fonts = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])  # none from elsewhere
+    local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False}
+    _, address, _ = page.launch(**local, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts)
     print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
     threading.Event().wait()
 
@@ -753,16 +749,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = "files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
     flag("images", nargs="*", metavar="FILE", help=images)
     flag("--image", nargs="+", metavar="FILE", action="extend", default=[], help="the same")
-    flag("--csv", metavar="FILE", help="also write a table for a spreadsheet, a row per image")
-    flag("--json", metavar="FILE", help="also write a list for programs, an object per image")
+    flag("--csv", metavar="FILE", help="also write a table, a row per image")
+    flag("--json", metavar="FILE", help="also write a list for programs")
     flag("--sort_into", metavar="DIR", help="copy each image into DIR/<its class>, or DIR/unsure")
-    flag("--page", action="store_true", help="open a page in the browser to drop images on")
+    flag("--page", action="store_true", help="open a page to drop images on")
     flag("--top_k", metavar="N", type=number(int, 1), default=5, help="classes to print for each image (5)")
     graph = at_home("output_graph.pb")
     flag("--graph", metavar="FILE", default=graph, help="the trained classifier, .pb or .tflite")
     flag("--labels", metavar="FILE", default="", help="other names for its classes, a line each")
     flag("--cpu_threads", metavar="N", type=number(int, 0), default=0, help="cores to use (default: all)")
-    flag("--trust_model", action="store_true", help="run a .pb even if it could change files")
+    flag("--trust_model", action="store_true", help="run a .pb even if it could write files")
     flags = parser.parse_intermixed_args(arguments)
     return exit_code("predict.py", lambda: run(flags))
 

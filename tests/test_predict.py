@@ -223,12 +223,6 @@ def test_damaged_tflite_or_facts_are_not_used(folder, no_lite, spoilt, data):
     assert scores_of("red.jpg").argmax() == 0
 
 
-def test_what_is_damaged_is_named(folder):
-    Path("x.tflite").write_bytes(b"hello")
-    with pytest.raises(predict.UserError, match=r"x\.tflite is no model that LiteRT can run \("):
-        predict.LiteModel(Path("x.tflite"))
-
-
 def test_classic_graph_runs(folder, small_graph, no_lite):
     """A graph as the classic script froze it: batch norm unfolded, producer 8, the bytes a constant, "Add"."""
     import tensorflow as tf
