@@ -245,10 +245,8 @@ RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".r
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How images are read."""
-
     ignore_exif_orientation: bool = False
-    exact_decode: bool = False
+    exact_decode: bool = False  # of very large photographs, too
 
 
 def is_hidden(path: Any) -> bool:
@@ -676,7 +674,6 @@ def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str
 
 
 def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None:
-    """Write a list with an object per image."""
     entries = [
         {
             "image": str(prediction.path),
