@@ -317,6 +317,7 @@ def test_files_are_listed_by_the_names_of_their_folders_and_their_own(tmp_path):
 
 def test_what_is_no_image_of_a_class_is_not_listed_and_told_unless_it_is_hidden(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(retrain.log, "propagate", True)
+    caplog.set_level("WARNING", "retrain")
     images = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
     hidden = ["a/.hidden.jpg", ".hidden/1.jpg", "a/Thumbs.db", "b/desktop.ini"]
     make_files(tmp_path, *images, *hidden, "a/deeper/1.jpg", "beside.jpg")
