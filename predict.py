@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Name new images with what retrain.py has trained.
+"""Name images with what retrain.py has trained.
 
-    python predict.py --image photo.jpg holiday/ 'more/*.png'
-    python predict.py --page
+  python3 predict.py photo.jpg                           what is it?
+  python3 predict.py holiday --csv holiday.csv           a whole folder, into a table
+  python3 predict.py holiday --sort_into sorted          copies in a folder for each class
 
-Beside output_graph.pb lies output_graph.tflite, the same network for LiteRT, which needs no TensorFlow and starts in a
-second. A graph that stands alone, ours or one of the classic script's, is run by TensorFlow. All flags: --help.
-This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only; retrain.py takes
-from it what both must have alike. Its rooms: common ground, images, graphs, classifier, predictions, command line.
+LiteRT runs output_graph.tflite, which lies beside output_graph.pb; a graph that stands alone is run by TensorFlow.
 """
+# This file needs none of the project's others, and numpy, Pillow, simplejpeg and ai-edge-litert only.
 
 from __future__ import annotations
 
@@ -20,14 +19,11 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import filecmp
 import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -40,15 +36,12 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-# Where every default lies: beside the scripts, wherever they are started from, unless RETRAIN_HOME names a folder.
+# Where every default lies, wherever the scripts are started from.
 HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
-# What installs a package where this Python looks for it.
 INSTALL = ('"{}"' if " " in sys.executable else "{}").format(sys.executable) + " -m pip install"
 
-if sys.version_info < (3, 10):  # noqa: UP036  (whoever has an older one is told so)
-    sys.exit(f"This is Python {sys.version.split()[0]}, which is too old; run it with Python 3.10 to 3.13.")
 try:
     import numpy as np
     import PIL.Image
@@ -57,7 +50,7 @@ try:
 except ImportError as missing:
     if Path(sys.argv[0]).name not in ("retrain.py", "predict.py"):
         raise
-    # retrain.sh installs into .venv; whoever then types `python predict.py` is given the Python that lies there.
+    # retrain.sh installs into .venv: go on with the Python that lies there.
     environment = Path(__file__).resolve().with_name(".venv")
     own_python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if Path(sys.prefix) == environment or not own_python.exists():
@@ -67,9 +60,6 @@ except ImportError as missing:
         sys.exit(subprocess.call([own_python, *sys.argv]))
     os.execv(own_python, [str(own_python), *sys.argv])
 
-if TYPE_CHECKING:  # only to name it: TensorFlow is loaded where it is first needed
-    from tensorflow.core.framework.graph_pb2 import GraphDef
-
 # None: there is none. Else pandas, which TensorFlow and gradio load, takes our folder for the package.
 sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 
@@ -77,11 +67,9 @@ sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 # Common ground: errors, whole files, all cores, flags
 # ======================================================================================================================
 
-log = logging.getLogger("retrain")
-
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the file or flag and what to do."""
+    """Something the user can put right: a sentence that names the file or flag and what to do."""
 
 
 class ImageError(Exception):
@@ -90,59 +78,38 @@ class ImageError(Exception):
 
 def exit_code(program: str, work: Callable[[], int | None]) -> int:
     """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
-
-    def stop(signal_number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal_number)
-
-    signal.signal(signal.SIGTERM, stop)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = 1
     try:
-        done = work() or 0
+        code = work() or 0
         print(end="", flush=True)  # while there are still words for what goes wrong
-        return done
+        return code
     except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
         return 141
-    except KeyboardInterrupt as error:
-        resumes = "; what is done is kept, and the same command goes on from there" if program == "retrain.py" else ""
-        message = f"stopped{resumes}."
-        code = 128 + (error.args[0] if error.args else signal.SIGINT)
+    except KeyboardInterrupt:
+        code = 130
+        message = "stopped; what is done is kept."
     except UserError as error:
         message = f"error: {error}"
-    except OSError as error:
-        message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
-    except MemoryError:
-        message = "error: there is not enough memory for so many images, or for such large ones."
+    except (OSError, MemoryError) as error:
+        message = f"error: {first_line(error)}."
     except ImportError as error:
-        package = str(error.name).replace("_", "-")
-        message = f"error: {error}; install it with: {INSTALL} {package}, or all with -r requirements.txt"
+        message = f"error: {error}; install it with: {INSTALL} {error.name}, or all with -r requirements.txt"
     print(f"{program}: {printable(message)}", file=sys.stderr)
     return code
 
 
-def end_process(code: int) -> None:
-    """End the process with an exit code, now, before a late signal or a thread that is stuck can spoil the end."""
-    with contextlib.suppress(OSError):
-        print(end="", flush=True)
-    os._exit(code)
-
-
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` when the block ends well: nobody sees half a file.
-
-    Raises UserError when the disk is full, the folder is read-only and so on; the old file is then as it was.
-    """
+    """Yield a temporary path, which gets the name `path` when the block ends well. Raises UserError if it can't."""
     target = Path(path).resolve()  # a link stays one, to the new file
     temporary = target.with_name(f".retrain-{os.urandom(16).hex()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(target)
-    except BrokenPipeError:  # of stdout, in the block
-        raise
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
@@ -152,42 +119,31 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 def core_count(at_most: int = 0) -> int:
     """Return how many cores this process may use, but at most so many, unless 0."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
+        cores = len(os.sched_getaffinity(0))
     return min(cores, at_most or cores)
 
 
-def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator[tuple]:
-    """Yield (item, result) in the order of the items; a worker is a function of one item, for one thread at a time.
-
-    Threads do, since decoders and networks release the interpreter lock. What a worker raises is raised here.
-    """
+def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator:
+    """Yield the results for items, in their order; a worker is a function of one item, for one thread at a time."""
     idle = list(workers)
+    thread = threading.local()
 
-    def work(item: Any) -> Any:
-        worker = idle.pop()
-        try:
-            return worker(item)
-        finally:
-            idle.append(worker)
+    def begin() -> None:
+        thread.work = idle.pop()
 
-    pool = concurrent.futures.ThreadPoolExecutor(len(workers))
-    try:
-        yield from zip(items, pool.map(work, items), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)  # what is being written is finished
+    with concurrent.futures.ThreadPoolExecutor(len(workers), initializer=begin) as pool:
+        yield from pool.map(lambda item: thread.work(item), items)
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):  # faster than the whole at once, for which memory must be found
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves, switch or no switch."""
+    """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves."""
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -208,12 +164,12 @@ def import_tensorflow() -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, or for want of that is, without what it goes on to explain."""
+    """Return what an error says, or else is, without what it goes on to explain."""
     return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 def printable(text: object) -> str:
-    """Return a path, or other text, as any terminal can show it: control characters and undecodable bytes escaped."""
+    """Return a path, or other text, with control characters and undecodable bytes escaped."""
     odd = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
@@ -226,39 +182,43 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
             wrong = message.split()[2].partition("=")[0]
-            name, flags = wrong.lstrip("-").replace("-", "_"), self._option_string_actions
-            near = difflib.get_close_matches(f"--{name}", flags, n=1)
-            meant = self.meant.get(name) or "".join(near)
-            if "--image_dir" in flags and Path(wrong).is_dir():  # no flag, but what one was forgotten before
+            name = wrong.lstrip("-").replace("-", "_")
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
+            meant = self.meant.get(name, "".join(near))
+            if Path(wrong).is_dir():  # no flag, but what one was forgotten before
                 meant = f"--image_dir {wrong}"
-            message = f"{wrong} is no flag of this command" + (f"; did you mean {meant}?" if meant else "")
+            message = f"{wrong} is no flag of this command"
+            if meant:
+                message += f"; did you mean {meant}?"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def number(kind: type, low: float, high: float = math.inf, also: float | None = None) -> Callable:
     """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
+    allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+    if also is not None:
+        allowed += f", or {also}"
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value != also and not (low <= value <= high and math.isfinite(value)):
-            allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            or_else = "" if also is None else f", or {also}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed}{or_else})")
-        return value
+        if value == also or (low <= value <= high and value < math.inf):
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
 
     parse.__name__ = "whole number" if kind is int else "number"  # for argparse, whose words begin with "invalid"
     return parse
 
 
 def at_home(name: str) -> str:
-    """Return a flag's default: the path of a file or folder that lies beside the scripts, as short as can be."""
+    """Return the path of a file or folder that lies beside the scripts, as short as can be."""
     return name if Path.cwd() == HOME else str(HOME / name)
 
 
 def check_writable(name: str, path: Path, is_folder: bool) -> None:
     """Raise UserError if a file or folder, by the name of its flag, can't be written."""
-    path = path.absolute()
-    place = next(place for place in [path, *path.parents][not is_folder :] if place.exists())
+    place = path.absolute() if is_folder else path.absolute().parent
+    while not place.exists():
+        place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"--{name} {path}: {place} is no folder that can be written to; name another place.")
     if not is_folder and path.exists() and not path.is_file():  # a device, too, would be replaced
@@ -269,24 +229,24 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # Images: read, decoded, upright, resized
 # ======================================================================================================================
 
-# What is read, by the names that Pillow gives to formats; and HEIC, by pi-heif.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
+with contextlib.suppress(ImportError):  # for HEIC
+    import pi_heif
+
+    pi_heif.register_heif_opener()
+    FORMATS.insert(0, "HEIF")
 MOST_BYTES = 150_000_000
 PIL.Image.MAX_IMAGE_PIXELS = 101_000_000  # Pillow refuses more than twice as many; phones take 201 million
-# Large images and broken EXIF blocks are all in the day's work; what can't be used is raised, and told, all the same.
-warnings.filterwarnings("ignore", module="PIL")
-# Files that operating systems put into folders of images without anybody's asking, and the record of --crawl.
-NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}
-# Raw photographs are what the sensor saw, often with a small preview that a reader of TIFF takes for the image.
+warnings.filterwarnings("ignore", module="PIL")  # of large images and broken EXIF blocks
+NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}  # of operating systems, and of --crawl
+# Raw photographs hold a small preview, which a reader of TIFF takes for the image.
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How images are read: turned upright or not, very large photographs at reduced scale or not."""
-
     ignore_exif_orientation: bool = False
-    exact_decode: bool = False
+    exact_decode: bool = False  # of very large photographs, too
 
 
 def is_hidden(path: Any) -> bool:
@@ -295,12 +255,12 @@ def is_hidden(path: Any) -> bool:
 
 
 def label_of(folder: str) -> str:
-    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space.
-
-    Combining marks are parts of letters in many alphabets (Hindi and Thai vowels, decomposed accents) and stay.
-    """
-    letters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folder.lower())
-    return re.sub(" +", " ", "".join(letters))
+    """Return a folder's label: its name in lower case, every run of other than letters and digits as one space."""
+    label = ""
+    for letter in folder.lower():
+        is_mark = unicodedata.category(letter)[0] == "M"  # as parts of letters have it in many alphabets
+        label += letter if letter.isalnum() or is_mark else " "
+    return re.sub(" +", " ", label)
 
 
 def read_bytes(path: Any) -> bytes:
@@ -316,28 +276,24 @@ def read_bytes(path: Any) -> bytes:
 
 
 def read_image(path: Any, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError for one that can't be read or decoded."""
+    """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError."""
     return decode_image(read_bytes(path), reading, input_size)
 
 
 def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
-    """Return the uint8 pixels [height, width, 3] of an image, of the first frame if it has several.
+    """Return the uint8 pixels [height, width, 3] of an image, of its first frame. Raises ImageError.
 
     A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
-    shorter side, unless reading.exact_decode. As TensorFlow's decoders do, 16-bit values keep their upper byte, and
-    transparency is dropped, not blended. Raises ImageError for bytes that are no whole image.
+    shorter side. As in TensorFlow, 16-bit values keep their upper byte, and transparency is dropped, not blended.
     """
     if not data:
         raise ImageError("the file is empty")
-    is_heic = re.match(rb"....ftyp(he|mif1|msf1)", data, re.DOTALL)
-    if is_heic:
-        register_heic()
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=["HEIF", "AVIF"] if is_heic else FORMATS)
-        shorter, target, scale = min(image.size), max(input_size), 1
-        if shorter > 4 * target and not reading.exact_decode:
-            scale = next(s for s in (8, 4, 2) if shorter / s >= 2 * target)
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format in ("JPEG", "MPO"):
+            scale, shorter = 1, min(image.size)
+            if shorter > 4 * max(input_size) and not reading.exact_decode:
+                scale = next(scale for scale in (8, 4, 2) if shorter / scale >= 2 * max(input_size))
             pixels = decode_jpeg(data, image, scale)
         elif image.mode.startswith("I"):
             grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
@@ -345,14 +301,14 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         else:
             pixels = np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError:
-        raise ImageError("not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format") from None
+        remedy = "" if "HEIF" in FORMATS else f"; HEIC needs pi-heif: {INSTALL} pi-heif"
+        raise ImageError(f"not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format{remedy}") from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
-    except MemoryError:
-        raise ImageError("too large for the memory") from None
     except Exception as error:  # decoders raise many kinds of errors on damaged data
-        truncated = "truncated" in str(error).lower()
-        raise ImageError("the file is truncated" if truncated else f"damaged ({first_line(error)})") from None
+        if "truncated" in str(error).lower():
+            raise ImageError("the file is truncated") from None
+        raise ImageError(f"it can't be decoded ({first_line(error)})") from None
     if not reading.ignore_exif_orientation:
         with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
             orientation = image.getexif().get(0x0112, 1)  # Pillow has turned TIFF and HEIC already
@@ -363,41 +319,24 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     return pixels
 
 
-def register_heic() -> None:
-    """Let Pillow read HEIC, which it does by pi-heif, upright. Raises ImageError where that is not installed."""
-    try:
-        import pi_heif
-    except ImportError:
-        raise ImageError(f"an image in HEIC format, which needs pi-heif: {INSTALL} pi-heif") from None
-    pi_heif.register_heif_opener()
-
-
 def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     """Return the uint8 pixels [height, width, 3] of a JPEG at 1/scale (1, 2, 4, 8), as TensorFlow's DecodeJpeg does.
 
-    TensorFlow decodes with libjpeg-turbo's fast DCT, which Pillow can't be told to use; simplejpeg can, and its pixels
-    were the same to the bit on 2,296 photographs.
+    That uses libjpeg-turbo's fast DCT, which Pillow can't: simplejpeg's pixels are the same to the bit.
     """
-    space = "CMYK" if image.mode == "CMYK" else "RGB"
-    height, width = math.ceil(image.height / scale), math.ceil(image.width / scale)
-    for strict in (True, False):  # False forgives a harmless blemish, such as stray bytes between two markers
+    height, width = image.height // scale, image.width // scale
+    if image.mode != "CMYK":
         with contextlib.suppress(ValueError):
-            pixels = simplejpeg.decode_jpeg(data, space, True, False, height, width, strict=strict)
-            if space == "RGB":
-                return pixels
-            inks = pixels.astype(np.uint16)
-            if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
-                inks = 255 - inks
-            return (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
-        image.load()  # raises if the file is truncated
-    return np.asarray(image.convert("RGB"))  # a blemish before the scan is never forgiven; a few levels off
+            return simplejpeg.decode_jpeg(data, fastdct=True, min_height=height, min_width=width)
+    # Pillow forgives blemishes, such as stray bytes between two markers; its pixels are a few levels off.
+    image.draft("RGB", (width, height))
+    return np.asarray(image.convert("RGB"))
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return uint8 pixels [height, width, 3] resized to float32 [size[0], size[1], 3], values in [0, 255].
+    """Return uint8 pixels [height, width, 3] resized to float32 [*size, 3], values in [0, 255].
 
-    The kernel of TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale, without
-    half-pixel centres; float32 throughout.
+    As TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale.
     """
 
     def neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -405,33 +344,28 @@ def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         low = place.astype(np.intp)
         return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
 
-    def between(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
-        end -= start  # in place, which is faster
-        end *= share
-        end += start
-        return end
-
-    def across_lines(at: np.ndarray) -> np.ndarray:
-        picked = lines.take(at, axis=0)
-        start, end = (picked.take(side, axis=1).astype(np.float32) for side in (left, right))
-        return between(start, end, np.repeat(across, 3))
-
-    (top, bottom, down), (left, right, across) = map(neighbours, pixels.shape, size)
-    # Picked by value rather than by pixel of three: four times as fast, to the same bit.
-    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    lines = pixels.reshape(pixels.shape[0], -1)  # [height, width * 3]
-    return between(across_lines(top), across_lines(bottom), down[:, None]).reshape(*size, 3)
+    height, width, _ = pixels.shape
+    top, bottom, down = neighbours(height, size[0])
+    left, right, across = neighbours(width, size[1])
+    flat = pixels.reshape(height * width, 3)
+    lines = []
+    for line in (top, bottom):
+        start = flat.take(line[:, None] * width + left, axis=0).astype(np.float32)
+        end = flat.take(line[:, None] * width + right, axis=0)
+        lines.append(start + (end - start) * across[:, None])
+    upper, lower = lines
+    return upper + (lower - upper) * down[:, None, None]
 
 
 # ======================================================================================================================
-# Graphs: by LiteRT or TensorFlow, and only such as do nothing but compute
+# The classifier: a graph for LiteRT or TensorFlow, its labels, and what it is familiar with
 # ======================================================================================================================
 
+GraphDef = Any  # TensorFlow's, which is loaded where it is first needed
 RESIZED_NODE, BOTTLENECK_NODE = "ResizeBilinear", "pool_3/_reshape"
 
-# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations,
-# which compute and touch nothing else: what networks for images are made of. They were picked by hand; that TensorFlow
-# calls an operation stateless says little, since ReadFile is. A graph made to crash one ends the process, no more.
+# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations
+# only, which compute. They were picked by hand: TensorFlow calls even ReadFile stateless.
 PURE_OPS = """
 Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
 BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast CheckNumerics ClipByValue Concat
@@ -454,152 +388,103 @@ def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[No
     """Turn whatever comes of a file's content that is not as it must be into a UserError."""
     try:
         yield
-    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of TensorFlow, of protobuf
         raise UserError(f"{path} is {fault} ({printable(first_line(error))}).") from error
 
 
 class LiteModel:
-    """A .tflite network on one interpreter, for one thread at a time: pixels float32 [height, width, 3] to float32 [n].
+    """A .tflite network, for one thread at a time: from pixels float32 [*input_size, 3] to a list of float32 [n]."""
 
-    Of several outputs, which those of a trained graph are (the scores, the bottleneck), `run` returns all.
-    """
-
-    def __init__(self, path: Path, threads: int = 1):
+    def __init__(self, path: Path):
         from ai_edge_litert.interpreter import Interpreter
 
-        with telling_of_damage(path, "no model that LiteRT can run"), quiet_stderr():
-            self.interpreter = Interpreter(str(path), num_threads=threads)
+        with quiet_stderr():
+            self.interpreter = Interpreter(str(path), num_threads=1)
             self.interpreter.allocate_tensors()
         (self.input,) = self.interpreter.get_input_details()
-        self.outputs = self.interpreter.get_output_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        return self.run(pixels)[0]
-
-    def run(self, pixels: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
-        return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
+        outputs = self.interpreter.get_output_details()
+        return [self.interpreter.get_tensor(output["index"])[0] for output in outputs]
 
 
 def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     from tensorflow.python.framework import op_def_registry
 
-    # A node may call a function, whose own nodes are looked at as well; but not one that goes by an operation's name.
-    names = (function.signature.name for function in graph.library.function)
-    own = [name for name in names if op_def_registry.get(name) is None]
-    allowed = {*PURE_OPS.split(), *also.split(), *own}
-    for node in itertools.chain(graph.node, *(function.node_def for function in graph.library.function)):
+    nodes = list(graph.node)
+    allowed = {*PURE_OPS.split(), *also.split()}
+    for function in graph.library.function:  # which a node may call, unless it goes by an operation's name
+        nodes += function.node_def
+        if op_def_registry.get(function.signature.name) is None:
+            allowed.add(function.signature.name)
+    for node in nodes:
         if node.op not in allowed:
-            raise UserError(
-                f"{path}: its node {node.name!r} is a {node.op}, which may do other things than compute. A graph is a "
-                "program, which could read and write your files; if you trust whoever made it, add --trust_model."
-            )
+            told = f"its node {node.name!r} is a {node.op}, which may do more than compute, such as write your files"
+            raise UserError(f"{path}: {told}; if you trust whoever made it, add --trust_model.")
 
 
 def read_graph(path: Path, trusted: bool = False) -> GraphDef:
     """Return the GraphDef of a file. Raises UserError for none, and, unless trusted, for one that may do harm."""
     graph = import_tensorflow().compat.v1.GraphDef()
-    try:
+    with telling_of_damage(path, "no TensorFlow graph, or not a whole one"):
         graph.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, by its several names
-        raise UserError(f"{path} is no TensorFlow graph, or not a whole one; put the right file there.") from error
     if not trusted:
         check_ops(graph, path)
     return graph
 
 
 def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
-    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, batch normalisation folded into the rest.
-
-    BatchNormWithGlobalNormalization left TensorFlow with version 9 of its graphs.
-    """
+    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, with batch normalisation folded away."""
     tf = import_tensorflow()
     from tensorflow.python.tools.optimize_for_inference_lib import optimize_for_inference
 
     folded = optimize_for_inference(graph, ["DecodeJpeg/contents"], outputs, tf.string.as_datatype_enum)
-    # Old enough for any reader of TensorFlow 1, new enough for the operations that are left.
-    folded.versions.producer = max(graph.versions.producer, 21)
+    folded.versions.producer = max(graph.versions.producer, 21)  # which any TensorFlow reads
     return folded
-
-
-def graph_input_size(graph: GraphDef) -> tuple[int, int]:
-    """Return the height and width to which a GraphDef of the Inception-v3 kind resizes its images."""
-    nodes = {node.name: node for node in graph.node}
-    size = nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor
-    height, width = import_tensorflow().make_ndarray(size).tolist()
-    return height, width
 
 
 def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> Any:
     """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a list of outputs."""
     tf = import_tensorflow()
     wanted = [f"{name}:0" for name in outputs]
+    nodes = {node.name: node for node in graph.node}
+    size = tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)
     return tf.compat.v1.wrap_function(
         lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
-        [tf.TensorSpec([batch, *graph_input_size(graph), 3], tf.float32)],
+        [tf.TensorSpec([batch, *size, 3], tf.float32)],
     )
 
 
-# ======================================================================================================================
-# The classifier: a graph, its labels, and what it is familiar with
-# ======================================================================================================================
+class GraphModel:
+    """A trained graph of ours or of the classic script's, run by TensorFlow as a LiteModel is by LiteRT."""
+
+    def __init__(self, path: Path, trusted: bool):
+        graph = read_graph(path, trusted)
+        with telling_of_damage(path, f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"):
+            softmax = [node.name for node in graph.node if node.op == "Softmax"][-1]
+            graph = fold_batch_norm(graph, softmax, BOTTLENECK_NODE)
+            self.network = graph_function(graph, softmax, BOTTLENECK_NODE)
+        self.input_size = tuple(self.network.inputs[0].shape[1:3])
+
+    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
+        return [output.numpy()[0] for output in self.network(pixels[None])]
 
 
 class OutputFiles:
-    """Where a graph and what belongs to it lie: beside x.pb the same for LiteRT, x.tflite, and x.json, which ties them.
-
-    The graph may be named by its .tflite, too, which needs no .pb.
-    """
+    """Where a graph, x.pb, and what belongs to it lie: the same for LiteRT, x.tflite, and x.json, which ties them."""
 
     def __init__(self, graph: str | Path):
-        path = Path(graph)
-        stem = path.name.removesuffix(".pb").removesuffix(".tflite")
-        self.graph = path.with_name(f"{stem}.pb") if path.suffix == ".tflite" else path
-        self.lite, self.facts = path.with_name(f"{stem}.tflite"), path.with_name(f"{stem}.json")
-        # output_labels.txt and output_report.html for output_graph.pb, ants_labels.txt for ants.pb.
-        stem = stem.removesuffix("_graph")
-        self.labels, self.report = path.with_name(f"{stem}_labels.txt"), path.with_name(f"{stem}_report.html")
-
-
-@dataclasses.dataclass(frozen=True)
-class Familiar:
-    """What tells an image like those of the training from one of something else, for predict.py's `unsure`.
-
-    exemplars: float16 [k, n], unit vectors in the middle of clusters of the training's bottlenecks. An image is named
-    if its bottleneck has a cosine of `least_similarity` with one of them, and its best score is `least_score`.
-    """
-
-    exemplars: np.ndarray
-    least_similarity: float
-    least_score: float
-
-    def likeness(self, features: np.ndarray) -> np.ndarray:
-        """Return the greatest cosine with an exemplar, float32 [...], of features [..., n]."""
-        return (unit(features) @ self.exemplars.astype(np.float32).T).max(axis=-1)
-
-    def reason(self, likeness: float, scores: Sequence[tuple[str, float]]) -> str:
-        """Tell why an image of this likeness and these (label, score), best first, is not to be named; "" if it is."""
-        if likeness < self.least_similarity:
-            return "unlike the training images"
-        (first, best), (second, _), *_ = scores
-        return f"between {first} and {second}" if best < self.least_score else ""
-
-    def as_facts(self) -> dict:
-        return {
-            "least_score": self.least_score,
-            "least_similarity": self.least_similarity,
-            "exemplars_shape": self.exemplars.shape,
-            "exemplars_float16": base64.b64encode(self.exemplars.tobytes()).decode("ascii"),
-        }
-
-    @classmethod
-    def from_facts(cls, facts: dict) -> Familiar:
-        values = np.frombuffer(base64.b64decode(facts["exemplars_float16"]), np.float16)
-        exemplars = values.reshape(facts["exemplars_shape"])
-        return cls(exemplars, float(facts["least_similarity"]), float(facts["least_score"]))
+        stem = str(graph).removesuffix(".pb").removesuffix(".tflite")
+        self.graph = Path(f"{stem}.pb" if str(graph).endswith(".tflite") else graph)
+        self.lite = Path(f"{stem}.tflite")
+        self.facts = Path(f"{stem}.json")
+        stem = stem.removesuffix("_graph")  # output_labels.txt for output_graph.pb, ants_labels.txt for ants.pb
+        self.labels = Path(f"{stem}_labels.txt")
+        self.report = Path(f"{stem}_report.html")
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -607,154 +492,130 @@ def unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-# A function from pixels, float32 [height, width, 3], to [probabilities, float32 [classes]], and maybe features [n].
-Model = Callable[[np.ndarray], list[np.ndarray]]
-
-
 @dataclasses.dataclass(frozen=True)
+class Familiar:
+    """What tells an image like those of the training from another, as output_graph.json holds it."""
+
+    least_score: float
+    least_similarity: float  # least cosine with an exemplar, the middle of a cluster of the training's bottlenecks
+    exemplars_shape: Sequence[int]  # [k, n]
+    exemplars_float16: str  # in base64
+    coverage: float  # the share of right answers that these limits leave
+
+    @functools.cached_property
+    def exemplars(self) -> np.ndarray:
+        values = np.frombuffer(base64.b64decode(self.exemplars_float16), np.float16)
+        return values.reshape(self.exemplars_shape).astype(np.float32)
+
+    def likeness(self, features: np.ndarray) -> np.ndarray:
+        """Return the greatest cosine with an exemplar, float32 [...], of features [..., n]."""
+        return (unit(features) @ self.exemplars.T).max(axis=-1)
+
+    def reason(self, likeness: float, scores: Sequence[tuple[str, float]]) -> str:
+        """Tell why an image of this likeness and these (label, score), best first, is not to be named; "" if it is."""
+        if likeness < self.least_similarity:
+            return "unlike the training images"
+        if scores[0][1] < self.least_score:
+            return f"between {scores[0][0]} and {scores[1][0]}"
+        return ""
+
+
 class Classifier:
-    """A trained classifier; models: one for each image at a time; familiar: None where that was not measured."""
+    """A trained classifier: its labels, how images are read for it, and as many models as run at the same time.
 
-    labels: list[str]
-    models: list[Model]
-    input_size: tuple[int, int]
-    reading: Reading
-    familiar: Familiar | None = None
-
-
-def load_classifier(
-    graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False
-) -> Classifier:
-    """Return the classifier of a graph (or .tflite) file, for so many images; 0 threads: all cores.
-
-    labels: a file with a label per line, in place of those of the training. trusted: see read_graph. Raises UserError
-    for files that are missing or don't fit together.
+    A model is a function from pixels float32 [*input_size, 3] to [probabilities float32 [classes], features [n]].
     """
-    files = OutputFiles(graph)
-    facts = read_facts(files)
-    if not facts and not files.graph.is_file():
-        fault = "there is no such file, or the .json that belongs to it is not beside it"
-        raise UserError(f"--graph {graph}: {fault}; train first with retrain.sh, or name the file.")
-    names = facts["labels"] if facts and not labels else read_labels(Path(labels or files.labels))
-    reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
-    if not facts.get("lite_is_whole"):
-        model, input_size = tensorflow_model(files.graph, trusted)
-        return Classifier(names, [model], input_size, reading, facts.get("familiar"))
-    cores = core_count(cpu_threads)
-    at_once = min(cores, images)  # one image alone is done by all cores, many by a core each
-    models = [LiteModel(files.lite, cores // at_once) for _ in range(at_once)]
-    return Classifier(names, [model.run for model in models], models[0].input_size, reading, facts.get("familiar"))
 
-
-def read_labels(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8-sig").splitlines() if line]
-    except (OSError, UnicodeError) as error:
-        remedy = "name a file in UTF-8, or train first with retrain.sh"
-        raise UserError(f"--labels {path}: it can't be read ({first_line(error)}); {remedy}.") from error
+    def __init__(self, graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False):
+        """Open a graph (or .tflite) for so many images; labels: a file in place of those of the training, or ""."""
+        files = OutputFiles(graph)
+        facts = read_facts(files)
+        names = Path(labels or files.labels)
+        if not facts and not (files.graph.is_file() and names.is_file()):
+            needed = f"there is no such file, or neither {files.facts} nor {names} that belongs to it"
+            raise UserError(f"--graph {graph}: {needed}; train first with retrain.sh.")
+        self.labels: list[str] = facts.get("labels", [])
+        if labels or not facts:
+            lines = names.read_text("utf-8-sig", "replace").splitlines()
+            self.labels = [line for line in lines if line]
+        self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
+        self.familiar = None
+        if facts.get("familiar"):
+            self.familiar = Familiar(**facts["familiar"])
+        if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
+            self.models: list = [LiteModel(files.lite) for _ in range(min(core_count(cpu_threads), images))]
+        else:
+            self.models = [GraphModel(files.graph, trusted)]
+        self.input_size = self.models[0].input_size
 
 
 def read_facts(files: OutputFiles) -> dict:
-    """Return what retrain.py noted about the graph, or {} if that is another's; `lite_is_whole`: so is the .tflite."""
+    """Return what retrain.py noted about the graph, or {} if that is another's."""
+    path = files.graph if files.graph.is_file() else files.lite
     try:
         facts = json.loads(files.facts.read_text("utf-8"))
-        facts["labels"] = list(map(str, facts["labels"]))
-        facts["familiar"] = facts.get("familiar") and Familiar.from_facts(facts["familiar"])
-        facts["lite_is_whole"] = files.lite.is_file() and facts["lite_sha256"] == sha256_of(files.lite)
-        tied = facts["lite_is_whole"]
-        if files.graph.is_file():
-            tied = facts["graph_sha256"] == sha256_of(files.graph)
-        return facts if tied else {}
-    except (OSError, ValueError, KeyError, TypeError):  # no file, or one that is none of ours
+        known = facts["graph_sha256"], facts["lite_sha256"]
+        return facts if sha256_of(path) in known else {}
+    except Exception:  # there is no such file, or one that is none of ours
         return {}
 
 
-def tensorflow_model(path: Path, trusted: bool) -> tuple[Model, tuple[int, int]]:
-    """Return a model, and its input size, of a graph of ours or of the classic script's.
-
-    It is fed behind its decoder, so that it sees images as training saw them. Raises UserError for another graph.
-    """
-    graph = read_graph(path, trusted)
-    softmax = [node.name for node in graph.node if node.op == "Softmax"][-1:]
-    wanted = softmax + [node.name for node in graph.node if node.name == BOTTLENECK_NODE]
-    fault = f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"
-    with telling_of_damage(path, fault):
-        graph = fold_batch_norm(graph, *wanted)
-        network = graph_function(graph, *wanted, batch=1)
-        size = graph_input_size(graph)
-    return lambda pixels: [output.numpy()[0] for output in network(pixels[None])], size
-
-
 # ======================================================================================================================
-# Predictions: for files and folders, as text and tables, and into folders
+# Predictions: for files and folders, as text and tables, into folders, on a page
 # ======================================================================================================================
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What one image was taken for: (label, score), best first, or why it could not be read.
-
-    reason: why it is unsure, "" if it is not. likeness: to the training's images, at most 1; None where not measured.
-    """
+    """What one image was taken for, "unsure" with its reason, or "not read" with the error."""
 
     path: Path
-    scores: list[tuple[str, float]]
+    outcome: str
+    scores: list[tuple[str, float]]  # of all labels, best first
     error: str = ""
     reason: str = ""
-    likeness: float | None = None
-
-    @property
-    def outcome(self) -> str:
-        """The best label, unless the image is unsure or could not be read."""
-        return "not read" if self.error else "unsure" if self.reason else self.scores[0][0]
+    likeness: float | None = None  # to the training's images, at most 1
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that the arguments of --image name: files, folders (with those in them) and globs.
-
-    What names nothing is returned as it is, to be told like an image that can't be read. Raises UserError if all do.
-    """
+    """Return the files that the arguments of --image name, and what names nothing. Raises UserError if nothing does."""
     found: list[Path] = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        for path in map(Path, matches or [pattern]):
-            found += files_below(path) if path.is_dir() else [path]
+        for match in matches or [pattern]:
+            below = sorted(glob.glob(f"{glob.escape(match)}/**", recursive=True))  # but for names that begin with a dot
+            files = [path for path in map(Path, below) if path.is_file() and not is_hidden(path)]
+            found += files if os.path.isdir(match) else [Path(match)]
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
         raise UserError(f"--image {', '.join(patterns)}: {fault}.")
     return list(dict.fromkeys(found))
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Return the files in a folder and the folders in it, by name; hidden ones are not read."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(is_hidden(Path(part)) for part in path.relative_to(folder).parts):
-            files.append(path)
-    return files
-
-
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Return what each image is taken for, in the order of `paths`. Raises UserError if there are too few labels."""
-    labels, familiar, size = classifier.labels, classifier.familiar, classifier.input_size
+    """Yield what each image is taken for, in the order of `paths`. Raises UserError if the labels are too few."""
+    labels = classifier.labels
+    familiar = classifier.familiar
+    size = classifier.input_size
 
-    def name(model: Model, path: Path) -> Prediction:
+    def name(model: Callable, path: Path) -> Prediction:
         try:
             pixels = read_image(path, classifier.reading, size)
         except ImageError as error:
-            return Prediction(path, [], str(error))
+            return Prediction(path, "not read", [], str(error))
         probabilities, *features = model(resize_bilinear(pixels, size))
         if len(probabilities) != len(labels):
             raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
         rounded = [round(score, 6) for score in probabilities.tolist()]
         scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
-        if familiar is None or not features:
-            return Prediction(path, scores)
+        if not familiar:
+            return Prediction(path, scores[0][0], scores)
         likeness = float(familiar.likeness(features[0]))
-        return Prediction(path, scores, "", familiar.reason(likeness, scores), min(1.0, round(likeness, 6)))
+        reason = familiar.reason(likeness, scores)
+        outcome = "unsure" if reason else scores[0][0]
+        return Prediction(path, outcome, scores, "", reason, min(1.0, round(likeness, 6)))
 
-    workers = [functools.partial(name, model) for model in classifier.models]
-    return (prediction for _, prediction in on_all_cores(workers, paths))
+    return on_all_cores([functools.partial(name, model) for model in classifier.models], paths)
 
 
 def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
@@ -762,18 +623,18 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
     if prediction.error:
         print(f"predict.py: error: {printable(prediction.path)}: {prediction.error}", file=sys.stderr)
         return
-    lines = [f"unsure: {prediction.reason}; the best guesses are"] if prediction.reason else []
+    lines = [str(prediction.path)] if headed else []
+    if prediction.reason:
+        lines.append(f"unsure: {prediction.reason}; the best guesses are")
     lines += [f"{label} (score = {score:.5f})" for label, score in prediction.scores[:top_k]]
-    if headed:
-        lines = [str(prediction.path), *lines, ""]
-    print(*map(printable, lines), sep="\n", flush=True)
+    print(*map(printable, lines), sep="\n", end="\n\n" if headed else "\n", flush=True)
 
 
 def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
-    counts = collections.Counter(each.outcome for each in predictions).most_common()
-    told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
-    print(f"{len(predictions):,} images: {told}.")
+    counts = collections.Counter(each.outcome for each in predictions)
+    told = [f"{printable(outcome)} {count:,}" for outcome, count in counts.most_common()]
+    print(f"{len(predictions):,} images: {', '.join(told)}.", flush=True)
     classes = {label_of(label) for label in labels}
     right = []
     for each in predictions:
@@ -781,30 +642,26 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
         if each.scores and folder in classes:
             right.append(folder == label_of(each.scores[0][0]))
     if right:
-        print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.")
+        print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.", flush=True)
 
 
-def sort_into(folder: Path, prediction: Prediction) -> None:
+def sort_into(folder: str, prediction: Prediction) -> None:
     """Copy an image into the folder of its class, or into unsure/, under a free name, unless it lies there already."""
-    if prediction.error:
-        return
     path = prediction.path
-    place = folder / re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome)
-    for i in itertools.count(1):
-        copy = place / (path.name if i == 1 else f"{path.stem}_{i}{path.suffix}")
-        if not copy.exists():
-            with whole_file(copy) as temporary:
-                shutil.copy2(path, temporary)
+    place = Path(folder, re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome))
+    copy = place / path.name
+    others = 1
+    while copy.exists():
+        if copy.read_bytes() == path.read_bytes():
             return
-        if filecmp.cmp(path, copy, shallow=False):
-            return
+        others += 1
+        copy = place / f"{path.stem}_{others}{path.suffix}"
+    with whole_file(copy) as temporary:
+        shutil.copy2(path, temporary)
 
 
 def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
-    """Write a table with a row per image: image, label, score, error, all scores, and any doubt.
-
-    Excel takes a file for UTF-8 by the mark at its beginning only, and what begins like a formula for one.
-    """
+    """Write a table with a row per image. Excel takes it for UTF-8 by its first mark, and "=x" for a formula."""
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8-sig", "backslashreplace", "") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "score", "error", *labels, "unsure", "reason", "likeness"])
@@ -817,7 +674,6 @@ def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str
 
 
 def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None:
-    """Write a list with an object per image: image, predictions (label, score), unsure, reason, likeness, error."""
     entries = [
         {
             "image": str(prediction.path),
@@ -833,104 +689,76 @@ def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None
         temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
-# ======================================================================================================================
-# The page and the command line
-# ======================================================================================================================
-
-
 def serve_page(classifier: Classifier, top_k: int) -> None:
     """Open a page that names what is dropped, pasted or photographed there; only this machine can reach it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError(f"--page needs gradio ({error}); install it with: {INSTALL} gradio") from None
-    with contextlib.suppress(ImageError):
-        register_heic()  # for gradio, which opens the image first
+    import gradio
 
-    def name(file: str | None) -> tuple[dict[str, float] | None, str]:
+    def name(file: str | None) -> tuple[dict[str, float], str]:
         if file is None:
-            return None, ""
+            return {}, ""
         (prediction,) = predict(classifier, [Path(file)])
-        if prediction.error:
-            return None, f"This image can't be used: {prediction.error}."
-        return dict(prediction.scores), f"Unsure: {prediction.reason}." if prediction.reason else ""
+        return dict(prediction.scores), prediction.error or prediction.reason
 
     image = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image")
     scores = gradio.Label(num_top_classes=top_k, label="What it is")
-    remark = gradio.Textbox(label="How sure", placeholder="Sure")
-    page = gradio.Interface(name, image, [scores, remark], title="predict.py", live=True, flagging_mode="never")
-    fonts = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
-    _, address, _ = page.launch(
-        server_name="127.0.0.1", share=False, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts,
-        ssr_mode=False, footer_links=[],
-    )  # fmt: skip
+    doubt = gradio.Textbox(label="Doubt", placeholder="None")
+    page = gradio.Interface(name, image, [scores, doubt], title="predict.py", live=True, flagging_mode="never")
+    fonts = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])  # none from elsewhere
+    local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False}
+    _, address, _ = page.launch(**local, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts)
     print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
     threading.Event().wait()
 
 
-EXAMPLES = """examples:
-  python3 predict.py photo.jpg                           what is it?
-  python3 predict.py holiday --csv holiday.csv           a whole folder, into a table
-  python3 predict.py holiday --sort_into sorted          copies in a folder for each class
-"""
-
-
-def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="predict.py", description="Name images with what retrain.py has trained.", epilog=EXAMPLES)
-    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
-    flag = parser.add_argument
-    file: dict[str, Any] = {"metavar": "FILE", "default": ""}
-    flag("images", nargs="*", metavar="FILE", help="the same as --image")
-    images = "images: files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
-    flag("--image", nargs="+", action="extend", metavar="FILE", default=[], help=images)
-    flag("--csv", **file, help="also write a table for a spreadsheet, a row per image")
-    flag("--json", **file, help="also write a list for programs, an object per image")
-    flag("--sort_into", metavar="DIR", default="", help="copy each image into DIR/<its class>, or DIR/unsure")
-    flag("--page", action="store_true", help="open a page in the browser to drop images on")
-    flag("--top_k", type=number(int, 1), metavar="N", default=5, help="classes to print for each image (%(default)s)")
-    graph = "the trained classifier, .pb or .tflite (output_graph.pb, beside this script)"
-    flag("--graph", metavar="FILE", default=at_home("output_graph.pb"), help=graph)
-    flag("--labels", **file, help="other names for its classes, a line each (default: as they were trained)")
-    flag("--cpu_threads", type=number(int, 0), metavar="N", default=0, help="cores to use (default: all)")
-    flag("--trust_model", action="store_true", help="run a .pb of somebody else's even if it could change files")
-    return parser.parse_args(arguments)
-
-
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    outputs = {"csv": flags.csv, "json": flags.json, "sort_into": flags.sort_into}
-    outputs = {name: path for name, path in outputs.items() if path}
-    for name, path in outputs.items():
-        check_writable(name, Path(path), is_folder=name == "sort_into")
+    outputs = [name for name in ("csv", "json", "sort_into") if vars(flags)[name]]
+    for name in outputs:
+        check_writable(name, Path(vars(flags)[name]), name == "sort_into")
     paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
-    classifier = load_classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
+    classifier = Classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
         serve_page(classifier, flags.top_k)
     predictions: list[Prediction] = []
     try:
         for prediction in predict(classifier, paths):
             print_prediction(prediction, flags.top_k, headed=len(paths) > 1)
-            if flags.sort_into:
-                sort_into(Path(flags.sort_into), prediction)
             predictions.append(prediction)
+            if flags.sort_into and not prediction.error:
+                sort_into(flags.sort_into, prediction)
     finally:  # what was named until it was stopped is written, and summed up, all the same
-        if predictions:
-            if flags.csv:
-                write_csv(flags.csv, predictions, classifier.labels)
-            if flags.json:
-                write_json(flags.json, predictions, flags.top_k)
-            if len(paths) > 1:
-                print_summary(predictions, classifier.labels)
+        if predictions and flags.csv:
+            write_csv(flags.csv, predictions, classifier.labels)
+        if predictions and flags.json:
+            write_json(flags.json, predictions, flags.top_k)
+        if predictions and len(paths) > 1:
+            print_summary(predictions, classifier.labels)
     if outputs:
-        print(f"Wrote {printable(', '.join(outputs.values()))}.")
+        print(f"Wrote {printable(', '.join(vars(flags)[name] for name in outputs))}.")
     return int(any(prediction.error for prediction in predictions))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    flags = parse_flags(arguments)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("predict.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    flag = parser.add_argument
+    images = "files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
+    flag("images", nargs="*", metavar="FILE", help=images)
+    flag("--image", nargs="+", metavar="FILE", action="extend", default=[], help="the same")
+    flag("--csv", metavar="FILE", help="also write a table, a row per image")
+    flag("--json", metavar="FILE", help="also write a list for programs")
+    flag("--sort_into", metavar="DIR", help="copy each image into DIR/<its class>, or DIR/unsure")
+    flag("--page", action="store_true", help="open a page to drop images on")
+    flag("--top_k", metavar="N", type=number(int, 1), default=5, help="classes to print for each image (5)")
+    graph = at_home("output_graph.pb")
+    flag("--graph", metavar="FILE", default=graph, help="the trained classifier, .pb or .tflite")
+    flag("--labels", metavar="FILE", default="", help="other names for its classes, a line each")
+    flag("--cpu_threads", metavar="N", type=number(int, 0), default=0, help="cores to use (default: all)")
+    flag("--trust_model", action="store_true", help="run a .pb even if it could write files")
+    flags = parser.parse_intermixed_args(arguments)
     return exit_code("predict.py", lambda: run(flags))
 
 
 if __name__ == "__main__":
-    end_process(main())
+    os._exit(main())  # now, before a late signal or a thread that is stuck can spoil the end

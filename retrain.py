@@ -71,16 +71,13 @@ from predict import (
     check_writable,
     core_count,
     decode_image,
-    end_process,
     exit_code,
     first_line,
     fold_batch_norm,
     graph_function,
-    graph_input_size,
     import_tensorflow,
     is_hidden,
     label_of,
-    log,
     number,
     on_all_cores,
     printable,
@@ -112,6 +109,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 # Common ground: what is printed, journals, progress, large matrices
 # ======================================================================================================================
 
+log = logging.getLogger("retrain")
 # Features of more bytes than this lie in a file instead of in memory.
 MOST_IN_MEMORY = 2 << 30
 # The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
@@ -1185,8 +1183,8 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
-    pixels = list(samples(graph_input_size(graph))) if samples else []
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
+    pixels = list(samples(tuple(function.inputs[0].shape[1:3]))) if samples else []
     try:
         with quiet_stderr():
             converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
@@ -1278,7 +1276,7 @@ def log_gain_of_quantizing() -> None:
 
 
 def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
-    """Return functions from resized pixels float32 [height, width, 3] to features [n], one for each thread to start.
+    """Return functions from resized pixels float32 [height, width, 3] to [features [n]], one for each thread to start.
 
     engine, cpu_threads: as the flags have them; count: how many images there are.
     """
@@ -1305,8 +1303,8 @@ class TensorFlowModel:
         self.running = threading.Lock()
         self.waiting: list[tuple[np.ndarray, list]] = []
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the features float32 [n] of resized pixels float32 [height, width, 3]. Raises UserError."""
+    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Return [features float32 [n]] of resized pixels float32 [height, width, 3]. Raises UserError."""
         answer: list[np.ndarray] = []
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
@@ -1323,7 +1321,7 @@ class TensorFlowModel:
                 del self.waiting[: len(taken)]
                 for i, (_, asked) in enumerate(taken):
                     asked.append(features[i])
-        return answer[0]
+        return answer
 
 
 # ======================================================================================================================
@@ -1476,7 +1474,7 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
 def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
     """Return the features float32 [n] of each variant, the texts of their files, and the CUES; or what is wrong.
 
-    network: function from pixels float32 [height, width, 3] to features [n].
+    network: function from pixels float32 [height, width, 3] to [features [n]].
     """
     try:
         data = read_anywhere(job.path) if job.data is None else job.data
@@ -1485,7 +1483,7 @@ def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], l
         return str(error)
     features, texts = [], []
     for variant in job.names:
-        made = network(job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}"))
+        made, *_ = network(job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}"))
         features.append(made)
         # As many digits as bring back the same floats, all at once, which takes two thirds of the time. They are made
         # here, since a cluster's driver has no time to.
@@ -1500,7 +1498,8 @@ def extract_here(
 ) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
     at_once = networks(store.base, engine, cpu_threads, len(jobs))
-    return on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
+    results = on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
+    return zip(jobs, results, strict=True)
 
 
 def compute_bottlenecks(
@@ -1616,7 +1615,7 @@ def with_data(jobs: Sequence[Job]) -> list[Job]:
                 job = dataclasses.replace(job, data=read_anywhere(job.path))
         return job
 
-    return [job for _, job in on_all_cores([read] * 8, jobs)]  # a far store answers late, but many at once
+    return list(on_all_cores([read] * 8, jobs))  # a far store answers late, but many at once
 
 
 @functools.lru_cache(1)
@@ -1632,7 +1631,7 @@ def networks_on_node(parcel: ObjectRef) -> list[Callable]:
 def extract_block(parcels: list[ObjectRef], jobs: Sequence[Job]) -> list:
     """Return the results of extract for jobs, in a process on some node of the cluster; no file of ours stays there."""
     workers = [functools.partial(extract, network=network) for network in networks_on_node(*parcels)]
-    return [result for _, result in on_all_cores(workers, with_data(jobs))]
+    return list(on_all_cores(workers, with_data(jobs)))
 
 
 def extract_on_cluster(
@@ -2124,7 +2123,7 @@ def thumbnail(image: Image) -> PIL.Image.Image | None:
 def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL.Image.Image]:
     """Return the thumbnails of some images by their rows, but for those that are gone."""
     made = on_all_cores([thumbnail] * core_count(), [images[row] for row in rows])
-    return {row: small for row, (_, small) in zip(rows, made, strict=True) if small}
+    return {row: small for row, small in zip(rows, made, strict=True) if small}
 
 
 def colors_of(thumbnail: PIL.Image.Image) -> np.ndarray:
@@ -2459,13 +2458,14 @@ def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -
     for fold in np.unique(validated.folds):
         out = validated.folds == fold
         exemplars = find_exemplars(directions[~out], validated.classes[~out])
-        likeness[out] = Familiar(exemplars, -1.0, 0.0).likeness(directions[out])
+        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
     exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
-    if not unnamed:
-        return Familiar(exemplars, -1.0, 0.0)
-    least_similarity = np.quantile(likeness, 0.8 * unnamed)
-    least_score = np.quantile(validated.scores.max(axis=1), 0.2 * unnamed)
-    return Familiar(exemplars, float(least_similarity), float(least_score))
+    least_similarity, least_score = -1.0, 0.0
+    if unnamed:
+        least_similarity = float(np.quantile(likeness, 0.8 * unnamed))
+        least_score = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
+    text = base64.b64encode(exemplars.tobytes()).decode("ascii")
+    return Familiar(least_score, least_similarity, exemplars.shape, text, coverage)
 
 
 # ... which images are wrong
@@ -2991,7 +2991,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     network = graph_function(graph, final_tensor_name)
-    size = graph_input_size(graph)
+    size = tuple(network.inputs[0].shape[1:3])
 
     @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
     def serve(image: Tensor) -> dict[str, Tensor]:
@@ -3651,8 +3651,7 @@ def facts_of(flags: Flags, base: BaseModel, tested: dict, known: Rows, found: Di
     """Return what output_graph.json holds of how images are read, how it was tested, and what is unsure."""
     familiar = None
     if found and found.validated:
-        familiar = become_familiar(known.features(), found.validated, flags.coverage).as_facts()
-        familiar["coverage"] = flags.coverage  # which copies of predict.py of older versions read, too
+        familiar = vars(become_familiar(known.features(), found.validated, flags.coverage))
     return {
         "architecture": base.name,
         "base_model_sha256": base.fingerprint,
@@ -3728,4 +3727,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
-    end_process(importlib.import_module(Path(__file__).stem).main())
+    os._exit(importlib.import_module(Path(__file__).stem).main())  # before a late signal or a stuck thread spoils it

@@ -121,7 +121,7 @@ def test_the_conversion_keeps_the_features(tf, graph_path, tmp_path, jpegs):
     lite, raw = retrain.LiteModel(base.lite_path), raw_graph(tf, graph_path)
     for data in jpegs:
         pixels = retrain.decode_image(data, Reading(), base.input_size)
-        found = lite(retrain.resize_bilinear(pixels, base.input_size))
+        (found,) = lite(retrain.resize_bilinear(pixels, base.input_size))
         np.testing.assert_allclose(found, run_graph(tf, raw, "DecodeJpeg/contents:0", data)[0], atol=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_quantized_features_are_near_and_kept_for_later_runs(own_graph, conversi
     assert made == again and conversions == [plain.lite_path, made.lite_path]
     assert made.name == "inception_v3_int8" and made.graph_path == plain.graph_path
     assert made.fingerprint == retrain.sha256_of(made.lite_path)  # another calibration gives other features
-    exact, rough = (retrain.LiteModel(base.lite_path)(some_pixels()) for base in (plain, made))
+    exact, rough = (retrain.LiteModel(base.lite_path)(some_pixels())[0] for base in (plain, made))
     assert rough.dtype == np.float32 and 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
     assert has_int8(made.lite_path) and not has_int8(plain.lite_path)
 
@@ -200,7 +200,7 @@ def test_average_pools_of_8_bit_networks_are_float(tf, tmp_path):
     recipe = retrain.Recipe("pools", "0" * 64, lambda: retrain.image_graph(network, (32, 32)))
     pixels = np.random.default_rng(1).uniform(0, 255, (20, 32, 32, 3)).astype(np.float32)
     plain, made = (retrain.load_base_model(recipe, tmp_path, tmp_path, each) for each in (None, lambda size: pixels))
-    expected, features = (retrain.LiteModel(base.lite_path)(pixels[0]) for base in (plain, made))
+    expected, features = (retrain.LiteModel(base.lite_path)(pixels[0])[0] for base in (plain, made))
     np.testing.assert_allclose(features, expected, atol=0.03 * np.abs(expected).max())
     details = retrain.LiteModel(made.lite_path).interpreter.get_tensor_details()
     kinds = [tensor["dtype"] for tensor in details if tensor["name"].startswith("float_")]

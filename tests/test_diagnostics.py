@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_unlike_images_are_unfamiliar():
         return np.mean([made.reason(likeness, scores) != "" for likeness in made.likeness(matrix)])
 
     assert unsure(familiar, strange) > 0.9 and unsure(familiar, features) < 0.2
-    kept = retrain.Familiar.from_facts(json.loads(json.dumps(familiar.as_facts())))
+    kept = retrain.Familiar(**json.loads(json.dumps(dataclasses.asdict(familiar))))
     np.testing.assert_array_equal(kept.exemplars, familiar.exemplars)
     assert unsure(retrain.become_familiar(features, validated, 1), strange) == 0
 
@@ -391,7 +392,7 @@ def test_temperature_leaves_the_classes_and_no_report_the_classic_graph(train, t
     paths = sorted(Path("pictures/green").iterdir())[:5]
     for path in paths:
         pixels = retrain.resize_bilinear(retrain.read_image(path, retrain.Reading(), (33, 33)), (33, 33))
-        before, after = (retrain.LiteModel(Path(name))(pixels) for name in ("output_graph.tflite", "other.tflite"))
+        before, after = (retrain.LiteModel(Path(name))(pixels)[0] for name in ("output_graph.tflite", "other.tflite"))
         cooled = before ** (1 / temperature)
         np.testing.assert_allclose(after, cooled / cooled.sum(), atol=1e-4)
         assert before.argmax() == after.argmax()

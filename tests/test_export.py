@@ -68,7 +68,7 @@ def served(folder: Path, paths: list[Path]) -> np.ndarray:
 
 def predicted(folder: Path, paths: list[Path]) -> np.ndarray:
     """Return predict.py's scores, float32 [paths, labels], in the order of the labels."""
-    classifier = predict.load_classifier(str(folder / "output_graph.pb"), str(folder / "output_labels.txt"), len(paths))
+    classifier = predict.Classifier(str(folder / "output_graph.pb"), str(folder / "output_labels.txt"), len(paths))
     found = [dict(prediction.scores) for prediction in predict.predict(classifier, paths)]
     return np.array([[scores[label] for label in classifier.labels] for scores in found])
 
@@ -151,7 +151,7 @@ def test_tflite_agrees_with_the_graph(trained, unseen):
     lite = retrain.LiteModel(trained / "output_graph.tflite")
     assert lite.input_size == (33, 33)
     pixels = [retrain.read_image(path, retrain.Reading(), (33, 33)) for path in unseen]
-    scores = [lite(retrain.resize_bilinear(each, (33, 33))) for each in pixels]
+    scores = [lite(retrain.resize_bilinear(each, (33, 33)))[0] for each in pixels]
     np.testing.assert_allclose(scores, session_run(trained / "output_graph.pb", FINAL, bytes_of(unseen)), atol=1e-4)
 
 
@@ -168,10 +168,10 @@ def test_tflite_with_any_number_of_classes(base, tmp_path, class_count):
     run = retrain.graph_function(graph_in(tmp_path / "headed.pb"), "final_result")
     for _ in range(3):
         pixels = random.uniform(0, 255, (33, 33, 3)).astype(np.float32)
-        scores = lite(pixels)
+        scores, _ = lite(pixels)
         assert scores.shape == (class_count,)
         np.testing.assert_allclose(scores, run(pixels[None])[0].numpy()[0], atol=1e-4)
-        np.testing.assert_allclose(scores, head.probabilities(features(pixels)[None])[0], atol=1e-4)
+        np.testing.assert_allclose(scores, head.probabilities(features(pixels)[0][None])[0], atol=1e-4)
 
 
 # SavedModel

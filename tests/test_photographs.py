@@ -55,7 +55,7 @@ def test_a_tf1_reader_agrees_with_predict(shared, run_folder):
     graph = tf.compat.v1.GraphDef()
     graph.ParseFromString((run_folder / "output_graph.pb").read_bytes())
     paths = sorted((shared / "photos/ants_bees/val").glob("*/*.jpg"))[::15]
-    classifier = predict.load_classifier(
+    classifier = predict.Classifier(
         str(run_folder / "output_graph.pb"), str(run_folder / "output_labels.txt"), len(paths)
     )
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:

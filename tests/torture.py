@@ -351,7 +351,7 @@ def struck(t: Torture, lives: Lives, name: str, code: int, count: int) -> None:
 def death(t: Torture, lives: Lives | None = None) -> None:
     """SIGKILL, SIGINT and SIGTERM at random moments, each followed by the same command: outputs as in peace."""
     lives = lives or Lives(t)
-    for name, code, count in (("SIGKILL", -signal.SIGKILL, 100), ("SIGINT", 130, 50), ("SIGTERM", 143, 50)):
+    for name, code, count in (("SIGKILL", -signal.SIGKILL, 100), ("SIGINT", 130, 50), ("SIGTERM", 130, 50)):
         struck(t, lives, name, code, t.count(count))
 
 
