@@ -1344,8 +1344,8 @@ class Distortion:
     random_color: int = 0
 
     def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
-        """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [size[0], size[1], 3]."""
-        if self == Distortion():
+        """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [*size, 3]."""
+        if self == PLAIN:
             return resize_bilinear(pixels, size)
         chance = np.random.default_rng(list(hashlib.sha256(os.fsencode(seed)).digest()))
 
@@ -1354,28 +1354,33 @@ class Distortion:
 
         if self.random_rotation:  # the corners get the mean color
             angle = chance.uniform(-self.random_rotation, self.random_rotation)
-            mean_color = tuple(map(int, pixels.mean(axis=(0, 1))))
-            image = PIL.Image.fromarray(pixels)
-            pixels = np.asarray(image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=mean_color))
+            corners = tuple(pixels.mean(axis=(0, 1)).astype(int).tolist())
+            turned = PIL.Image.fromarray(pixels).rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=corners)
+            pixels = np.asarray(turned)
         enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
         height, width = size
-        resized = resize_bilinear(pixels, (int(height * enlarged), int(width * enlarged)))
-        top = chance.integers(resized.shape[0] - height + 1)
-        left = chance.integers(resized.shape[1] - width + 1)
-        variant = resized[top : top + height, left : left + width]
+        variant = resize_bilinear(pixels, (int(height * enlarged), int(width * enlarged)))
+        top = chance.integers(len(variant) - height + 1)
+        left = chance.integers(variant.shape[1] - width + 1)
+        variant = variant[top:, left:][:height, :width]
         if self.flip_left_right and chance.integers(2):
             variant = variant[:, ::-1]
         variant = variant * factor(self.random_brightness)
         if self.random_color:
-            saturation, contrast = factor(self.random_color), factor(self.random_color)
-            grey, mean = variant.mean(axis=2, keepdims=True), variant.mean()
+            saturation = factor(self.random_color)
+            contrast = factor(self.random_color)
+            grey = variant.mean(axis=2, keepdims=True)
+            mean = variant.mean()
             variant = mean + (grey + (variant - grey) * saturation - mean) * contrast
         return variant
 
 
+PLAIN = Distortion()  # none at all
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is missing of one image, and all that a process on another machine needs to know to compute it."""
+    """What is missing of one image, and all that a process on another machine needs to compute it."""
 
     row: int  # of the image
     path: Path | UPath  # absolute
@@ -1406,8 +1411,10 @@ class BottleneckStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for place, _, _ in os.walk(self.folder):
             remove_leftovers(Path(place))
-        entries = [entry for entry in self.index.read() if isinstance(entry, list) and len(entry) == 5]
-        self.records = {name: record for name, *record in entries}
+        self.records = {}
+        for entry in self.index.read():
+            if isinstance(entry, list) and len(entry) == 5:
+                self.records[entry[0]] = entry[1:]
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
@@ -1421,20 +1428,21 @@ class BottleneckStore:
 
         record: what such a file made now would be recorded with. The cues of a classic file are NaN.
         """
-        path, known = self.folder / name, self.records.get(name)
-        *made_from, cues = known or [*record, [math.nan] * len(CUES)]
-        if made_from != list(record):
-            return None
+        path = self.folder / name
+        known = self.records.get(name)
         try:
-            if not known:
-                written = path.stat().st_mtime_ns
-                if record[2] != self.recipe or not record[1] <= written < self.started:
-                    return None
+            if known:
+                is_good = tuple(known[:3]) == record
+            else:
+                is_good = record[2] == self.recipe and record[1] <= path.stat().st_mtime_ns < self.started
+            if not is_good:
+                return None
             features = np.array(path.read_text("ascii").split(","), np.float32)
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
-        is_whole = features.shape == (self.base.bottleneck_size,) and np.isfinite(features).all()
-        return (features, cues) if is_whole else None
+        if len(features) != self.base.bottleneck_size or not np.isfinite(features).all():
+            return None
+        return features, known[3] if known else [math.nan] * len(CUES)
 
     def save(self, job: Job, texts: Sequence[str], cues: list[float]) -> None:
         """Keep what was computed for a job: the texts of its files, and the cues."""
@@ -1450,13 +1458,14 @@ class BottleneckStore:
         """List the files that were skipped, with their reasons, beside the bottlenecks, and print the first three."""
         path = self.folder / f"skipped_{self.base.name}.tsv"
         path.unlink(missing_ok=True)
-        lines = [f"{printable(image)}\t{printable(reason)}" for image, reason in skipped.items()]
-        for line in lines[:3]:
-            log.warning("%s", line.replace("\t", ": "))
-        if lines:
-            log.warning("%d of the files could not be used; %s lists all, with the reasons.", len(lines), path)
-            with whole_file(path) as temporary:
-                temporary.write_text("\n".join([*lines, ""]), "utf-8")
+        if not skipped:
+            return
+        for image, reason in list(skipped.items())[:3]:
+            log.warning("%s: %s", image, reason)
+        log.warning("%d of the files could not be used; %s lists all, with the reasons.", len(skipped), path)
+        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for image, reason in skipped.items():
+                file.write(f"{printable(image)}\t{printable(reason)}\n")
 
 
 def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
@@ -1466,9 +1475,8 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     luma = np.asarray(small, np.float32) / 255
     laplacian = np.diff(luma, 2, axis=0)[:, 1:-1] + np.diff(luma, 2, axis=1)[1:-1]
     measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
-    height, width, _ = pixels.shape  # upright; those of the file may not be
-    sides = sorted(PIL.Image.open(io.BytesIO(data)).size, reverse=width > height)
-    return [*measured, *sides]
+    is_wide = pixels.shape[1] > pixels.shape[0]  # these are upright; what the file says may not be
+    return [*measured, *sorted(PIL.Image.open(io.BytesIO(data)).size, reverse=is_wide)]
 
 
 def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
@@ -1505,51 +1513,53 @@ def extract_here(
 def compute_bottlenecks(
     store: BottleneckStore,
     images: Sequence[Image],
-    distortion: Distortion | None = None,
+    distortion: Distortion = PLAIN,
     count: int = 1,
-    extract_all: Callable[[BottleneckStore, Sequence[Job]], Iterator[tuple]] = extract_here,
+    extract_all: Callable = extract_here,
 ) -> tuple[np.ndarray, np.ndarray, dict[Path | UPath, str]]:
     """Return features float32 [images, count, n] and CUES float32 [images, 5], kept or computed, and {path: reason}.
 
-    The latter is of unusable images, which have no row. Without a distortion count is 1, the image itself; with one,
-    its variants. extract_all: yields (job, result of extract) for every job, in any order.
+    The latter is of unusable images, which have no row. count: of variants, with a distortion; without, it is 1.
+    extract_all: takes the store and Jobs, and yields (job, result of extract) for each, in any order.
     """
     features = empty_matrix((len(images), count, store.base.bottleneck_size), store.folder)
     cues = np.full((len(images), len(CUES)), np.nan, np.float32)
-    doing, variant_name, recipe = "Bottlenecks", "", store.recipe
-    if distortion:
-        doing, variant_name = "Distortions", "_distorted_{}"
+    doing, endings, recipe = "Bottlenecks", [""], store.recipe
+    if distortion != PLAIN:
+        doing, endings = "Distortions", [f"_distorted_{variant}" for variant in range(count)]
         recipe += f" {dataclasses.astuple(distortion)}"
-    jobs, reasons = [], {}
+    jobs, wanted = [], 0
     for row, image in enumerate(images):
         record, missing = (*image.stamp, recipe), {}
-        for variant in range(count):
-            name = store.name(image, variant_name.format(variant))
+        for variant, ending in enumerate(endings):
+            name = store.name(image, ending)
             found = store.load(name, record)
             if found:
                 features[row, variant], cues[row] = found
             else:
                 missing[variant] = name
         if missing:
-            how = distortion or Distortion(), store.reading, store.base.input_size
-            jobs.append(Job(row, image.path.absolute(), image.key, record, missing, *how))
+            wanted += len(missing)
+            path, size = image.path.absolute(), store.base.input_size
+            jobs.append(Job(row, path, image.key, record, missing, distortion, store.reading, size))
+    reasons = {}
     if jobs:
-        wanted = sum(len(job.names) for job in jobs)
         log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
         with progress_bar(doing, wanted, " images") as bar:
             for job, result in extract_all(store, jobs):
                 if isinstance(result, str):
                     reasons[job.row] = result
                 else:
-                    features[job.row, list(job.names)], texts, cues[job.row] = result
+                    made, texts, cues[job.row] = result
+                    features[job.row, list(job.names)] = made
                     store.save(job, texts, result[2])
                 bar.update(len(job.names))
     usable = [row for row in range(len(images)) if row not in reasons]
     if reasons:  # in place: the matrix is the largest thing in memory
         for new, row in enumerate(usable):
-            features[new], cues[new] = features[row], cues[row]
+            features[new] = features[row]
     skipped = {images[row].path: reasons[row] for row in sorted(reasons)}
-    return features[: len(usable)], cues[: len(usable)], skipped
+    return features[: len(usable)], cues[usable], skipped
 
 
 # ======================================================================================================================
