@@ -521,6 +521,7 @@ def from_flags(kind: type, flags: Flags) -> Any:
 # What object stores call the time when a file was last read, which is no change of it.
 ACCESS_TIMES = ("time", "atime", "accessTime", "last_accessed")
 SPLITS = ("training", "validation", "testing")
+SPLIT_COLUMNS = ["path", "label", "split"]  # of a --split_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -554,29 +555,32 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]:
-    """Return (path, stamp, or None for a folder) of what a folder holds, by name, but for what is hidden.
-
-    Raises UserError for an object store that can't be listed.
-    """
-    url, entries = str(folder), []
-    if not is_store_url(url):
-        entries = [(path, None if path.is_dir() else stamp_of(path)) for path in Path(folder).iterdir()]
+    """Return (path, stamp, or None for a folder) of what a folder holds, by name, but for what is hidden."""
+    if is_store_url(str(folder)):
+        entries = store_entries(str(folder))
     else:
-        try:
-            from upath import UPath
-
-            store = UPath(folder)
-            for told in store.fs.ls(store.path, detail=True):
-                name = told["name"].strip("/")
-                lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
-                stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
-                if name != store.path.strip("/"):  # some stores keep an empty object for the folder
-                    entries.append((store / name.rpartition("/")[2], None if told["type"] == "directory" else stamp))
-        except Exception as error:  # stores have errors of their own
-            why = first_line(error).replace(url, shown(url))
-            remedy = f"the package for it may be missing: {INSTALL} -r requirements-ray.txt"
-            raise UserError(f"{shown(url)} could not be listed ({why}); {remedy}.") from error
+        entries = [(path, None if path.is_dir() else stamp_of(path)) for path in Path(folder).iterdir()]
     return sorted((entry for entry in entries if not is_hidden(entry[0])), key=lambda entry: entry[0].name)
+
+
+def store_entries(url: str) -> list:
+    """Return the like of a folder in an object store. Raises UserError for one that can't be listed."""
+    entries = []
+    try:
+        from upath import UPath
+
+        store = UPath(url)
+        for told in store.fs.ls(store.path, detail=True):
+            name = told["name"].strip("/")
+            lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
+            stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
+            if name != store.path.strip("/"):  # some stores keep an empty object for the folder
+                entries.append((store / name.rpartition("/")[2], None if told["type"] == "directory" else stamp))
+    except Exception as error:  # stores have errors of their own
+        why = first_line(error).replace(url, shown(url))
+        remedy = f"the package for it may be missing: {INSTALL} -r requirements-ray.txt"
+        raise UserError(f"{shown(url)} could not be listed ({why}); {remedy}.") from error
+    return entries
 
 
 def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
@@ -589,16 +593,17 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
     if not is_store_url(image_dir) and not os.path.isdir(image_dir):
         where = os.path.abspath(image_dir)
         raise UserError(f"{given}: there is no such folder (looked for {where}); an archive has to be unpacked first.")
-    entries = entries_of(image_dir)
-    unread = [path for path, stamp in entries if stamp]
-    images: list[Image] = []
+    images, unread = [], []
     folder_of: dict[str, str] = {}
-    for folder in [path for path, stamp in entries if not stamp]:
+    for folder, is_file in entries_of(image_dir):
+        if is_file:
+            unread.append(folder)
+            continue
         label = label_of(folder.name)
-        other = folder_of.setdefault(label, folder.name)
-        if other != folder.name:
-            both = f"the folders {other!r} and {folder.name!r} both give the label {label!r}"
+        if label in folder_of:
+            both = f"the folders {folder_of[label]!r} and {folder.name!r} both give the label {label!r}"
             raise UserError(f"{given}: {both}; rename or merge one of them.")
+        folder_of[label] = folder.name
         for path, stamp in entries_of(folder):
             if stamp:
                 images.append(Image(path, label, stamp=stamp))
@@ -606,7 +611,7 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
                 unread.append(path)
     if unread:
         told = "Only the files directly in a class's folder are read; not read: %d, such as %s."
-        log.warning(told, len(unread), printable(unread[0]))
+        log.warning(told, len(unread), unread[0])
     if len(folder_of) < 2:
         told = f"a classifier needs the folders of two classes or more, and it holds {', '.join(folder_of) or 'none'}"
         raise UserError(f"{given}: {told}; if it is the folder of one class, name the folder above it.")
@@ -653,7 +658,7 @@ def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[
 
 
 def leave_out(images: Sequence[Image], path: str) -> list[Image]:
-    """Return the images that the list of --exclude doesn't name. Raises UserError for one that can't be used."""
+    """Return the images that the list of --exclude doesn't name. Raises UserError."""
     named = named_in(path, "--exclude", images)
     log.info("They are left out. If right ones are among them, the accuracy comes out too high.")
     return [image for image, cells in named.items() if not cells]
@@ -688,30 +693,26 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for a path
     that is no image's, one named twice, and another label or split.
     """
-    true_folder = functools.cache(os.path.realpath)
-
-    def place(where: str) -> str:  # one name for one file, however its folder is given
-        return os.path.join(true_folder(os.path.dirname(where)), os.path.basename(where))
-
-    known = {place(str(image.path)): image for image in images}
+    known = {os.path.abspath(str(image.path)): image for image in images}
     labels = {image.label for image in images}
     named: dict[str, Image] = {}
     for line, row in read_table(path, "--split_file"):
         given = f"--split_file {path}: line {line}"
-        if row == ["path", "label", "split"]:
+        if row == SPLIT_COLUMNS:
             continue
         if len(row) != 3 or row[2] not in SPLITS:
             raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
-        label, where = label_of(row[1]), place(os.path.join(image_dir, row[0]))
+        name, label, split = row
+        where = os.path.abspath(os.path.join(image_dir, name))
         if where in named:
-            raise UserError(f"{given}: {printable(row[0])} is named twice; remove one of the lines.")
+            raise UserError(f"{given}: {printable(name)} is named twice; remove one of the lines.")
         image = known.get(where)
         if not image:
             file = Path(where)
-            image = Image(file, label, place=place_of(file.parent.parent), stamp=stamp_of(file))
-        if label != image.label or label not in labels or not image.path.is_file():
-            raise UserError(f"{given}: {printable(row[0])} is no image of the class {row[1]!r}; correct the line.")
-        named[where] = dataclasses.replace(image, split=row[2])
+            image = Image(file, label_of(label), place=place_of(file.parent.parent), stamp=stamp_of(file))
+        if label_of(label) != image.label or image.label not in labels or not image.path.is_file():
+            raise UserError(f"{given}: {printable(name)} is no image of the class {label!r}; correct the line.")
+        named[where] = dataclasses.replace(image, split=split)
     left_out = known.keys() - named.keys()
     if left_out:
         log.warning("%d images of %s are not in %s, and are left out.", len(left_out), image_dir, path)
@@ -722,12 +723,12 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
     """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
-    rows = [["path", "label", "split"]]
-    for image in images:
-        where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
-        rows.append([where, image.label, image.split])
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", "") as file:
-        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(SPLIT_COLUMNS)
+        for image in images:
+            where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
+            writer.writerow([where, image.label, image.split])
 
 
 def stem_of(key: str) -> str:

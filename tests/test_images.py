@@ -323,7 +323,7 @@ def test_what_is_no_image_of_a_class_is_not_listed_and_told_unless_it_is_hidden(
     make_files(tmp_path, *images, *hidden, "a/deeper/1.jpg", "beside.jpg")
     assert [image.key for image in retrain.list_images(str(tmp_path))] == images
     (message,) = {record.getMessage() for record in caplog.records}
-    assert f"not read: 2, such as {tmp_path / 'beside.jpg'}." in message
+    assert f"not read: 2, such as {tmp_path / 'a/deeper'}." in message
 
 
 def test_the_label_of_a_folder():
