@@ -3465,20 +3465,12 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
 
     classes: {folder: search words}. Raises UserError if there is none, or a source that was needed was out of reach.
     """
-    import filelock
-
     sources = flags.crawl_source or [source_named("openverse"), source_named("commons")]
     for name, address in sources:
         if len(classes) > 1 and name in ("page", "list") and "{}" not in address:
             told = "would give every class the same images; put {} where each class's search words go"
             raise UserError(f"--crawl_source {name}:{address} {told}.")
     crawl_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(crawl_dir / ".crawl.lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        told = f"Another run is crawling into {crawl_dir}; wait for it, or name another --crawl_dir."
-        raise UserError(told) from None
     looks: dict[int, str] = {}
     others = [path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}")]  # of other runs
     names = sorted({*classes, *others})
@@ -3491,7 +3483,6 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     finally:
         asked = [folders[name] for name in classes]
         report_crawl(asked, flags.crawl_count)
-        lock.release()
     short = [folder.path.name for folder in asked if folder.count < flags.crawl_count]
     if short and web.away:
         raise UserError(f"{web.away}; see whether this machine is online, and run the same command again.")

@@ -544,17 +544,6 @@ def test_the_table_gives_advice_that_fits_and_a_flag_lets_more_pass(server, craw
 # Errors are sentences, and stops are orderly.
 
 
-def test_two_runs_at_a_time_in_one_folder_are_one_too_many(server, crawl, tmp_path):
-    server.results["cat"] = [*good(range(2)), Result("stall", 3)]
-    process = start(tmp_path, server.source("openverse"), 3, "cat")
-    wait_for_images(process, server, 3)
-    code, said = crawl("cat")
-    process.kill()
-    process.wait()
-    assert code == 1 and "Another run is crawling into" in said
-    assert crawl("cat", count=2)[0] == 0
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [(["--crawl_license", "by,cc-by"], "'by,cc-by'"),
