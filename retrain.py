@@ -584,10 +584,9 @@ def store_entries(url: str) -> list:
 
 
 def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
-    """Return every file of every class folder in `image_dir`, classes and files in the order of their names.
+    """Return every file of every class folder in `image_dir`, by name; decoding tells whether it is an image.
 
-    Whether a file is an image is told by its content, when it is decoded. Raises UserError, by the name of the flag,
-    for a folder from which no classifier could be trained.
+    Raises UserError, by the name of the flag, for a folder from which no classifier could be trained.
     """
     given = f"{flag} {shown(image_dir)}"
     if not is_store_url(image_dir) and not os.path.isdir(image_dir):
@@ -638,10 +637,7 @@ def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
 
 
 def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[str]]:
-    """Return for each image the cells of the line that names it, as `class folder/file name` or a path that ends so.
-
-    They are [] if none does. Raises UserError for a list that names no image.
-    """
+    """Return for each image the cells of the line that names it, or []. Raises UserError if none names any."""
     rows = read_table(path, flag)
     cells_of: dict[str, list[str]] = {}
     for _, cells in rows:
@@ -679,10 +675,7 @@ def relabel(images: Sequence[Image], path: str) -> list[Image]:
 
 
 def place_of(folder: Path) -> str:
-    """Return the folder below bottleneck_dir for the images of another folder than image_dir.
-
-    Its name tells them apart from image_dir's, and from others', of the same class and file name.
-    """
+    """Return the folder below bottleneck_dir for images of another folder than image_dir, of the same names perhaps."""
     where = os.path.realpath(folder)
     return f"{os.path.basename(where)}-{sha1_of(where)[:8]}/"
 
@@ -690,8 +683,7 @@ def place_of(folder: Path) -> str:
 def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
     """Return the images that a split file names, in its order, with their splits; images: all of image_dir.
 
-    It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for a path
-    that is no image's, one named twice, and another label or split.
+    It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for odd lines.
     """
     known = {os.path.abspath(str(image.path)): image for image in images}
     labels = {image.label for image in images}
@@ -741,8 +733,7 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
     """Return the images with their split, by the classic rule, from the hash of their stem: a place from 0 to 100.
 
     Those below `validation` validate, those below the sum test. A class with nothing to test or to validate with lends
-    the nearest of its training images (with those of the same hash) as long as it keeps some to train on; one with
-    nothing to train on takes back the furthest.
+    the nearest of its training images while it keeps some; one with nothing to train on takes back the furthest.
     """
     splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and place
     places = {}
@@ -805,14 +796,11 @@ HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a base model is made; every kind of base model is one function that returns this.
-
-    make: returns a frozen GraphDef with the nodes of the 2015 release, from `DecodeJpeg/contents` over `Mul`, where the
-    network proper begins, to `pool_3/_reshape`, its features; see image_graph.
-    """
+    """How a base model is made; every kind of base model is one function that returns this."""
 
     name: str  # the architecture, as it stands in the names of bottleneck files
     fingerprint: str  # SHA-256 of what it is made from
+    # A frozen graph with the nodes of the 2015 release, from `DecodeJpeg/contents` to the features, `pool_3/_reshape`.
     make: Callable[[], GraphDef]
     note: str = ""  # what to say at the end of the run if it is not the base model that was hoped for
 
@@ -853,8 +841,7 @@ def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str =
 def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path) -> Path:
     """Return the path of a graph: in `model_dir`, out of the archive lying there, or downloaded.
 
-    name: the graph's in the archive, and below `model_dir`; model_url: what to ask instead of `urls`, or ''. Raises
-    UserError if there is none.
+    name: in the archive and below `model_dir`; model_url: to ask instead of `urls`, or ''. Raises UserError for none.
     """
     path = model_dir / name
     if path.is_file():
@@ -1186,10 +1173,7 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
 
 
 def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None = None) -> None:
-    """Write the network of a kept graph, from pixels [1, height, width, 3] to features [1, n], as a .tflite.
-
-    Raises ValueError for a network with operations that LiteRT doesn't have. samples: see load_base_model.
-    """
+    """Write the network of a kept graph as a .tflite. Raises ValueError if it can't be; samples: see load_base_model."""
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
@@ -1268,10 +1252,7 @@ def log_gain_of_quantizing() -> None:
 
 
 def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
-    """Return functions from resized pixels float32 [height, width, 3] to [features [n]], one for each thread to start.
-
-    engine, cpu_threads: as the flags have them; count: how many images there are.
-    """
+    """Return functions from resized pixels float32 [height, width, 3] to features [n], for `count` images or fewer."""
     if cpu_threads:  # TensorFlow asks once, when it first computes something
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
     # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
@@ -1472,10 +1453,7 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
 
 
 def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
-    """Return the features float32 [n] of each variant, the texts of their files, and the CUES; or what is wrong.
-
-    network: function from pixels float32 [height, width, 3] to [features [n]].
-    """
+    """Return the features float32 [n] of each variant, the texts of their files, and the CUES; or what is wrong."""
     try:
         data = read_anywhere(job.path) if job.data is None else job.data
         pixels = decode_image(data, job.reading, job.size)
@@ -1721,14 +1699,11 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The softmax layer: weights float32 [n, classes], biases float32 [classes]; and hidden layers before it, if any.
+    """The softmax layer, and fully-connected layers with a ReLU before it, if any."""
 
-    hidden: the weights float32 [n, units] and biases float32 [units] of each fully-connected layer with a ReLU.
-    """
-
-    weights: np.ndarray
-    biases: np.ndarray
-    hidden: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    weights: np.ndarray  # float32 [n, classes]
+    biases: np.ndarray  # float32 [classes]
+    hidden: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # the like of each hidden layer, [n, units] and [units]
 
     def variables(self) -> dict[str, np.ndarray]:
         """Return all its numbers, under the classic script's names where that has them."""
@@ -1934,10 +1909,7 @@ def keras_learner(
 
 
 def train_logistic(training: Rows, validation: Rows, class_count: int, settings: TrainingSettings) -> Head:
-    """Return the head of a logistic regression on the rows of both.
-
-    It is fitted to centred features of one common scale; both are folded into the weights.
-    """
+    """Return the head of a logistic regression on the rows of both; mean and scale of the features are folded in."""
     from sklearn.linear_model import LogisticRegression
 
     features = np.concatenate([training.features(), validation.features()])  # [rows, n]
@@ -3065,9 +3037,7 @@ class Web:
     def get(self, url: str, robots: bool = False, **options: Any) -> tuple[str, bytes]:
         """Return (address, body) of what an address leads to, after redirects. Raises ImageError and Failure.
 
-        robots: whether robots.txt has a say. Search engines forbid their results to all robots; whoever names one asks
-        it a question, as with a browser, and no link is followed from there without asking its own robots.txt.
-        options: of requests.Request.
+        robots: whether robots.txt has a say, as for all but the sources' own answers. options: of requests.Request.
         """
         for _ in range(MOST_REDIRECTS + 1):
             request, host = self.prepare(url, {"headers": self.session.headers, **options})
@@ -3334,9 +3304,8 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, int, str]:
 class ClassFolder:
     """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
 
-    url, page, source, licence, title, creator; `outcome`: kept, refused, or failed (which another time or with another
-    flag might go well), and why not, `reason`; of a kept image `file` and `looks`, its perceptual hash in hex digits.
-    looks: of the images of all classes, {perceptual hash: class}.
+    The fields of a Candidate, source, `outcome`: kept, refused, or failed (which another time or flag might cure), and
+    `reason`; of a kept image `file` and `looks`, its perceptual hash. looks: {hash: class} of all classes.
     """
 
     def __init__(self, path: Path, looks: dict[int, str]):
@@ -3438,10 +3407,7 @@ def report_crawl(folders: Sequence[ClassFolder], wanted: int) -> None:
 
 
 def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
-    """Fill a folder of `crawl_dir` for each class with images from the sources, and print what came of it.
-
-    classes: {folder: search words}. Raises UserError if there is none.
-    """
+    """Fill the folders of {folder: search words} with images, and print what came of it. Raises UserError for none."""
     sources = flags.crawl_source or [source_named("openverse"), source_named("commons")]
     for name, address in sources:
         if len(classes) > 1 and name in ("page", "list") and "{}" not in address:
