@@ -1173,7 +1173,7 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
 
 
 def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None = None) -> None:
-    """Write the network of a kept graph as a .tflite. Raises ValueError if it can't be; samples: see load_base_model."""
+    """Write the network of a kept graph as a .tflite, or raise ValueError; samples: see load_base_model."""
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
