@@ -900,7 +900,6 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
         tf = import_tensorflow()
         graph = read_graph(path, trusted)
         with telling_of_damage(path, "no graph of the Inception-v3 kind, or damaged"):
-            graph_input_size(graph)
             graph = fold_batch_norm(graph, BOTTLENECK_NODE)
             nodes = {node.name: node for node in graph.node}
             shape = nodes[f"{BOTTLENECK_NODE}/shape"].attr["value"].tensor
@@ -1177,12 +1176,11 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
     function = graph_function(graph, BOTTLENECK_NODE, batch=1)
-    pixels = list(samples(tuple(function.inputs[0].shape[1:3]))) if samples else []
     try:
         with quiet_stderr():
             converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
             if samples:
-                pixels = list(samples(graph_input_size(graph)))
+                pixels = list(samples(tuple(function.inputs[0].shape[1:3])))
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
                 converter.representative_dataset = lambda: ([each[None]] for each in pixels)
                 # LiteRT has no fast code for average pools of 8 bits: they would take a fifth of Inception-v3's time.
