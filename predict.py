@@ -395,11 +395,11 @@ def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[No
 class LiteModel:
     """A .tflite network, for one thread at a time: from pixels float32 [*input_size, 3] to a list of float32 [n]."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int = 1):
         from ai_edge_litert.interpreter import Interpreter
 
         with quiet_stderr():
-            self.interpreter = Interpreter(str(path), num_threads=1)
+            self.interpreter = Interpreter(str(path), num_threads=threads)
             self.interpreter.allocate_tensors()
         (self.input,) = self.interpreter.get_input_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
@@ -543,7 +543,9 @@ class Classifier:
         if facts.get("familiar"):
             self.familiar = Familiar(**facts["familiar"])
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
-            self.models: list = [LiteModel(files.lite) for _ in range(min(core_count(cpu_threads), images))]
+            cores = core_count(cpu_threads)
+            count = min(cores, images)
+            self.models: list = [LiteModel(files.lite, cores // count) for _ in range(count)]
         else:
             self.models = [GraphModel(files.graph, trusted)]
         self.input_size = self.models[0].input_size

@@ -1195,42 +1195,6 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
         temporary.write_bytes(lite)
 
 
-class LiteEditor:
-    """A .tflite network to be changed, which takes a second where converting the whole graph again would take ten."""
-
-    def __init__(self, lite: bytes):
-        from ai_edge_litert import schema_py_generated as schema
-
-        self.schema = schema
-        self.model = schema.ModelT.InitFromPackedBuf(lite)  # its weights are views of these bytes
-        self.network = self.model.subgraphs[0]
-
-    def add_tensor(self, name: str, shape: Sequence[int], buffer: int = 0) -> int:
-        self.network.tensors.append(self.schema.TensorT(list(shape), self.schema.TensorType.FLOAT32, buffer, name))
-        return len(self.network.tensors) - 1
-
-    def add_constant(self, name: str, values: np.ndarray) -> int:
-        data = np.ascontiguousarray(values, "<f4").tobytes()
-        self.model.buffers.append(self.schema.BufferT(np.frombuffer(data, np.uint8)))
-        return self.add_tensor(name, values.shape, len(self.model.buffers) - 1)
-
-    def add_operator(self, kind: str, inputs: list[int], output: int, options: object) -> None:
-        """Add an operator of a kind such as "SOFTMAX", with its options, such as a SoftmaxOptionsT."""
-        code = getattr(self.schema.BuiltinOperator, kind)
-        self.model.operatorCodes.append(self.schema.OperatorCodeT(code, version=2, builtinCode=code))
-        operator = self.schema.OperatorT(len(self.model.operatorCodes) - 1, inputs, [output], builtinOptions=options)
-        operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
-        self.network.operators.append(operator)
-
-    def packed(self) -> memoryview:
-        import flatbuffers
-
-        size = sum(len(buffer.data) for buffer in self.model.buffers if buffer.data is not None)
-        builder = flatbuffers.Builder(size + (1 << 20))  # or it would grow by copying all
-        builder.Finish(self.model.Pack(builder), b"TFL3")
-        return memoryview(builder.Bytes)[builder.Head() :]  # Output() would be a copy
-
-
 def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield the pixels float32 [*size, 3] of up to 100 images, evenly from the classes."""
     labels = list(dict.fromkeys(image.label for image in images))[:100]
@@ -2901,29 +2865,47 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
 
 
 def write_lite(path: Path, lite_path: Path, head: Head) -> None:
-    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n]: the base model's and the head.
+    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n]: the base model's, and the head.
 
-    The bottleneck is for whoever asks whether an image is like those of the training.
+    The head is added to the network as it was converted, in a second, where converting it again would take ten.
     """
-    editor = LiteEditor(lite_path.read_bytes())
-    schema = editor.schema
-    (bottleneck,) = editor.network.outputs
-    last, activation = bottleneck, schema.ActivationFunctionType.RELU
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(lite_path.read_bytes())  # its weights are views of these bytes
+    network = model.subgraphs[0]
+    (bottleneck,) = network.outputs
+
+    def add_tensor(name: str, shape: Sequence[int], buffer: int = 0) -> int:
+        network.tensors.append(schema.TensorT(list(shape), schema.TensorType.FLOAT32, buffer, name))
+        return len(network.tensors) - 1
+
+    def add_constant(name: str, values: np.ndarray) -> int:
+        data = np.frombuffer(values.astype("<f4").tobytes(), np.uint8)
+        model.buffers.append(schema.BufferT(data))
+        return add_tensor(name, values.shape, len(model.buffers) - 1)
+
+    def add_operator(kind: str, inputs: list[int], output: int, options: object) -> None:
+        code = getattr(schema.BuiltinOperator, kind)
+        model.operatorCodes.append(schema.OperatorCodeT(code, version=2, builtinCode=code))
+        operator = schema.OperatorT(len(model.operatorCodes) - 1, inputs, [output], builtinOptions=options)
+        operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+        network.operators.append(operator)
+
+    last = bottleneck
     for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
-        name = f"hidden_{i}"
-        if i == len(head.hidden):
-            name, activation = "logits", schema.ActivationFunctionType.NONE
-        inputs = [
-            last,
-            editor.add_constant(f"{name}_weights", weights.T),
-            editor.add_constant(f"{name}_biases", biases),
-        ]
-        last = editor.add_tensor(name, [1, len(biases)])
-        editor.add_operator("FULLY_CONNECTED", inputs, last, schema.FullyConnectedOptionsT(activation))
-    scores = editor.add_tensor("scores", [1, len(head.biases)])
-    editor.add_operator("SOFTMAX", [last], scores, schema.SoftmaxOptionsT(1.0))
-    editor.network.outputs = [scores, bottleneck]
-    path.write_bytes(editor.packed())
+        is_hidden = i < len(head.hidden)
+        name = f"hidden_{i}" if is_hidden else "logits"
+        inputs = [last, add_constant(f"{name}_weights", weights.T), add_constant(f"{name}_biases", biases)]
+        last = add_tensor(name, [1, len(biases)])
+        add_operator("FULLY_CONNECTED", inputs, last, schema.FullyConnectedOptionsT(int(is_hidden)))  # 1: with a ReLU
+    scores = add_tensor("scores", [1, len(head.biases)])
+    add_operator("SOFTMAX", [last], scores, schema.SoftmaxOptionsT(1.0))
+    network.outputs = [scores, bottleneck]
+    size = sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
+    builder = flatbuffers.Builder(size + (1 << 20))  # or it would grow by copying all
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
 
 def write_outputs(
