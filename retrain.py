@@ -51,7 +51,7 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
 from predict import (
@@ -128,7 +128,7 @@ class Console(logging.Handler):
 
 
 def set_up_logging(verbosity: str) -> None:
-    """Print what is at least as serious as `verbosity`; on a terminal a progress bar stands for the lines of steps."""
+    """Print what is at least as serious as that; on a terminal a progress bar stands for the lines of steps."""
     console = Console(verbosity)
     if verbosity != "DEBUG" and sys.stdout.isatty():
         console.addFilter(lambda record: record.name != "retrain.steps")
@@ -217,15 +217,9 @@ EVERYDAY += "exclude relabel crawl crawl_count"
 # What users of other programs type, and what it is called here.
 MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "--learning_rate"}
 MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
-ARCHITECTURES = [
-    "auto",
-    "inception_v3",
-    "efficientnet_lite0",
-    "efficientnet_lite1",
-    "efficientnet_lite2",
-    "vgg16",
-    *(f"mobilenet_{width}_{side}" for width in ("1.0", "0.75", "0.50", "0.25") for side in (224, 192, 160, 128)),
-]
+ARCHITECTURES = ["auto", "inception_v3", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "vgg16"]
+MOBILENETS = [f"mobilenet_{width}_{side}" for width in ("1.0", "0.75", "0.50", "0.25") for side in (224, 192, 160, 128)]
+ARCHITECTURES += MOBILENETS
 # The layers of vgg16 that can be its bottleneck, the usual one first.
 VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
 # What the images of the folders that stand beside --image_dir are used for.
@@ -1843,13 +1837,10 @@ def keras_learner(
     model.add(dense[-1])
     for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
         layer.set_weights([weights if i else weights / np.float32(scale), biases])
-    optimizers = {
-        "sgd": keras.optimizers.SGD,
-        "momentum": functools.partial(keras.optimizers.SGD, momentum=0.9),
-        "adam": keras.optimizers.Adam,
-        "rmsprop": keras.optimizers.RMSprop,
-    }
-    optimizer = optimizers[settings.optimizer](settings.learning_rate)
+    optimizers = keras.optimizers
+    momentum = functools.partial(optimizers.SGD, momentum=0.9)
+    kinds = {"sgd": optimizers.SGD, "momentum": momentum, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
+    optimizer = kinds[settings.optimizer](settings.learning_rate)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     def head_now() -> Head:
@@ -1985,8 +1976,7 @@ SAME_IMAGE, MOST_PAIRS = 2.7, 1000
 THUMBNAIL = 200  # the longer side, in pixels
 
 
-@dataclasses.dataclass(frozen=True)
-class NearDuplicate:
+class NearDuplicate(NamedTuple):
     """Two images, by their rows, that show the same, but for size, crop, mirror and compression."""
 
     first: int
@@ -2016,8 +2006,7 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
             alike += zip(best.tolist(), start + rows, start + nearest, strict=True)
             cosines[rows, nearest] = 0
     pairs = same_images(sorted(alike, reverse=True)[:MOST_PAIRS], images)
-    groups = merged(groups, [pair.first for pair in pairs], [pair.second for pair in pairs])
-    return groups, pairs
+    return merged(groups, [pair.first for pair in pairs], [pair.second for pair in pairs]), pairs
 
 
 def merged(groups: np.ndarray, first: Any, second: Any) -> np.ndarray:
@@ -2070,10 +2059,7 @@ def colors_of(thumbnail: PIL.Image.Image) -> np.ndarray:
 
 
 def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
-    """Return the coarse rows but for those that show what another image shows, which would make that an easy test.
-
-    features: float32 [images, n], of the coarse images and of the others.
-    """
+    """Return the coarse rows but for those that show what another image shows; features: float32 [images, n]."""
     others = np.flatnonzero([image.split != "coarse" for image in images])
     known = unit(features[others])
     alike = []
@@ -2098,6 +2084,7 @@ FOLDS = 5
 CROSS_VALIDATED = 1.5
 # Images that the heads of all trainings together may see, beyond which the learning curve loses its smallest sizes.
 MOST_SEEN, CURVE_SHARES = 6_000_000, (0.125, 0.25, 0.5)
+HARDLY = 0.01  # more accuracy by twice as many images is not worth a word
 GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
 ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
 # How often brightness and the like, in so many bins, may tell a class from the others, where chance is 0.5.
@@ -2119,10 +2106,7 @@ class Proportion:
 
     @classmethod
     def of(cls, right: np.ndarray, groups: np.ndarray, divisor: float = 1.0) -> Proportion:
-        """Return that of `right`, bool [n], which come in groups, int [n]; of no images it is 0, from 0 to 1.
-
-        effective: by Kish; the interval is Wilson's on that, divided by `divisor`.
-        """
+        """Return that of `right`, bool [n], in groups, int [n]: by Kish, and Wilson's interval on that by `divisor`."""
         sizes, z2 = np.unique(groups, return_counts=True)[1], 1.959964**2
         share = float(right.sum() / max(len(right), 1))
         effective = len(right) ** 2 / max(float((sizes**2).sum()), 1)
@@ -2210,18 +2194,11 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class LearningCurve:
-    """Accuracy, on all held-out images, against the mean number of images that the folds' heads learnt from.
-
-    The last point is the cross-validation. gain: from and to how much accuracy twice as many images would bring.
-    """
+    """Accuracy, on all held-out images, against how many the folds' heads learnt from; last the cross-validation."""
 
     sizes: list[int]
     accuracies: list[Proportion]
-    gain: tuple[float, float]
-
-    @property
-    def hardly(self) -> bool:
-        return self.gain[1] < 0.01
+    gain: tuple[float, float]  # from and to how much accuracy twice as many images would bring
 
 
 @dataclasses.dataclass
@@ -2271,8 +2248,7 @@ class Diagnostics:
 def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     """Return the fold that holds out each row, int [rows], classes spread and groups whole.
 
-    The first row of a group speaks for it. Where every class is one group, groups are divided: the interval is of
-    hardly any use then, but there are mistakes and doubtful images to look at.
+    The first row of a group speaks for it. Where every class is one group, groups are divided, to find mistakes at all.
     """
     _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
     if np.bincount(classes[first]).max() < 2:
@@ -2385,10 +2361,9 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -> Familiar:
-    """Return what is familiar to a head, with the thresholds that leave `coverage` of its classes' images named.
+    """Return what is familiar to a head, with limits, found on images held out, that leave `coverage` of them named.
 
-    features: float32 [rows, n]. Unlikeness tells images of other things far better than the score does, so four fifths
-    of what may be left unnamed are left to it. Both thresholds are found on images held out.
+    features: float32 [rows, n]. Likeness tells other things far better than the score does, and has most of the rest.
     """
     directions, likeness = unit(features), np.zeros(len(features))
     for fold in np.unique(validated.folds):
@@ -2410,8 +2385,8 @@ def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -
 def mislabelled(validated: HeldOut, labels: Sequence[str]) -> list[Doubt]:
     """Return the rows that are mistaken for another class, as many as may be mislabelled, worst first.
 
-    How many is told by confident learning (Northcutt et al. 2021): by the rows that have of some class what its own
-    images have in the mean, and of how many of these that is another class.
+    How many tells confident learning (Northcutt et al. 2021): the share of another class among the rows that have of
+    some class what its own images have in the mean.
     """
     classes, scores = validated.classes, validated.scores
     own = scores[np.arange(len(classes)), classes]
@@ -2436,44 +2411,35 @@ def of_bad_quality(cues: np.ndarray, classes: Sequence[int]) -> list[Doubt]:
 def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
     """Return what alone tells a class from the others far better than chance, or "", and how often it is right.
 
-    cues: float32 [rows, 5] of the validated rows. Then the images of the classes may have been taken under different
-    circumstances, and the head may have learnt these. The share is of a world half of which is that class.
+    cues: float32 [rows, 5] of the validated rows. By each measure, a row is taken for the class of which the other
+    folds have the largest share in its bin of a histogram. The share is of a world half of which is the class told.
     """
     brightness, contrast, sharpness, width, height = np.nan_to_num(cues.T)
     measures = {"brightness": brightness, "contrast": contrast, "sharpness": sharpness}
     measures |= {"size": width * height, "aspect ratio": width / np.maximum(height, 1)}
-    found = [(told_apart(values, validated), name) for name, values in measures.items()]
+    classes, folds = validated.classes, validated.folds
+    own = np.bincount(classes)
+    found = []
+    for name, values in measures.items():
+        edges = np.quantile(values, np.arange(1, CUE_BINS) / CUE_BINS)
+        bins = np.searchsorted(edges, values)
+        counts = np.zeros((FOLDS, CUE_BINS, len(own)))
+        np.add.at(counts, (folds, bins, classes), 1)
+        learnt = counts.sum(axis=0) - counts
+        shares = learnt / np.maximum(learnt.sum(axis=1, keepdims=True), 1)
+        predicted = shares.argmax(axis=2)[folds, bins]
+        right = np.bincount(classes[predicted == classes], minlength=len(own))
+        wrong = np.bincount(predicted, minlength=len(own)) - right
+        rates = right / own - wrong / (len(classes) - own)
+        found.append((float(0.5 + rates.max() / 2), name))
     share, name = max(found)
     return name if share > CUE_ALARM else "", share
-
-
-def told_apart(values: np.ndarray, validated: HeldOut) -> float:
-    """Return how often a measure, float [rows], tells the class that it tells best from the others: cross-validated.
-
-    A row is taken for the class of which the other folds have the largest share in the same bin of a histogram.
-    """
-    classes, folds = validated.classes, validated.folds
-    edges = np.quantile(values, np.arange(1, CUE_BINS) / CUE_BINS)
-    bins = np.searchsorted(edges, values)
-    own = np.bincount(classes)
-    counts = np.zeros((FOLDS, CUE_BINS, len(own)))
-    np.add.at(counts, (folds, bins, classes), 1)
-    learnt = counts.sum(axis=0) - counts
-    shares = learnt / np.maximum(learnt.sum(axis=1, keepdims=True), 1)
-    predicted = shares.argmax(axis=2)[folds, bins]
-    right = np.bincount(classes[predicted == classes], minlength=len(own))
-    wrong = np.bincount(predicted, minlength=len(own)) - right
-    rates = right / own - wrong / (len(classes) - own)
-    return float(0.5 + rates.max() / 2)
 
 
 def diagnose(
     data: Dataset, head: Head, settings: TrainingSettings, histories: dict[str, list[Scores]], train: Callable
 ) -> Diagnostics:
-    """Find out how good a head is, and what is wrong with its images.
-
-    head: before any temperature; train: what is repeated for the cross-validation, as `train_head`.
-    """
+    """Find out how good a head is, and what is wrong with its images; train: what has trained it, as `train_head`."""
     from threadpoolctl import threadpool_limits
 
     known, testing = data.known, data.testing
@@ -2517,7 +2483,7 @@ def findings(found: Diagnostics) -> Iterator[str]:
         if behind:
             told = ", ".join(f"{label} ({100 * value:.0f} %)" for value, label in behind[:3])
             yield f"Recognised less often than the others: {told}."
-    if curve and curve.hardly:
+    if curve and curve.gain[1] < HARDLY:
         yield "Twice as many images would hardly help: by less than one point."
     elif curve and curve.accuracies[-1].value < 1:
         low, high = math.floor(100 * curve.gain[0]), math.ceil(100 * curve.gain[1])
@@ -2563,10 +2529,7 @@ MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
 
 
 def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
-    """Write the page, and beside it its numbers as .json and the doubtful images as .tsv.
-
-    about: what else stands at the head of the page, by its name.
-    """
+    """Write the page, with what it is about at its head, and beside it its numbers as .json and the doubts as .tsv."""
     numbers = json.dumps(report_as_json(found), indent=1, ensure_ascii=False, default=dataclasses.asdict)
     texts = {".html": report_page(found, about), ".json": numbers + "\n", ".tsv": doubts_as_list(found)}
     for suffix, text in texts.items():
@@ -2595,10 +2558,7 @@ def held_out_as_json(held_out: HeldOut | None, labels: Sequence[str]) -> dict | 
 
 
 def report_as_json(found: Diagnostics) -> dict:
-    """Return the numbers of a report; lists of images begin with the surest or worst.
-
-    believe: "test", "cross-validation" or "", whose accuracy is the one to believe.
-    """
+    """Return the numbers of a report; lists of images begin with the surest or worst."""
     images, judged = found.images, found.believed
     keys = [printable(image.key) for image in images]
 
@@ -2629,9 +2589,7 @@ def report_as_json(found: Diagnostics) -> dict:
         "cue": {"name": found.cue, "recall": found.cue_accuracy},
         "mistakes": list(map(image_of, found.mistakes)),
         "doubtful": list(map(image_of, found.doubts)),
-        "duplicates": [
-            dataclasses.asdict(pair) | {"first": keys[pair.first], "second": keys[pair.second]} for pair in found.pairs
-        ],
+        "duplicates": [{"first": keys[i], "second": keys[j], "cosine": cosine} for i, j, cosine in found.pairs],
         "training": found.histories,
     }
 
@@ -2664,6 +2622,7 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
     page = {
         "found": found,
         "judged": judged,
+        "HARDLY": HARDLY,
         "about": about,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         "findings": list(findings(found)),
@@ -2675,11 +2634,12 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
         **images_of_page(found, doubts + mistakes, pairs),
     }
     if judged:
-        recalls = [judged.recall(c) for c in range(len(found.labels))]
+        counts = judged.confusion
+        own, right = counts.sum(axis=1), counts.diagonal()
+        mistaken = counts.sum(axis=0) + own - 2 * right
+        page["confused"] = sorted(np.argsort(-mistaken)[:MOST_CONFUSED].tolist())
         # The worst first; those without an image last.
-        page["classes"] = sorted(range(len(recalls)), key=lambda c: (recalls[c].count == 0, recalls[c].value))
-        wrong = judged.confusion - np.diag(judged.confusion.diagonal())
-        page["confused"] = sorted(np.argsort(-wrong.sum(axis=0) - wrong.sum(axis=1))[:MOST_CONFUSED].tolist())
+        page["classes"] = np.lexsort((right / np.maximum(own, 1), own == 0)).tolist()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     for function in (printable, drawn, draw_learning_curve, draw_training, draw_calibration):
         environment.globals[function.__name__] = function
@@ -3376,16 +3336,6 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[dict], web: Web) -> No
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def report_crawl(folders: Sequence[ClassFolder], wanted: int) -> None:
-    """Print a table of what was kept and refused of each class, so far and in all runs before."""
-    row = "%-24s %6s %6s %8s  %s"
-    log.info(row, "Class", "kept", "asked", "refused", "why")
-    for folder in folders:
-        reasons = Counter(entry["reason"] for entry in folder.entries.values() if "reason" in entry)
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        log.info(row, folder.path.name, folder.count, wanted, reasons.total(), told)
-
-
 def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
     """Fill the folders of {folder: search words} with images, and print what came of it. Raises UserError for none."""
     sources = flags.crawl_source or [source_named("openverse"), source_named("commons")]
@@ -3403,9 +3353,14 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     try:
         for name, words in classes.items():
             crawl_class(folders[name], candidates_of(sources, words, web), web)
-    finally:
+    finally:  # of all runs so far
         asked = [folders[name] for name in classes]
-        report_crawl(asked, flags.crawl_count)
+        row = "%-24s %6s %6s %8s  %s"
+        log.info(row, "Class", "kept", "asked", "refused", "why")
+        for folder in asked:
+            reasons = Counter(entry["reason"] for entry in folder.entries.values() if "reason" in entry)
+            told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            log.info(row, folder.path.name, folder.count, flags.crawl_count, reasons.total(), told)
     short = [folder.path.name for folder in asked if folder.count < flags.crawl_count]
     if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")

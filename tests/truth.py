@@ -251,7 +251,7 @@ def gain(sets: Sets, repeats: int) -> None:
             scores.append(
                 mean_by_class(logits.argmax(axis=1) == flowers.classes[fresh], flowers.classes[fresh], np.ones(5))
             )
-        found.append((scores[1] - scores[0], *curve.gain, curve.hardly))
+        found.append((scores[1] - scores[0], *curve.gain, curve.gain[1] < retrain.HARDLY))
     truth, low, high, hardly = np.array(found).T
     brought = 100 * truth[hardly > 0].mean() if hardly.any() else 0
     print(
