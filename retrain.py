@@ -9,7 +9,8 @@ the head, is trained on them; base model and head together are written as output
 output_labels.txt. `python predict.py --image x.jpg` then names new images. All flags: `python retrain.py --help`.
 
 The file is read in the order in which an image travels:
-common ground, flags, images, base model, bottlenecks, cluster, head, diagnostics, report, export, crawl, main.
+common ground, flags, images, base model, bottlenecks, cluster, head, near duplicates, diagnostics, report, export,
+crawl, main.
 """
 
 from __future__ import annotations
@@ -228,7 +229,6 @@ SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image
 FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
 OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
 OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
-# Kinds of values that several flags take.
 PERCENTAGE = number(int, 0, 100)
 WHOLE = number(int, 0)
 COUNT = number(int, 1)
@@ -275,9 +275,6 @@ def switch(text: str) -> bool:
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(map(COUNT, text.split(",")))
-
-
-whole_numbers.__name__ = "whole number"  # for argparse, whose words begin with "invalid"
 
 
 def architecture_named(text: str) -> str:
@@ -1898,9 +1895,8 @@ def train_head(
     """Train the head that the settings describe, and return it with the scores of each evaluation.
 
     after_step: is called with the head of each step that is to be stored. base: in stage two of two, the head of stage
-    one to go on from; coarse: its rows, if they are of the same classes. Then they make up the share settings.rehearsal
-    of what is learnt from, so that the few teach without the many being forgotten; with other classes, only the hidden
-    layers are carried over. Raises UserError when the training diverges.
+    one to go on from; coarse: its rows, to be rehearsed lest they are forgotten, or None for other classes, where only
+    the hidden layers are carried over. Raises UserError when the training diverges.
     """
     interval, steps, history = settings.eval_step_interval, settings.how_many_training_steps, []
     if settings.head == "logistic":
@@ -2149,27 +2145,21 @@ class HeldOut:
         self.scores = softmax(self.logits)  # float32 [n, classes]
         self.predicted = self.logits.argmax(axis=1)
         self.right = self.predicted == self.classes
+        self.accuracy = self.share(self.classes >= 0)
+        # How many images of the row's class were predicted to be of the column's, int [classes, classes].
+        self.confusion = np.zeros([self.logits.shape[1]] * 2, int)
+        np.add.at(self.confusion, (self.classes, self.predicted), 1)
 
     def share(self, some: np.ndarray) -> Proportion:
         """Return how many of some of the rows, bool [n], are named rightly."""
         divisor = 1.0 if self.source == "test" else CROSS_VALIDATED
         return Proportion.of(self.right[some], self.groups[some], divisor)
 
-    @functools.cached_property
-    def accuracy(self) -> Proportion:
-        return self.share(self.classes >= 0)
-
     def recall(self, c: int) -> Proportion:
         return self.share(self.classes == c)
 
     def precision(self, c: int) -> Proportion:
         return self.share(self.predicted == c)
-
-    @functools.cached_property
-    def confusion(self) -> np.ndarray:
-        """How many images of the row's class were predicted to be of the column's, int [classes, classes]."""
-        count = self.logits.shape[1]
-        return np.bincount(self.classes * count + self.predicted, minlength=count**2).reshape(count, count)
 
     def cooled(self, temperature: float) -> HeldOut:
         """Return it as heads with their logits divided by a number would have done it, see Head.cooled."""
@@ -2227,11 +2217,9 @@ class Diagnostics:
             return self.test
         return self.validated
 
-    @functools.cached_property
-    def classes(self) -> list[int]:
-        """The class of each image."""
+    def __post_init__(self) -> None:
         numbers = {label: c for c, label in enumerate(self.labels)}
-        return [numbers[image.label] for image in self.images]
+        self.classes = [numbers[image.label] for image in self.images]
 
     @functools.cached_property
     def mistakes(self) -> list[Doubt]:
@@ -3365,8 +3353,7 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")
     if short:
-        told = "run the same command again, which tries what failed once more, or with a flag that the table names, "
-        told += "other search words or another --crawl_source"
+        told = "run the command again, also with a flag that the table names, other words or another --crawl_source"
         log.info("%s stayed short; %s.", ", ".join(short), told)
 
 
@@ -3518,8 +3505,7 @@ def final_test(flags: Flags, head: Head, data: Dataset) -> dict:
     testing = data.testing
     if not len(testing.rows):
         return {"test_accuracy": None, "test_images": 0}
-    chance = np.random.default_rng(flags.random_seed)
-    batch = next(draw_batches(testing.classes, flags.test_batch_size, chance))
+    batch = next(draw_batches(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed)))
     predicted = head.logits(testing.features(batch)).argmax(axis=1)
     right = predicted == testing.classes[batch]
     log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", 100 * right.mean(), len(batch))
@@ -3604,8 +3590,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
     code = exit_code("retrain.py", lambda: run(flags))
-    for handler in log.handlers:
-        handler.close()
+    logging.shutdown()
     return code
 
 

@@ -520,7 +520,7 @@ def test_no_copy_of_the_users_own_images_is_kept(server, crawl):
 
 def test_what_failed_is_tried_again_by_the_next_run(server, crawl):
     server.results["cat"] = good(range(3)) + [Result("500", 3)]
-    assert "cat stayed short; run the same command again, which tries what failed once more" in crawl("cat")[1]
+    assert "cat stayed short; run the command again, also with a flag that the table names" in crawl("cat")[1]
     server.traffic.reset()
     crawl("cat")
     assert set(server.traffic.images()) == {"/p/500/3.jpg"}

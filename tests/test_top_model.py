@@ -101,7 +101,7 @@ def test_a_too_large_learning_rate_gives_a_sentence(train, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (("--hidden_units", "64,many"), "invalid whole number value: '64,many'"),
+        (("--hidden_units", "64,many"), "invalid whole_numbers value: '64,many'"),
         (("--hidden_units", "0"), "0 is out of range (1 or more)"),
         (("--dropout", "0.4"), "--dropout and --batch_norm are of the hidden layers; name those with --hidden_units"),
         (("--hidden_units", "8", "--dropout", "1"), "1 is out of range (0 to 0.99)"),
