@@ -3590,7 +3590,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
     code = exit_code("retrain.py", lambda: run(flags))
-    logging.shutdown()
+    for handler in log.handlers:
+        handler.close()
     return code
 
 
