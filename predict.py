@@ -652,18 +652,15 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
 
 
 def sort_into(folder: str, prediction: Prediction) -> None:
-    """Copy an image into the folder of its class, or into unsure/, under a free name, unless it lies there already."""
+    """Copy an image into the folder of its class, or into unsure/; beside another of its name it gets one more."""
     path = prediction.path
     place = Path(folder, re.sub(r'[\\/:*?"<>|\0]|^\.', "_", prediction.outcome))
     copy = place / path.name
-    others = 1
-    while copy.exists():
-        if copy.read_bytes() == path.read_bytes():
-            return
-        others += 1
-        copy = place / f"{path.stem}_{others}{path.suffix}"
-    with whole_file(copy) as temporary:
-        shutil.copy2(path, temporary)
+    if copy.exists() and copy.read_bytes() != path.read_bytes():
+        copy = place / f"{path.stem}_{sha256_of(path)[:8]}{path.suffix}"
+    if not copy.exists():
+        with whole_file(copy) as temporary:
+            shutil.copy2(path, temporary)
 
 
 def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:

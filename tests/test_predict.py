@@ -377,8 +377,9 @@ def test_images_are_sorted_into_folders_and_nothing_is_overwritten(folder):
     for _ in range(2):  # the second time, all are there already
         assert predict.main(["p", "q", "--sort_into", "sorted"]) == 0
         copies = {path.relative_to("sorted").as_posix() for path in Path("sorted").rglob("*.*")}
-        assert copies == {"red things/a.jpg", "red things/a_2.jpg", "green/b.jpg"}
-    assert Path("sorted/red things/a_2.jpg").read_bytes() == Path("q/a.jpg").read_bytes()
+        (other,) = copies - {"red things/a.jpg", "green/b.jpg"}
+        assert re.fullmatch(r"red things/a_[0-9a-f]{8}\.jpg", other)
+    assert Path("sorted", other).read_bytes() == Path("q/a.jpg").read_bytes()
     familiar(least_similarity=2)
     assert predict.main(["p", "--sort_into", "doubtful"]) == 0
     assert sorted(path.name for path in Path("doubtful/unsure").iterdir()) == ["a.jpg", "b.jpg"]
