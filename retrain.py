@@ -2864,16 +2864,14 @@ def write_outputs(
     facts: what predict.py needs beyond the files, to be written as JSON; one is the final_tensor_name. All are written
     before the first gets its name, so that none replaces its older one if another can't be written.
     """
-    with (  # named in the reverse order, the facts last
-        whole_file(files.facts) as new_facts,
-        whole_file(files.graph) as new_graph,
-        whole_file(labels_path) as new_labels,
-        whole_file(files.lite) if base.lite_path else contextlib.nullcontext() as new_lite,
-    ):
+    with contextlib.ExitStack() as stack:  # names are given in the reverse order, to the facts last
+        paths = files.facts, files.graph, labels_path
+        new_facts, new_graph, new_labels = (stack.enter_context(whole_file(path)) for path in paths)
         new_labels.write_bytes("\n".join([*labels, ""]).encode())
         write_graph(new_graph, base, head, facts["final_tensor_name"])
         lite_sha256 = None
-        if base.lite_path and new_lite:
+        if base.lite_path:
+            new_lite = stack.enter_context(whole_file(files.lite))
             write_lite(new_lite, base.lite_path, head)
             lite_sha256 = sha256_of(new_lite)
         known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": lite_sha256, "labels": labels}

@@ -278,7 +278,7 @@ def test_a_run_on_a_terminal_is_quiet_and_the_log_is_whole(image_dir, model_dir,
     lines = said.decode().splitlines()
     steps = [line for line in lines if ": Step " in line]
     assert len(steps) == (0 if verbosity == "INFO" else 18)
-    assert len(lines) - len(steps) <= 14
+    assert len(lines) - len(steps) <= 15
     assert lines[-1].startswith("Name images with: python3 ")
     log = (tmp_path / "retrain_logs/training.log").read_text()
     assert len(re.findall(r"Step \d+: Cross entropy", log)) == 6
