@@ -329,12 +329,18 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     That uses libjpeg-turbo's fast DCT, which Pillow can't: simplejpeg's pixels are the same to the bit.
     """
     height, width = image.height // scale, image.width // scale
-    if image.mode != "CMYK":
-        with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(data, fastdct=True, min_height=height, min_width=width)
-    # Pillow forgives blemishes, such as stray bytes between two markers; its pixels are a few levels off.
-    image.draft("RGB", (width, height))
-    return np.asarray(image.convert("RGB"))
+    space = "CMYK" if image.mode == "CMYK" else "RGB"
+    try:
+        pixels = simplejpeg.decode_jpeg(data, space, fastdct=True, min_height=height, min_width=width)
+    except ValueError:  # Pillow forgives blemishes, such as stray bytes between two markers; it is a few levels off
+        image.draft("RGB", (width, height))
+        return np.asarray(image.convert("RGB"))
+    if space == "CMYK":
+        inks = pixels.astype(np.uint16)
+        if "adobe" not in image.info:  # Adobe's own files hold the inks inverted, 255 for none
+            inks = 255 - inks
+        pixels = (inks[:, :, :3] * inks[:, :, 3:] // 255).astype(np.uint8)
+    return pixels
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
