@@ -15,9 +15,7 @@ import argparse
 import base64
 import collections
 import concurrent.futures
-import contextlib
 import csv
-import dataclasses
 import difflib
 import functools
 import glob
@@ -35,6 +33,9 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +67,9 @@ sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 # ======================================================================================================================
 # Common ground: errors, whole files, all cores, flags
 # ======================================================================================================================
+
+
+Array = np.ndarray
 
 
 class UserError(Exception):
@@ -101,7 +105,7 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
     return code
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path, which gets the name `path` when the block ends well. Raises UserError if it can't."""
     target = Path(path).resolve()  # a link stays one, to the new file
@@ -113,7 +117,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
 
 
@@ -145,7 +149,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves."""
     stderr = os.dup(2)
@@ -234,7 +238,7 @@ def check_writable(name: str, path: Path, is_folder: bool) -> None:
 # ======================================================================================================================
 
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"]
-with contextlib.suppress(ImportError):  # for HEIC
+with suppress(ImportError):  # for HEIC
     import pi_heif
 
     pi_heif.register_heif_opener()
@@ -247,7 +251,7 @@ NOT_IMAGES = {"thumbs.db", "desktop.ini", "crawl.jsonl"}  # of operating systems
 RAW_NAMES = (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Reading:
     ignore_exif_orientation: bool = False
     exact_decode: bool = False  # of very large photographs, too
@@ -279,12 +283,12 @@ def read_bytes(path: Any) -> bytes:
         raise ImageError(f"it can't be read ({error.strerror})") from None
 
 
-def read_image(path: Any, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
+def read_image(path: Any, reading: Reading, input_size: tuple[int, int]) -> Array:
     """Return the uint8 pixels [height, width, 3] of a file. Raises ImageError."""
     return decode_image(read_bytes(path), reading, input_size)
 
 
-def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> np.ndarray:
+def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> Array:
     """Return the uint8 pixels [height, width, 3] of an image, of its first frame. Raises ImageError.
 
     A JPEG of more than four times the network's input is decoded at 1/2, 1/4 or 1/8, at least twice the input on its
@@ -314,7 +318,7 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
             raise ImageError("the file is truncated") from None
         raise ImageError(f"it can't be decoded ({first_line(error)})") from None
     if not reading.ignore_exif_orientation:
-        with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the image
+        with suppress(Exception):  # a broken EXIF block is no reason to lose the image
             orientation = image.getexif().get(0x0112, 1)  # Pillow has turned TIFF and HEIC already
             if orientation != 1:
                 turned = PIL.Image.fromarray(pixels)
@@ -323,7 +327,7 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
     return pixels
 
 
-def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
+def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> Array:
     """Return the uint8 pixels [height, width, 3] of a JPEG at 1/scale (1, 2, 4, 8), as TensorFlow's DecodeJpeg does.
 
     That uses libjpeg-turbo's fast DCT, which Pillow can't: simplejpeg's pixels are the same to the bit.
@@ -343,13 +347,13 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> np.ndarray:
     return pixels
 
 
-def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
     """Return uint8 pixels [height, width, 3] resized to float32 [*size, 3], values in [0, 255].
 
     As TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale.
     """
 
-    def neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def neighbours(source: int, target: int) -> tuple[Array, Array, Array]:
         place = np.arange(target, dtype=np.float32) * (np.float32(source) / np.float32(target))
         low = place.astype(np.intp)
         return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
@@ -393,7 +397,7 @@ Transpose TruncatedNormal Unpack Where ZerosLike
 """
 
 
-@contextlib.contextmanager
+@contextmanager
 def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[None]:
     """Turn whatever comes of a file's content that is not as it must be into a UserError."""
     try:
@@ -414,7 +418,7 @@ class LiteModel:
         (self.input,) = self.interpreter.get_input_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
 
-    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, pixels: Array) -> list[Array]:
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
         outputs = self.interpreter.get_output_details()
@@ -480,7 +484,7 @@ class GraphModel:
             self.network = graph_function(graph, softmax, BOTTLENECK_NODE)
         self.input_size = tuple(self.network.inputs[0].shape[1:3])
 
-    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, pixels: Array) -> list[Array]:
         return [output.numpy()[0] for output in self.network(pixels[None])]
 
 
@@ -497,12 +501,12 @@ class OutputFiles:
         self.report = Path(f"{stem}_report.html")
 
 
-def unit(features: np.ndarray) -> np.ndarray:
+def unit(features: Array) -> Array:
     """Return vectors [..., n] brought to length 1."""
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Familiar:
     """What tells an image like those of the training from another, as output_graph.json holds it."""
 
@@ -513,11 +517,11 @@ class Familiar:
     coverage: float  # the share of right answers that these limits leave
 
     @functools.cached_property
-    def exemplars(self) -> np.ndarray:
+    def exemplars(self) -> Array:
         values = np.frombuffer(base64.b64decode(self.exemplars_float16), np.float16)
         return values.reshape(self.exemplars_shape).astype(np.float32)
 
-    def likeness(self, features: np.ndarray) -> np.ndarray:
+    def likeness(self, features: Array) -> Array:
         """Return the greatest cosine with an exemplar, float32 [...], of features [..., n]."""
         return (unit(features) @ self.exemplars.T).max(axis=-1)
 
@@ -577,7 +581,7 @@ def read_facts(files: OutputFiles) -> dict:
 # ======================================================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Prediction:
     """What one image was taken for, "unsure" with its reason, or "not read" with the error."""
 
@@ -627,7 +631,7 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         outcome = "unsure" if reason else scores[0][0]
         return Prediction(path, outcome, scores, "", reason, min(1.0, round(likeness, 6)))
 
-    return on_all_cores([functools.partial(name, model) for model in classifier.models], paths)
+    return on_all_cores([partial(name, model) for model in classifier.models], paths)
 
 
 def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:

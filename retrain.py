@@ -51,6 +51,9 @@ import warnings
 import zlib
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +63,7 @@ from predict import (
     INSTALL,
     MOST_BYTES,
     RESIZED_NODE,
+    Array,
     Familiar,
     ImageError,
     LiteModel,
@@ -142,12 +146,12 @@ def set_up_logging(verbosity: str) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of runs that were killed; an hour's grace leaves a run beside this one alone."""
     for leftover in folder.glob(".retrain-*.tmp"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Journal:
     """A file with a JSON value in each line; a killed run leaves half a line at most."""
 
@@ -158,7 +162,7 @@ class Journal:
         values = []
         data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines():
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 values.append(json.loads(line))
         if data and not data.endswith(b"\n"):
             with open(self.path, "ab") as file:
@@ -181,7 +185,7 @@ def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tq
     return tqdm(**options)
 
 
-def empty_matrix(shape: Sequence[int], folder: Path) -> np.ndarray:
+def empty_matrix(shape: Sequence[int], folder: Path) -> Array:
     """Return an uninitialized float32 matrix [*shape], if large in a nameless file of `folder`. Raises UserError."""
     size = 4 * math.prod(shape)
     if size <= MOST_IN_MEMORY:
@@ -515,7 +519,7 @@ SPLITS = ("training", "validation", "testing")
 SPLIT_COLUMNS = ["path", "label", "split"]  # of a --split_file
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Image:
     """One image: where it lies, the class that its folder names, and what it is used for."""
 
@@ -660,7 +664,7 @@ def relabel(images: Sequence[Image], path: str) -> list[Image]:
             label = label_of("".join(cells[1:2])).strip()
             if label not in labels:
                 raise UserError(f"--relabel {path}: it gives {image.key} no label of a class; write that behind a tab.")
-            image = dataclasses.replace(image, label=labels[label])
+            image = replace(image, label=labels[label])
         relabelled.append(image)
     return relabelled
 
@@ -695,7 +699,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
             image = Image(file, label_of(label), place=place_of(file.parent.parent), stamp=stamp_of(file))
         if label_of(label) != image.label or image.label not in labels or not image.path.is_file():
             raise UserError(f"{given}: {printable(name)} is no image of the class {label!r}; correct the line.")
-        named[where] = dataclasses.replace(image, split=split)
+        named[where] = replace(image, split=split)
     left_out = known.keys() - named.keys()
     if left_out:
         log.warning("%d images of %s are not in %s, and are left out.", len(left_out), image_dir, path)
@@ -743,7 +747,7 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
             spare = [place for place, its_split in split_at.items() if its_split == "training"]
             if wanted and split not in split_at.values() and len(spare) > 1:
                 split_at[min(spare)] = split
-    return [dataclasses.replace(image, split=splits[image.label][place]) for image, place in places.items()]
+    return [replace(image, split=splits[image.label][place]) for image, place in places.items()]
 
 
 def read_anywhere(path: Path | UPath) -> bytes:
@@ -785,7 +789,7 @@ StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp
 HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Recipe:
     """How a base model is made; every kind of base model is one function that returns this."""
 
@@ -796,7 +800,7 @@ class Recipe:
     note: str = ""  # what to say at the end of the run if it is not the base model that was hoped for
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class BaseModel:
     """A trained network from pixels to features, ready to run."""
 
@@ -826,7 +830,7 @@ def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str =
             raise
     note = "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: "
     note += f"put {GRAPH_FILE} into {model_dir}, or add --architecture efficientnet_lite2."
-    return dataclasses.replace(efficientnet_recipe("efficientnet_lite2"), note=note)
+    return replace(efficientnet_recipe("efficientnet_lite2"), note=note)
 
 
 def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path) -> Path:
@@ -941,22 +945,22 @@ def efficientnet_recipe(name: str) -> Recipe:
 class TorchReader(pickle.Unpickler):
     """Reads what a file of PyTorch's older format says of its tensors; whatever else it asks for is refused."""
 
-    storages: dict[str, np.ndarray]  # to be filled with what follows in the file
+    storages: dict[str, Array]  # to be filled with what follows in the file
 
     def find_class(self, module: str, name: str) -> Any:
         known = {"OrderedDict": OrderedDict, "FloatStorage": np.float32, "LongStorage": np.int64}
         return (known | {"_rebuild_tensor_v2": self.tensor})[name]
 
-    def tensor(self, values: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: object) -> np.ndarray:
+    def tensor(self, values: Array, offset: int, shape: tuple, strides: tuple, *_: object) -> Array:
         in_bytes = [values.itemsize * stride for stride in strides]
         return np.lib.stride_tricks.as_strided(values, shape, in_bytes)
 
-    def persistent_load(self, facts: tuple) -> np.ndarray:
+    def persistent_load(self, facts: tuple) -> Array:
         _, kind, key, _, count, _ = facts
         return self.storages.setdefault(key, np.empty(count, kind))
 
 
-def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
+def read_torch_weights(path: Path) -> dict[str, Array]:
     """Return the weights [...] in a file of PyTorch's older format, by name."""
     with open(path, "rb") as file:
         reader = TorchReader(file)
@@ -969,7 +973,7 @@ def read_torch_weights(path: Path) -> dict[str, np.ndarray]:
     return weights
 
 
-def efficientnet(weights: dict[str, np.ndarray]) -> Callable:
+def efficientnet(weights: dict[str, Array]) -> Callable:
     """Return the function from pixels [n, height, width, 3], 0 to 255, to features [n, 1280], of PyTorch's weights."""
     tf = import_tensorflow()
 
@@ -1186,14 +1190,14 @@ def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None 
         temporary.write_bytes(lite)
 
 
-def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[np.ndarray]:
+def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[Array]:
     """Yield the pixels float32 [*size, 3] of up to 100 images, evenly from the classes."""
     labels = list(dict.fromkeys(image.label for image in images))[:100]
     for label in labels:
         own = [image for image in images if image.label == label]
         count = min(100 // len(labels), len(own))
         for i in range(count):
-            with contextlib.suppress(ImageError, OSError):  # it is told of when its features are computed
+            with suppress(ImageError, OSError):  # it is told of when its features are computed
                 yield resize_bilinear(read_image(own[i * len(own) // count].path, reading, size), size)
 
 
@@ -1227,11 +1231,11 @@ class TensorFlowModel:
         os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # or one process takes all the memory of a GPU
         self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
         self.running = threading.Lock()
-        self.waiting: list[tuple[np.ndarray, list]] = []
+        self.waiting: list[tuple[Array, list]] = []
 
-    def __call__(self, pixels: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, pixels: Array) -> list[Array]:
         """Return [features float32 [n]] of resized pixels float32 [height, width, 3]. Raises UserError."""
-        answer: list[np.ndarray] = []
+        answer: list[Array] = []
         self.waiting.append((pixels, answer))
         with self.running:  # the first to come runs what has gathered, for the others too
             while not answer:
@@ -1258,7 +1262,7 @@ class TensorFlowModel:
 CUES = ("brightness", "contrast", "sharpness", "width", "height")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Distortion:
     """How training images are varied at random: the first four as in the classic script; percentages, and degrees."""
 
@@ -1269,7 +1273,7 @@ class Distortion:
     random_rotation: int = 0
     random_color: int = 0
 
-    def apply(self, pixels: np.ndarray, size: tuple[int, int], seed: str) -> np.ndarray:
+    def apply(self, pixels: Array, size: tuple[int, int], seed: str) -> Array:
         """Return the variant that `seed` draws of uint8 pixels [height, width, 3], as float32 [*size, 3]."""
         if self == PLAIN:
             return resize_bilinear(pixels, size)
@@ -1304,7 +1308,7 @@ class Distortion:
 PLAIN = Distortion()  # none at all
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Job:
     """What is missing of one image, and all that a process on another machine needs to compute it."""
 
@@ -1349,7 +1353,7 @@ class BottleneckStore:
             name = sha1_of(name)
         return f"{image.place}{image.path.parent.name}/{name}{ending}"
 
-    def load(self, name: str, record: tuple[int, int, str]) -> tuple[np.ndarray, list[float]] | None:
+    def load(self, name: str, record: tuple[int, int, str]) -> tuple[Array, list[float]] | None:
         """Return the features float32 [n] and the cues that are kept under a name, or None if they aren't good (now).
 
         record: what such a file made now would be recorded with. The cues of a classic file are NaN.
@@ -1394,7 +1398,7 @@ class BottleneckStore:
                 file.write(f"{printable(image)}\t{printable(reason)}\n")
 
 
-def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
+def cues_of(data: bytes, pixels: Array) -> list[float]:
     """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
     grey = PIL.Image.fromarray(pixels).convert("L")
     small = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
@@ -1405,7 +1409,7 @@ def cues_of(data: bytes, pixels: np.ndarray) -> list[float]:
     return [*measured, *sorted(PIL.Image.open(io.BytesIO(data)).size, reverse=is_wide)]
 
 
-def extract(job: Job, network: Callable) -> tuple[list[np.ndarray], list[str], list[float]] | str:
+def extract(job: Job, network: Callable) -> tuple[list[Array], list[str], list[float]] | str:
     """Return the features float32 [n] of each variant, the texts of their files, and the CUES; or what is wrong."""
     try:
         data = read_anywhere(job.path) if job.data is None else job.data
@@ -1429,7 +1433,7 @@ def extract_here(
 ) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
     at_once = networks(store.base, engine, cpu_threads, len(jobs))
-    results = on_all_cores([functools.partial(extract, network=network) for network in at_once], jobs)
+    results = on_all_cores([partial(extract, network=network) for network in at_once], jobs)
     return zip(jobs, results, strict=True)
 
 
@@ -1439,7 +1443,7 @@ def compute_bottlenecks(
     distortion: Distortion = PLAIN,
     count: int = 1,
     extract_all: Callable = extract_here,
-) -> tuple[np.ndarray, np.ndarray, dict[Path | UPath, str]]:
+) -> tuple[Array, Array, dict[Path | UPath, str]]:
     """Return features float32 [images, count, n] and CUES float32 [images, 5], kept or computed, and {path: reason}.
 
     The latter is of unusable images, which have no row. count: of variants, with a distortion; without, it is 1.
@@ -1506,7 +1510,7 @@ def import_ray() -> types.ModuleType:
     return ray
 
 
-@contextlib.contextmanager
+@contextmanager
 def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
 
@@ -1544,8 +1548,8 @@ def with_data(jobs: Sequence[Job]) -> list[Job]:
 
     def read(job: Job) -> Job:
         if job.data is None:
-            with contextlib.suppress(ImageError):
-                job = dataclasses.replace(job, data=read_anywhere(job.path))
+            with suppress(ImageError):
+                job = replace(job, data=read_anywhere(job.path))
         return job
 
     return list(on_all_cores([read] * 8, jobs))  # a far store answers late, but many at once
@@ -1558,12 +1562,12 @@ def networks_on_node(parcel: ObjectRef) -> list[Callable]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
         path = Path(folder, "network")
         path.write_bytes(network)
-        return networks(dataclasses.replace(base, graph_path=path, lite_path=path), engine, 1, LARGEST_BLOCK)
+        return networks(replace(base, graph_path=path, lite_path=path), engine, 1, LARGEST_BLOCK)
 
 
 def extract_block(parcels: list[ObjectRef], jobs: Sequence[Job]) -> list:
     """Return the results of extract for jobs, in a process on some node of the cluster; no file of ours stays there."""
-    workers = [functools.partial(extract, network=network) for network in networks_on_node(*parcels)]
+    workers = [partial(extract, network=network) for network in networks_on_node(*parcels)]
     return list(on_all_cores(workers, with_data(jobs)))
 
 
@@ -1622,27 +1626,27 @@ LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smal
 step_log = logging.getLogger("retrain.steps")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Rows:
     """Some images: their rows, int [rows], in a matrix float32 [images, n] that all splits share, and classes."""
 
-    matrix: np.ndarray
-    rows: np.ndarray
-    classes: np.ndarray
+    matrix: Array
+    rows: Array
+    classes: Array
 
-    def features(self, batch: np.ndarray | slice = slice(None)) -> np.ndarray:
+    def features(self, batch: Array | slice = slice(None)) -> Array:
         """Return the features float32 [batch, n] of a batch, int [batch], of these rows; or of all of them."""
         return self.matrix[self.rows[batch]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Dataset:
     """The usable images of --image_dir, and what they are used for."""
 
     images: list[Image]
     labels: list[str]
-    features: np.ndarray  # float32 [images, n]
-    cues: np.ndarray  # float32 [images, 5], see CUES
+    features: Array  # float32 [images, n]
+    cues: Array  # float32 [images, 5], see CUES
     training: Rows  # with the distorted variants, if any
     validation: Rows
     testing: Rows
@@ -1650,44 +1654,44 @@ class Dataset:
     coarse: Rows | None  # of stage one, if there are two; classes of its own come behind those of `labels`
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Head:
     """The softmax layer, and fully-connected layers with a ReLU before it, if any."""
 
-    weights: np.ndarray  # float32 [n, classes]
-    biases: np.ndarray  # float32 [classes]
-    hidden: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # the like of each hidden layer, [n, units] and [units]
+    weights: Array  # float32 [n, classes]
+    biases: Array  # float32 [classes]
+    hidden: tuple[tuple[Array, Array], ...] = ()  # the like of each hidden layer, [n, units] and [units]
 
-    def variables(self) -> dict[str, np.ndarray]:
+    def variables(self) -> dict[str, Array]:
         """Return all its numbers, under the classic script's names where that has them."""
         named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
         for i, (weights, biases) in enumerate(self.hidden):
             named |= {f"hidden_{i}/weights": weights, f"hidden_{i}/biases": biases}
         return named
 
-    def logits(self, features: np.ndarray) -> np.ndarray:
+    def logits(self, features: Array) -> Array:
         """Return the logits, float32 [rows, classes], for features [rows, n]."""
         for weights, biases in self.hidden:
             features = np.maximum(features @ weights + biases, 0)
         return features @ self.weights + self.biases
 
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
+    def probabilities(self, features: Array) -> Array:
         """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
         return softmax(self.logits(features))
 
     def cooled(self, temperature: float) -> Head:
         """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
         divisor = np.float32(temperature)
-        return dataclasses.replace(self, weights=self.weights / divisor, biases=self.biases / divisor)
+        return replace(self, weights=self.weights / divisor, biases=self.biases / divisor)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: Array) -> Array:
     """Return probabilities [..., classes] from logits [..., classes]."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainingSettings:
     """What the head is, and how it is trained: the flags of the room, by their names and with their defaults."""
 
@@ -1715,12 +1719,12 @@ class TrainingSettings:
         if rate is None:  # gently, to keep what stage one knows; a new output layer has all to learn
             rate = self.coarse_learning_rate * (0.3 if same_classes else 1)
         one, two = self.coarse_training_steps, self.refine_training_steps
-        coarse = dataclasses.replace(self, learning_rate=self.coarse_learning_rate, how_many_training_steps=one)
+        coarse = replace(self, learning_rate=self.coarse_learning_rate, how_many_training_steps=one)
         # Batch normalisation stays as stage one left it, folded into the layers.
-        return coarse, dataclasses.replace(self, learning_rate=rate, how_many_training_steps=two, batch_norm=False)
+        return coarse, replace(self, learning_rate=rate, how_many_training_steps=two, batch_norm=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Scores:
     step: int
     split: str
@@ -1728,7 +1732,7 @@ class Scores:
     cross_entropy: float
 
 
-def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> Scores:
+def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores:
     """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if they are infinite."""
     classes = rows.classes[batch]
     probabilities = head.probabilities(rows.features(batch))
@@ -1747,7 +1751,7 @@ def score(head: Head, rows: Rows, batch: np.ndarray, step: int, split: str) -> S
     return Scores(step, split, float(accuracy), float(cross_entropy))
 
 
-def draw_batches(classes: np.ndarray, size: int, chance: np.random.Generator) -> Iterator[np.ndarray]:
+def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iterator[Array]:
     """Yield batches of rows, int [size], for ever, drawn with replacement: a class first, then one of its rows.
 
     So the classes count alike, however many images each has. A size of -1 gives all rows every time.
@@ -1796,7 +1800,7 @@ def softmax_learner(
         weights[outside] = chance.standard_normal(outside.sum(), np.float32)
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
 
-    def learn(features: np.ndarray, classes: np.ndarray, counts: np.ndarray) -> None:
+    def learn(features: Array, classes: Array, counts: Array) -> None:
         nonlocal head
         error = head.probabilities(features)  # [batch, classes]
         error[np.arange(len(classes)), classes] -= 1
@@ -1807,7 +1811,7 @@ def softmax_learner(
 
 
 def keras_learner(
-    training: Rows, class_count: int, settings: TrainingSettings, start: Sequence[tuple[np.ndarray, np.ndarray]]
+    training: Rows, class_count: int, settings: TrainingSettings, start: Sequence[tuple[Array, Array]]
 ) -> tuple[Callable, Callable[[], Head]]:
     """Return two functions like those of softmax_learner, for a head with hidden layers or another optimizer.
 
@@ -1835,14 +1839,14 @@ def keras_learner(
     for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
         layer.set_weights([weights if i else weights / np.float32(scale), biases])
     optimizers = keras.optimizers
-    momentum = functools.partial(optimizers.SGD, momentum=0.9)
+    momentum = partial(optimizers.SGD, momentum=0.9)
     kinds = {"sgd": optimizers.SGD, "momentum": momentum, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
     optimizer = kinds[settings.optimizer](settings.learning_rate)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     def head_now() -> Head:
         """Fold scale and normalisation into the dense layers."""
-        folded: list[tuple[np.ndarray, np.ndarray]] = []
+        folded: list[tuple[Array, Array]] = []
         for layer in model.layers:
             if isinstance(layer, layers.Dense):
                 weights, biases = layer.get_weights()
@@ -1980,13 +1984,12 @@ class NearDuplicate(NamedTuple):
     cosine: float  # of their features: 1 if they are the same to the byte
 
 
-def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarray, list[NearDuplicate]]:
+def find_groups(features: Array, images: Sequence[Image]) -> tuple[Array, list[NearDuplicate]]:
     """Return the group of each image, int [images], and the pairs that show the same; features: float32 [images, n].
 
     A group hangs together by features within GROUP_RADIUS, by listed pairs, or by a `_nohash_` stem.
     """
-    stems = [image.place + stem_of(image.key) for image in images]
-    groups = np.unique(stems, return_inverse=True)[1]
+    groups = np.unique([image.place + stem_of(image.key) for image in images], return_inverse=True)[1]
     directions = unit(features)
     alike: list[tuple[float, int, int]] = []
     at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
@@ -2005,7 +2008,7 @@ def find_groups(features: np.ndarray, images: Sequence[Image]) -> tuple[np.ndarr
     return merged(groups, [pair.first for pair in pairs], [pair.second for pair in pairs]), pairs
 
 
-def merged(groups: np.ndarray, first: Any, second: Any) -> np.ndarray:
+def merged(groups: Array, first: Any, second: Any) -> Array:
     """Return groups, int [images], after joining those of each image in `first` and its like in `second`, int [n]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -2047,14 +2050,14 @@ def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL
     return {row: small for row, small in zip(rows, made, strict=True) if small}
 
 
-def colors_of(thumbnail: PIL.Image.Image) -> np.ndarray:
+def colors_of(thumbnail: PIL.Image.Image) -> Array:
     """Return its colors in 8 by 8 fields, as it is and mirrored, less their mean: unit vectors float32 [2, 192]."""
     colors = np.asarray(thumbnail.resize((8, 8), PIL.Image.Resampling.BOX), np.float32)
     both = np.stack([colors, colors[:, ::-1]]) - colors.mean(axis=(0, 1))
     return unit(both.reshape(2, 192))
 
 
-def without_copies(coarse: Rows, features: np.ndarray, images: Sequence[Image]) -> Rows:
+def without_copies(coarse: Rows, features: Array, images: Sequence[Image]) -> Rows:
     """Return the coarse rows but for those that show what another image shows; features: float32 [images, n]."""
     others = np.flatnonzero([image.split != "coarse" for image in images])
     known = unit(features[others])
@@ -2090,7 +2093,7 @@ SMALL, LARGE_SHARE = 100, 0.3  # images of which none can be spared; of a class 
 EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Proportion:
     """A share 0..1 of `count` images, worth `effective` independent ones, and its 95 % confidence interval."""
 
@@ -2101,7 +2104,7 @@ class Proportion:
     high: float
 
     @classmethod
-    def of(cls, right: np.ndarray, groups: np.ndarray, divisor: float = 1.0) -> Proportion:
+    def of(cls, right: Array, groups: Array, divisor: float = 1.0) -> Proportion:
         """Return that of `right`, bool [n], in groups, int [n]: by Kish, and Wilson's interval on that by `divisor`."""
         sizes, z2 = np.unique(groups, return_counts=True)[1], 1.959964**2
         share = float(right.sum() / max(len(right), 1))
@@ -2119,7 +2122,7 @@ class Proportion:
         return f"{100 * self.value:.3g} % on {self.count} {images}{worth} ({interval})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Doubt:
     """An image to look at; reason: "looks like bees", "blurred"; of a mistake "test" or "cross-validation"."""
 
@@ -2130,15 +2133,15 @@ class Doubt:
     reason: str
 
 
-@dataclasses.dataclass
+@dataclass
 class HeldOut:
     """What heads that never saw an image make of it: those of the cross-validation, or the final one of the test."""
 
-    rows: np.ndarray  # int [n], into all images
-    classes: np.ndarray  # int [n], as given
-    logits: np.ndarray  # float32 [n, classes]
-    groups: np.ndarray  # int [n]
-    folds: np.ndarray  # int [n]; all 0 for the test
+    rows: Array  # int [n], into all images
+    classes: Array  # int [n], as given
+    logits: Array  # float32 [n, classes]
+    groups: Array  # int [n]
+    folds: Array  # int [n]; all 0 for the test
 
     def __post_init__(self) -> None:
         self.source = "cross-validation" if self.folds.any() else "test"
@@ -2150,7 +2153,7 @@ class HeldOut:
         self.confusion = np.zeros([self.logits.shape[1]] * 2, int)
         np.add.at(self.confusion, (self.classes, self.predicted), 1)
 
-    def share(self, some: np.ndarray) -> Proportion:
+    def share(self, some: Array) -> Proportion:
         """Return how many of some of the rows, bool [n], are named rightly."""
         divisor = 1.0 if self.source == "test" else CROSS_VALIDATED
         return Proportion.of(self.right[some], self.groups[some], divisor)
@@ -2163,7 +2166,7 @@ class HeldOut:
 
     def cooled(self, temperature: float) -> HeldOut:
         """Return it as heads with their logits divided by a number would have done it, see Head.cooled."""
-        return dataclasses.replace(self, logits=self.logits / np.float32(temperature))
+        return replace(self, logits=self.logits / np.float32(temperature))
 
     @functools.cached_property
     def calibration_error(self) -> float:
@@ -2182,7 +2185,7 @@ class HeldOut:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LearningCurve:
     """Accuracy, on all held-out images, against how many the folds' heads learnt from; last the cross-validation."""
 
@@ -2191,14 +2194,14 @@ class LearningCurve:
     gain: tuple[float, float]  # from and to how much accuracy twice as many images would bring
 
 
-@dataclasses.dataclass
+@dataclass
 class Diagnostics:
     """All that is known of a head and of its images, which rows point into; what is not known keeps its default."""
 
     labels: list[str]
     images: Sequence[Image]
     histories: dict[str, list[Scores]]  # training curves, by the names of the trainings
-    groups: np.ndarray  # int [images]: the same number for all that show one scene
+    groups: Array  # int [images]: the same number for all that show one scene
     pairs: list[NearDuplicate]  # most alike first
     validated: HeldOut | None = None  # the cross-validation; None for too few images
     test: HeldOut | None = None  # without the `test_duplicates`, whose groups have training or validation images
@@ -2233,7 +2236,7 @@ class Diagnostics:
 # ... the same head, trained again on parts of the images
 
 
-def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+def held_out_folds(classes: Array, groups: Array, seed: int) -> Array:
     """Return the fold that holds out each row, int [rows], classes spread and groups whole.
 
     The first row of a group speaks for it. Where every class is one group, groups are divided, to find mistakes at all.
@@ -2250,7 +2253,7 @@ def held_out_folds(classes: np.ndarray, groups: np.ndarray, seed: int) -> np.nda
 
 
 def cross_validate(
-    known: Rows, groups: np.ndarray, settings: TrainingSettings, train: Callable, part: np.ndarray | bool = True
+    known: Rows, groups: Array, settings: TrainingSettings, train: Callable, part: Array | bool = True
 ) -> HeldOut | None:
     """Predict each known row, of all classes, by a head that learnt from the other folds; None for too few.
 
@@ -2300,7 +2303,7 @@ def learning_curve(
     return LearningCurve(sizes, [point.accuracy for point in points], gain)
 
 
-def expected_gain(sizes: Sequence[int], right: Sequence[np.ndarray], effective: float) -> tuple[float, float]:
+def expected_gain(sizes: Sequence[int], right: Sequence[Array], effective: float) -> tuple[float, float]:
     """Return from and to how much accuracy twice as many images would bring; right: bool [rows] for each size.
 
     Mistakes fall as a power of the number of images (Hestness et al. 2017), so a line through the logarithms of the
@@ -2316,7 +2319,7 @@ def expected_gain(sizes: Sequence[int], right: Sequence[np.ndarray], effective: 
 # ... how sure it is, and what is unknown to it
 
 
-def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
+def fit_temperature(logits: Array, classes: Array) -> float:
     """Return by what to divide held-out logits [rows, classes] so that probabilities are as often right as they say.
 
     Guo et al. 2017. No image counts as certain (after Platt 1999), lest a few without a mistake make it boast.
@@ -2333,7 +2336,7 @@ def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
     return 1 / float(minimize_scalar(loss, bounds=(0.05, 20)).x)
 
 
-def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def find_exemplars(directions: Array, classes: Array) -> Array:
     """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
     from scipy.cluster.vq import kmeans2
 
@@ -2348,7 +2351,7 @@ def find_exemplars(directions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return unit(np.concatenate(middles)).astype(np.float16)
 
 
-def become_familiar(features: np.ndarray, validated: HeldOut, coverage: float) -> Familiar:
+def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
     """Return what is familiar to a head, with limits, found on images held out, that leave `coverage` of them named.
 
     features: float32 [rows, n]. Likeness tells other things far better than the score does, and has most of the rest.
@@ -2384,10 +2387,10 @@ def mislabelled(validated: HeldOut, labels: Sequence[str]) -> list[Doubt]:
     count = round(len(classes) * np.mean(likely.argmax(axis=1)[known] != classes[known]))
     worst = np.argsort(own)[:count]
     doubts = validated.doubts(worst[~validated.right[worst]])
-    return [dataclasses.replace(doubt, reason=f"looks like {labels[doubt.proposed]}") for doubt in doubts]
+    return [replace(doubt, reason=f"looks like {labels[doubt.proposed]}") for doubt in doubts]
 
 
-def of_bad_quality(cues: np.ndarray, classes: Sequence[int]) -> list[Doubt]:
+def of_bad_quality(cues: Array, classes: Sequence[int]) -> list[Doubt]:
     """Return the images that are tiny, nearly black or blurred; cues: float32 [images, 5]; classes: [images]."""
     brightness, contrast, sharpness, width, height = cues.T
     usual = np.nanmedian(sharpness) if np.isfinite(sharpness).any() else 0
@@ -2396,7 +2399,7 @@ def of_bad_quality(cues: np.ndarray, classes: Sequence[int]) -> list[Doubt]:
     return [Doubt(row, classes[row], 0.0, 0.0, reason) for row, reason in enumerate(reasons) if reason]
 
 
-def spurious_cue(cues: np.ndarray, validated: HeldOut) -> tuple[str, float]:
+def spurious_cue(cues: Array, validated: HeldOut) -> tuple[str, float]:
     """Return what alone tells a class from the others far better than chance, or "", and how often it is right.
 
     cues: float32 [rows, 5] of the validated rows. By each measure, a row is taken for the class of which the other
@@ -2431,7 +2434,7 @@ def diagnose(
     from threadpoolctl import threadpool_limits
 
     known, testing = data.known, data.testing
-    silent = dataclasses.replace(settings, eval_step_interval=0)
+    silent = replace(settings, eval_step_interval=0)
     groups, pairs = find_groups(data.features, data.images)  # by large products, which all cores share
     found = Diagnostics(data.labels, data.images, histories, groups, pairs)
     threadpool_limits(1)  # for all that follows: several threads halve the speed of small products
@@ -2610,7 +2613,6 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
     page = {
         "found": found,
         "judged": judged,
-        "HARDLY": HARDLY,
         "about": about,
         "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         "findings": list(findings(found)),
@@ -2742,7 +2744,7 @@ def draw_calibration(axes: Axes, judged: HeldOut) -> None:
 # ... for TensorBoard
 
 
-def write_evaluation_summaries(found: Diagnostics, features: np.ndarray, folder: Path) -> None:
+def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path) -> None:
     """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
     from tensorboardX import SummaryWriter
 
@@ -2828,7 +2830,7 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
         network.tensors.append(schema.TensorT(list(shape), schema.TensorType.FLOAT32, buffer, name))
         return len(network.tensors) - 1
 
-    def add_constant(name: str, values: np.ndarray) -> int:
+    def add_constant(name: str, values: Array) -> int:
         data = np.frombuffer(values.astype("<f4").tobytes(), np.uint8)
         model.buffers.append(schema.BufferT(data))
         return add_tensor(name, values.shape, len(model.buffers) - 1)
@@ -2937,7 +2939,7 @@ class Failure(Exception):
 Candidate = namedtuple("Candidate", "url page licence title creator", defaults=(None, None, None, None))
 
 
-@dataclasses.dataclass
+@dataclass
 class Host:
     delay: float  # seconds from the start of one request to that of the next
     next_start: float = 0  # of time.monotonic
@@ -3054,7 +3056,7 @@ class Web:
 # The sources: generator functions of (web, the address of the search, search words).
 
 # Around what reads one entry of an answer; an odd one is no reason to lose the others.
-skipping_odd_ones = contextlib.suppress(Exception)
+skipping_odd_ones = suppress(Exception)
 
 
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
@@ -3243,7 +3245,7 @@ class ClassFolder:
         remove_leftovers(path)
         kept = set()
         for entry in self.journal.read():
-            with contextlib.suppress(LookupError, TypeError, ValueError):  # a line that is no record
+            with suppress(LookupError, TypeError, ValueError):  # a line that is no record
                 if entry["outcome"] != "failed":
                     self.entries[entry["url"]] = entry
                 if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
@@ -3252,7 +3254,7 @@ class ClassFolder:
         there = {each for each in path.iterdir() if not is_hidden(each)}
         self.count = len(there & kept)
         for stranger in there - kept:  # the user's own images, which no download may double
-            with contextlib.suppress(OSError, ImageError):  # no image
+            with suppress(OSError, ImageError):  # no image
                 looks[looks_of(stranger.read_bytes())] = path.name
 
     def settle(self, entry: dict, fetched: concurrent.futures.Future) -> None:
@@ -3379,7 +3381,7 @@ def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
             told = f"its class folders must be those of --image_dir, and differ in {', '.join(map(repr, odd))}"
             raise UserError(f"--{name} {folder}: {told}.")
         place = place_of(Path(folder))
-        images += [dataclasses.replace(image, split=SPLIT_OF[name], place=place) for image in others]
+        images += [replace(image, split=SPLIT_OF[name], place=place) for image in others]
     if flags.exclude:
         images = leave_out(images, flags.exclude)
     if not flags.split_file:
@@ -3402,7 +3404,7 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
     if flags.quantize:
         log_gain_of_quantizing()
         training = [image for image in images if image.split == "training" and not image.place]
-        samples = functools.partial(calibration_images, training, from_flags(Reading, flags))
+        samples = partial(calibration_images, training, from_flags(Reading, flags))
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), recipe.note
 
 
@@ -3420,11 +3422,11 @@ def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) ->
 def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
     """Return the usable images and their features, kept or computed, here or on a cluster. Raises UserError."""
     engine = "litert" if flags.quantize else flags.engine
-    extract_all = functools.partial(extract_here, engine=engine, cpu_threads=flags.cpu_threads)
+    extract_all = partial(extract_here, engine=engine, cpu_threads=flags.cpu_threads)
     if flags.ray_address:
-        extract_all = functools.partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=engine)
+        extract_all = partial(extract_on_cluster, shared_files=flags.ray_shared_files, engine=engine)
     store = BottleneckStore(flags.bottleneck_dir, base, from_flags(Reading, flags))
-    compute = functools.partial(compute_bottlenecks, store, extract_all=extract_all)
+    compute = partial(compute_bottlenecks, store, extract_all=extract_all)
     bottlenecks, cues, skipped = compute(images)
     store.tell_skipped(skipped)
     images = [image for image in images if image.path not in skipped]
@@ -3486,7 +3488,7 @@ def train_as_asked(
         seen = Rows(data.features, np.arange(0), np.arange(0))
     trained = {"stage one": train_head(coarse, seen, int(present[-1]) + 1, first)}
     base, _ = trained["stage one"]
-    train = functools.partial(train_head, base=base, coarse=coarse if same else None)
+    train = partial(train_head, base=base, coarse=coarse if same else None)
     trained["without stage one"] = train_head(*own, settings)
     trained["both stages"] = train(*own, second, after_step)
     held_out = data.testing if len(data.testing.rows) else data.validation
