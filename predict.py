@@ -87,9 +87,9 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     code = 1
     try:
-        code = work() or 0
+        done = work() or 0
         print(end="", flush=True)  # while there are still words for what goes wrong
-        return code
+        return done
     except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
         return 141
     except KeyboardInterrupt:
@@ -97,8 +97,10 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         message = "stopped; what is done is kept."
     except UserError as error:
         message = f"error: {error}"
-    except (OSError, MemoryError) as error:
-        message = f"error: {first_line(error)}."
+    except OSError as error:
+        message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
+    except MemoryError:
+        message = "error: there is not enough memory for so many images, or for such large ones."
     except ImportError as error:
         message = f"error: {error}; install it with: {INSTALL} {error.name}, or all with -r requirements.txt"
     print(f"{program}: {printable(message)}", file=sys.stderr)
@@ -224,9 +226,8 @@ def at_home(name: str) -> str:
 
 def check_writable(name: str, path: Path, is_folder: bool) -> None:
     """Raise UserError if a file or folder, by the name of its flag, can't be written."""
-    place = path.absolute() if is_folder else path.absolute().parent
-    while not place.exists():
-        place = place.parent
+    places = [path.absolute(), *path.absolute().parents][not is_folder :]
+    place = next((place for place in places if place.exists()), path)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"--{name} {path}: {place} is no folder that can be written to; name another place.")
     if not is_folder and path.exists() and not path.is_file():  # a device, too, would be replaced
@@ -412,7 +413,7 @@ class LiteModel:
     def __init__(self, path: Path, threads: int = 1):
         from ai_edge_litert.interpreter import Interpreter
 
-        with quiet_stderr():
+        with telling_of_damage(path, "no model that LiteRT can run"), quiet_stderr():
             self.interpreter = Interpreter(str(path), num_threads=threads)
             self.interpreter.allocate_tensors()
         (self.input,) = self.interpreter.get_input_details()
@@ -492,6 +493,7 @@ class OutputFiles:
     """Where a graph, x.pb, and what belongs to it lie: the same for LiteRT, x.tflite, and x.json, which ties them."""
 
     def __init__(self, graph: str | Path):
+        graph = Path(graph)  # without a slash at its end
         stem = str(graph).removesuffix(".pb").removesuffix(".tflite")
         self.graph = Path(f"{stem}.pb" if str(graph).endswith(".tflite") else graph)
         self.lite = Path(f"{stem}.tflite")
@@ -545,6 +547,8 @@ class Classifier:
         files = OutputFiles(graph)
         facts = read_facts(files)
         names = Path(labels or files.labels)
+        if labels and not names.is_file():
+            raise UserError(f"--labels {labels}: there is no such file; name one with a class in each line.")
         if not facts and not (files.graph.is_file() and names.is_file()):
             needed = f"there is no such file, or neither {files.facts} nor {names} that belongs to it"
             raise UserError(f"--graph {graph}: {needed}; train first with retrain.sh.")
@@ -598,10 +602,13 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        for match in matches or [pattern]:
-            below = sorted(glob.glob(f"{glob.escape(match)}/**", recursive=True))  # but for names that begin with a dot
-            files = [path for path in map(Path, below) if path.is_file() and not is_hidden(path)]
-            found += files if os.path.isdir(match) else [Path(match)]
+        for match in map(Path, matches or [pattern]):
+            if not match.is_dir():
+                found.append(match)
+            for path in sorted(match.rglob("*")):
+                inside = map(Path, path.relative_to(match).parts)
+                if path.is_file() and not any(map(is_hidden, inside)):
+                    found.append(path)
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
         raise UserError(f"--image {', '.join(patterns)}: {fault}.")
@@ -730,6 +737,9 @@ def run(flags: argparse.Namespace) -> int:
     for name in outputs:
         check_writable(name, Path(vars(flags)[name]), name == "sort_into")
     paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
+    for name in outputs:
+        if Path(vars(flags)[name]).resolve() in [path.resolve() for path in paths]:
+            raise UserError(f"--{name} {vars(flags)[name]}: it is one of the images; name another place.")
     classifier = Classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
         serve_page(classifier, flags.top_k)

@@ -334,14 +334,16 @@ def add_data_flags(parser: Parser) -> None:
     flag("--crawl_license NAMES", "licenses that will do, as in by,by-sa,cc0", (), license_names)
     flag("--crawl_min_side N", "least pixels of the shorter side", 100, COUNT)
     flag("--crawl_parallel N", "downloads at the same time", 8, COUNT)
-    flag("--crawl_host_delay S", "seconds between two requests to a server", 1.0, RATE)
+    flag("--crawl_host_delay S", "seconds between two requests to a server", 1.0, number(float, 0, 60))
     flag("--crawl_allow_private NET", "private addresses to allow, or `all`", (), ip_networks)
 
 
 def add_network_flags(parser: Parser) -> None:
     flag = flags_of(parser, "base model")
     names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
-    names += "vgg16; mobilenet_1.0_224 and its sisters; auto: inception_v3 if it can be had, else efficientnet_lite2"
+    names += (
+        "efficientnet_lite0, _lite1; vgg16; mobilenet_1.0_224 and its sisters; auto: inception_v3 if it is to be had"
+    )
     engines = "auto", "litert", "tensorflow"
     flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
     flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
@@ -350,7 +352,7 @@ def add_network_flags(parser: Parser) -> None:
     flag("--trust_model", "run a network though it could read and write files")
     flag("--tfhub_module NAME", "network of TF-Hub or Kaggle, or folder of a SavedModel")
     flag("--image_size N", "pixels of a side for a --tfhub_module that takes any", 0, WHOLE)
-    flag("--quantize", "compute with 8-bit integers: two to three times as fast on most processors")
+    flag("--quantize", "compute with 8-bit integers: two to three times as fast on most processors since 2020")
     flag("--engine", "what runs the network; auto: the fastest", "auto", choices=engines)
     flag("--cpu_threads N", "processor cores to use; 0 for all", 0, WHOLE)
 
@@ -608,7 +610,7 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
         log.warning(told, len(unread), unread[0])
     if len(folder_of) < 2:
         told = f"a classifier needs the folders of two classes or more, and it holds {', '.join(folder_of) or 'none'}"
-        raise UserError(f"{given}: {told}; if it is the folder of one class, name the folder above it.")
+        raise UserError(f"{given}: {told}; make one for each class, or name the folder above if it is that of one.")
     check_classes(given, images, folder_of)
     return images
 
@@ -663,7 +665,7 @@ def relabel(images: Sequence[Image], path: str) -> list[Image]:
         if cells:
             label = label_of("".join(cells[1:2])).strip()
             if label not in labels:
-                raise UserError(f"--relabel {path}: it gives {image.key} no label of a class; write that behind a tab.")
+                raise UserError(f"--relabel {path}: it gives {image.key} {label!r}, no class; write one behind a tab.")
             image = replace(image, label=labels[label])
         relabelled.append(image)
     return relabelled
@@ -680,7 +682,12 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
 
     It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for odd lines.
     """
-    known = {os.path.abspath(str(image.path)): image for image in images}
+    true_folder = functools.cache(os.path.realpath)
+
+    def place(path: str) -> str:  # one name for one file, however its folder is given
+        return os.path.join(true_folder(os.path.dirname(path)), os.path.basename(path))
+
+    known = {place(str(image.path)): image for image in images}
     labels = {image.label for image in images}
     named: dict[str, Image] = {}
     for line, row in read_table(path, "--split_file"):
@@ -690,7 +697,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
         if len(row) != 3 or row[2] not in SPLITS:
             raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
         name, label, split = row
-        where = os.path.abspath(os.path.join(image_dir, name))
+        where = place(os.path.join(image_dir, name))
         if where in named:
             raise UserError(f"{given}: {printable(name)} is named twice; remove one of the lines.")
         image = known.get(where)
@@ -727,8 +734,8 @@ def stem_of(key: str) -> str:
 def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
     """Return the images with their split, by the classic rule, from the hash of their stem: a place from 0 to 100.
 
-    Those below `validation` validate, those below the sum test. A class with nothing to test or to validate with lends
-    the nearest of its training images while it keeps some; one with nothing to train on takes back the furthest.
+    A class with nothing to test or to validate with lends the nearest of its training images while it keeps some; one
+    with nothing to train on takes back the furthest.
     """
     splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and place
     places = {}
@@ -899,6 +906,7 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
             nodes = {node.name: node for node in graph.node}
             shape = nodes[f"{BOTTLENECK_NODE}/shape"].attr["value"].tensor
             _, count = tf.make_ndarray(shape)
+            tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)  # where images are to be fed
             shape.CopyFrom(tf.make_tensor_proto([-1, count], tf.int32))  # for a batch of any size
         return graph
 
@@ -1209,7 +1217,7 @@ def log_gain_of_quantizing() -> None:
 
 
 def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
-    """Return functions from resized pixels float32 [height, width, 3] to features [n], for `count` images or fewer."""
+    """Return functions from resized pixels float32 [height, width, 3] to [features [n]], for that many images."""
     if cpu_threads:  # TensorFlow asks once, when it first computes something
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
     # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
@@ -1326,9 +1334,9 @@ class Job:
 class BottleneckStore:
     """The bottleneck files of a base model, `<dir>/<class folder>/<image file name>_<architecture>.txt`.
 
-    Like `make`, it takes a file to be good as long as the image and the base model are those that it was made from. An
-    index beside the files has a line of JSON for each: its name, the image's stamp, the recipe, and the cues. Files
-    without such a record are the classic script's, if older than this run: they are good if younger than their image.
+    Like `make`, it takes a file to be good while image and base model are those that it was made from. An index has a
+    line of JSON for each file: its name, the image's stamp, the recipe, and the cues. Files without a record are the
+    classic script's, if older than this run: they are good if younger than their image.
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
@@ -1446,8 +1454,8 @@ def compute_bottlenecks(
 ) -> tuple[Array, Array, dict[Path | UPath, str]]:
     """Return features float32 [images, count, n] and CUES float32 [images, 5], kept or computed, and {path: reason}.
 
-    The latter is of unusable images, which have no row. count: of variants, with a distortion; without, it is 1.
-    extract_all: takes the store and Jobs, and yields (job, result of extract) for each, in any order.
+    The latter is of unusable images, which have no row. count: of variants. extract_all: yields (job, result of
+    extract) for each of a store's Jobs, in any order.
     """
     features = empty_matrix((len(images), count, store.base.bottleneck_size), store.folder)
     cues = np.full((len(images), len(CUES)), np.nan, np.float32)
@@ -1514,8 +1522,7 @@ def import_ray() -> types.ModuleType:
 def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
 
-    Our two scripts go along, so that the nodes need no copy of them. cores: the most that a local one uses, 0 for all.
-    Raises UserError, also when the cluster gives up in the block.
+    cores: the most that a local one uses, 0 for all. Raises UserError, also when the cluster gives up in the block.
     """
     ray = import_ray()
     options = {"num_cpus": core_count(cores), "include_dashboard": False} if address == "local" else {}
@@ -1618,8 +1625,7 @@ def extract_on_cluster(
 # Head: a softmax layer, trained by gradient descent
 # ======================================================================================================================
 
-# Hidden layers are given features of this mean squared length. Inception-v3's have 120 to 670;
-# networks without batch normalisation, as VGG16, may give a hundred times that, and gradient descent diverges.
+# Hidden layers are given features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
 FEATURE_POWER = 256
 LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smaller the weights; chosen by measurement
 # The classic lines of each evaluation; main decides where they are shown.
@@ -1792,8 +1798,7 @@ def softmax_learner(
 ) -> tuple[Callable, Callable[[], Head]]:
     """Return two functions: one that learns from a batch as the classic script does, and one that gives the head.
 
-    The first takes features float32 [batch, n], classes int [batch] and weights float32 [batch], and goes a step down
-    the gradient of the batch's mean cross entropy. The layer begins as a truncated normal of standard deviation 0.001.
+    The first takes features float32 [batch, n], classes int [batch] and weights float32 [batch].
     """
     weights = chance.standard_normal((feature_count, class_count), np.float32)
     while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
@@ -1898,9 +1903,9 @@ def train_head(
 ) -> tuple[Head, list[Scores]]:
     """Train the head that the settings describe, and return it with the scores of each evaluation.
 
-    after_step: is called with the head of each step that is to be stored. base: in stage two of two, the head of stage
-    one to go on from; coarse: its rows, to be rehearsed lest they are forgotten, or None for other classes, where only
-    the hidden layers are carried over. Raises UserError when the training diverges.
+    after_step: is called with the head of each step that is to be stored. base: the head of stage one to go on from;
+    coarse: its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over. Raises
+    UserError when the training diverges.
     """
     interval, steps, history = settings.eval_step_interval, settings.how_many_training_steps, []
     if settings.head == "logistic":
@@ -1969,10 +1974,9 @@ def write_checkpoint(head: Head, path: Path) -> None:
 # Features nearer than this, 1 - cosine, show one scene: by it 48 scenes of shaken frames made 48 groups and none of 885
 # different photographs were joined, with Inception-v3 and EfficientNet-Lite2.
 GROUP_RADIUS = 0.07
-# Two images show the same if twice the cosine of their features and their thumbnails' correlation sum to this: 96 %
-# of copies cropped by 4 to 12 % do, all mirrored and recompressed ones, and no two of 1,600 photographs (2.49 at most);
-# only small pictures of single daisies are sometimes taken for one another.
-SAME_IMAGE, MOST_PAIRS = 2.7, 1000
+# Two images show the same if their thumbnails correlate by LIKE_PICTURE, and by SAME_IMAGE with twice the cosine of
+# their features added: 91 to 94 % of copies cropped by 4 to 12 %, 99 % of others, and no two of 1,600 photographs.
+LIKE_PICTURE, SAME_IMAGE, MOST_PAIRS = 0.8, 2.7, 1000
 THUMBNAIL = 200  # the longer side, in pixels
 
 
@@ -2027,7 +2031,7 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
     for cosine, first, second in alike:
         if first in colors and second in colors:
             correlation = np.max(colors[first] @ colors[second][0])
-            if 2 * cosine + correlation > SAME_IMAGE:
+            if correlation > LIKE_PICTURE and 2 * cosine + correlation > SAME_IMAGE:
                 pairs.append(NearDuplicate(int(first), int(second), cosine))
     return pairs
 
@@ -2086,8 +2090,9 @@ MOST_SEEN, CURVE_SHARES = 6_000_000, (0.125, 0.25, 0.5)
 HARDLY = 0.01  # more accuracy by twice as many images is not worth a word
 GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
 ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
+ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the folders that images lie in
 # How often brightness and the like, in so many bins, may tell a class from the others, where chance is 0.5.
-CUE_ALARM, CUE_BINS = 0.75, 8
+CUE_ALARM, CUE_BINS, CUE_ROWS = 0.75, 8, 20  # of a class, or chance alone tells it apart
 TINY, NEARLY_BLACK, BLURRED = 64, 0.06, 0.05  # pixels; brightness and contrast; of the median sharpness
 SMALL, LARGE_SHARE = 100, 0.3  # images of which none can be spared; of a class in one scene
 EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
@@ -2306,8 +2311,8 @@ def learning_curve(
 def expected_gain(sizes: Sequence[int], right: Sequence[Array], effective: float) -> tuple[float, float]:
     """Return from and to how much accuracy twice as many images would bring; right: bool [rows] for each size.
 
-    Mistakes fall as a power of the number of images (Hestness et al. 2017), so a line through the logarithms of the
-    last points is drawn on, with the standard error of what the last doubling brought to `effective` images.
+    Mistakes fall as a power of the number of images (Hestness et al. 2017), so that a line is drawn through logarithms;
+    its error is that of what the last doubling brought to `effective` images.
     """
     mistakes = np.array([max(1 - values.mean(), 0.5 / len(values)) for values in right[-3:]])
     slope = min(0.0, np.polyfit(np.log(sizes[-3:]), np.log(mistakes), 1)[0])
@@ -2376,8 +2381,7 @@ def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Fam
 def mislabelled(validated: HeldOut, labels: Sequence[str]) -> list[Doubt]:
     """Return the rows that are mistaken for another class, as many as may be mislabelled, worst first.
 
-    How many tells confident learning (Northcutt et al. 2021): the share of another class among the rows that have of
-    some class what its own images have in the mean.
+    How many tells confident learning (Northcutt et al. 2021), by rows as much of a class as its own usually are.
     """
     classes, scores = validated.classes, validated.scores
     own = scores[np.arange(len(classes)), classes]
@@ -2421,7 +2425,7 @@ def spurious_cue(cues: Array, validated: HeldOut) -> tuple[str, float]:
         predicted = shares.argmax(axis=2)[folds, bins]
         right = np.bincount(classes[predicted == classes], minlength=len(own))
         wrong = np.bincount(predicted, minlength=len(own)) - right
-        rates = right / own - wrong / (len(classes) - own)
+        rates = np.where(own < CUE_ROWS, 0, right / own - wrong / (len(classes) - own))
         found.append((float(0.5 + rates.max() / 2), name))
     share, name = max(found)
     return name if share > CUE_ALARM else "", share
@@ -2446,8 +2450,7 @@ def diagnose(
         found.cue, found.cue_accuracy = spurious_cue(data.cues[known.rows], validated)
         found.doubts = mislabelled(found.validated, data.labels)
     doubted = {doubt.row for doubt in found.doubts}
-    bad = of_bad_quality(data.cues, found.classes)
-    found.doubts += [doubt for doubt in bad if doubt.row not in doubted]
+    found.doubts += [doubt for doubt in of_bad_quality(data.cues, found.classes) if doubt.row not in doubted]
     if len(testing.rows):
         logits = head.cooled(found.temperature).logits(testing.features())
         found.classic_accuracy = float((logits.argmax(axis=1) == testing.classes).mean())
@@ -2480,7 +2483,8 @@ def findings(found: Diagnostics) -> Iterator[str]:
         low, high = math.floor(100 * curve.gain[0]), math.ceil(100 * curve.gain[1])
         much = f"{low} to {high} points" if low > 0 else f"{high} points at most"
         yield f"Twice as many images, of new scenes, would raise the accuracy by {much}."
-    if found.validated and len(images) < SMALL and any(image.split != "training" for image in images):
+    spared = [image for image in images if image.split != "training" and not image.place]
+    if found.validated and spared and len(images) < SMALL:
         flags = "--testing_percentage 0 --validation_percentage 0"
         yield f"Of {len(images)} images none can be spared: with {flags} it learns from all, and is judged as well."
     counts = Counter(found.classes)
@@ -2500,7 +2504,9 @@ def findings(found: Diagnostics) -> Iterator[str]:
     if found.pairs:
         across = sum(found.classes[pair.first] != found.classes[pair.second] for pair in found.pairs)
         yield f"Pairs of images that show the same: {len(found.pairs)}, {across} of them in two classes."
-    if doubts:
+    if doubts and judged and judged.accuracy.value < ENOUGH_TO_DOUBT:
+        yield "It errs too often to tell which images lie in the wrong folder; the .tsv lists where it differs."
+    elif doubts:
         told = ", ".join(f"{printable(images[doubt.row].key)} ({doubt.reason})" for doubt in doubts[:3])
         yield f"Doubtful images: {len(doubts)}, such as {told}; the .tsv lists all, for --exclude or --relabel."
 
@@ -2574,9 +2580,8 @@ def report_as_json(found: Diagnostics) -> dict:
         "cross_validation": held_out_as_json(found.validated, found.labels),
         "learning_curve": found.curve,
         "temperature": found.temperature,
-        # Before and after dividing by the temperature.
         "calibration_error": judged
-        and [each.calibration_error for each in (judged.cooled(1 / found.temperature), judged)],
+        and [judged.cooled(1 / found.temperature).calibration_error, judged.calibration_error],  # before and after
         "cue": {"name": found.cue, "recall": found.cue_accuracy},
         "mistakes": list(map(image_of, found.mistakes)),
         "doubtful": list(map(image_of, found.doubts)),
@@ -2639,8 +2644,7 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
 def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[NearDuplicate]) -> dict:
     """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
 
-    cells: "class,class named" -> rows, the surest mistakes and the least sure right ones first; images: row -> [class
-    folder/file name, class, class to propose, score].
+    cells: "class,class named" -> rows, surest mistakes first; images: row -> [key, class, class to propose, score].
     """
     judged, classes, judgements = found.believed, found.classes, []
     if judged:
@@ -2739,9 +2743,6 @@ def draw_calibration(axes: Axes, judged: HeldOut) -> None:
         axes.vlines(middle, 100 * share.low, 100 * share.high, BLUE, alpha=0.4)
         axes.scatter(middle, 100 * share.value, 12 + 150 * own.mean(), color=BLUE, zorder=3, clip_on=False)
     axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="score, %", ylabel="% right")
-
-
-# ... for TensorBoard
 
 
 def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path) -> None:
@@ -2888,7 +2889,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     """Write a SavedModel of a trained graph with two signatures, both for a `prediction`, float32 [n, classes].
 
     `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as that of TF-Hub's retrain.py did;
-    `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, without their EXIF orientations.
+    `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, not turned.
     """
     tf = import_tensorflow()
     graph = read_graph(graph_path, trusted=True)
@@ -3270,12 +3271,13 @@ class ClassFolder:
             entry |= {"outcome": "failed", "reason": str(error)}
         else:
             entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
-        self.journal.append(entry)  # first: no image is ever without its record
-        if entry["outcome"] == "kept":
             with whole_file(self.path / file) as temporary:
                 temporary.write_bytes(data)
+                self.journal.append(entry)  # no image is ever without its record
             self.looks[looks] = self.path.name
             self.count += 1
+            return
+        self.journal.append(entry)
 
 
 def lines_of(path: str) -> list[str]:
@@ -3349,6 +3351,8 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
             reasons = Counter(entry["reason"] for entry in folder.entries.values() if "reason" in entry)
             told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             log.info(row, folder.path.name, folder.count, flags.crawl_count, reasons.total(), told)
+            with suppress(OSError):
+                folder.path.rmdir()  # an empty one would be a class without images
     short = [folder.path.name for folder in asked if folder.count < flags.crawl_count]
     if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")
@@ -3384,12 +3388,14 @@ def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
         images += [replace(image, split=SPLIT_OF[name], place=place) for image in others]
     if flags.exclude:
         images = leave_out(images, flags.exclude)
-    if not flags.split_file:
-        own = [image for image in images if not image.place]
-        testing = 0 if flags.test_dir else flags.testing_percentage
-        validation = 0 if flags.validation_dir else flags.validation_percentage
-        images = assign_splits(own, testing, validation) + images[len(own) :]
-    return images, labels
+    return deal(flags, images), labels
+
+
+def deal(flags: Flags, images: Sequence[Image]) -> list[Image]:
+    own = [image for image in images if not image.place]
+    testing = 0 if flags.test_dir else flags.testing_percentage
+    validation = 0 if flags.validation_dir else flags.validation_percentage
+    return list(images) if flags.split_file else assign_splits(own, testing, validation) + list(images[len(own) :])
 
 
 def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, str]:
@@ -3410,7 +3416,8 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
 
 def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Say how many images there are of what, and write the split file. Raises UserError for a class without any."""
-    check_classes("--image_dir", [image for image in images if image.split == "training"], labels)
+    training = [image for image in images if image.split == "training"]
+    check_classes("--split_file" if flags.split_file else "--image_dir", training, labels)
     counts = Counter(image.label for image in images)
     log.info("Classes: %s.", ", ".join(f"{label} {counts[label]}" for label in labels))
     splits = Counter(image.split for image in images)
@@ -3429,7 +3436,7 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     compute = partial(compute_bottlenecks, store, extract_all=extract_all)
     bottlenecks, cues, skipped = compute(images)
     store.tell_skipped(skipped)
-    images = [image for image in images if image.path not in skipped]
+    images = deal(flags, [image for image in images if image.path not in skipped])
     own = [image for image in images if image.split != "coarse"]  # which come first
     tell_splits(flags, own, labels)
     features = bottlenecks[:, 0]
@@ -3452,22 +3459,16 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     if distortion != Distortion():  # each image then has as many rows as all others: itself, and its variants
         count = flags.distortions_per_image
         chosen = [images[row] for row in training.rows]
-        variants, _, _ = compute(chosen, distortion, count)
+        variants, _, gone = compute(chosen, distortion, count)
+        if gone:
+            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
         matrix = empty_matrix((len(variants), 1 + count, base.bottleneck_size), store.folder)
         np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
         matrix = matrix.reshape(-1, base.bottleneck_size)
         training = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
-    return Dataset(
-        images=own,
-        labels=labels,
-        features=features[: len(own)],
-        cues=cues[: len(own)],
-        training=training,
-        validation=rows_of("validation"),
-        testing=rows_of("testing"),
-        known=rows_of("training", "validation"),
-        coarse=coarse,
-    )
+    held_out = rows_of("validation"), rows_of("testing")
+    known, count = rows_of("training", "validation"), len(own)
+    return Dataset(own, labels, features[:count], cues[:count], training, *held_out, known, coarse)
 
 
 def train_as_asked(

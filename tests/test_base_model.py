@@ -267,6 +267,13 @@ def value_of(node):
     return node.attr["value"].tensor
 
 
+def rename_resized(nodes) -> None:
+    """Rename the node that images are resized by, and where it is used."""
+    for node in nodes.values():
+        node.name = node.name.replace(retrain.RESIZED_NODE, "x")
+        node.input[:] = [name.replace(retrain.RESIZED_NODE, "x") for name in node.input]
+
+
 NEEDED_NODES = ("DecodeJpeg/contents", retrain.RESIZED_NODE, BOTTLENECK_NODE, "conv/batchnorm/beta")
 
 
@@ -274,6 +281,7 @@ NEEDED_NODES = ("DecodeJpeg/contents", retrain.RESIZED_NODE, BOTTLENECK_NODE, "c
     "spoil",
     [
         *(lambda nodes, name=name: setattr(nodes[name], "name", "x") for name in NEEDED_NODES),
+        rename_resized,
         lambda nodes: setattr(value_of(nodes["conv/batchnorm/beta"]), "tensor_content", b"odd"),
         lambda nodes: value_of(nodes["pool_3/_reshape/shape"]).CopyFrom(value_of(nodes["Mul/y"])),
     ],

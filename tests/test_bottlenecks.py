@@ -419,3 +419,13 @@ def test_cues_say_what_they_are_named_for():
     assert (cues(noise)["width"], cues(noise)["height"]) == (200, 300)
     assert cues(noise)["sharpness"] > 10 * cues(smooth)["sharpness"] > 0
     assert cues(noise)["contrast"] > cues(smooth)["contrast"] > 0
+
+
+def test_an_image_that_is_gone_when_its_variants_are_made_is_told(train, image_dir, capsys):
+    assert train() == 0
+    path = image_dir / "green/green_00.jpg"
+    stamp = path.stat()
+    path.write_bytes(bytes(stamp.st_size))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert train("--flip_left_right", "--distortions_per_image", 2, "--testing_percentage", 0) == 1
+    assert "was changed or removed meanwhile" in capsys.readouterr().err

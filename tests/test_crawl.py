@@ -586,7 +586,7 @@ def test_a_source_out_of_reach_is_told_for_each_class(server, crawl, tmp_path):
 def test_a_stop_leaves_a_consistent_state_and_says_how_far_it_got(server, tmp_path, sent):
     server.results["cat"] = [Result("stall", 99), *good(range(60))]  # it can't be done before the signal
     process = start(tmp_path, server.source("openverse"), 100, "cat\ndog")
-    wait_for_images(process, server, 10)
+    wait_for_images(process, server, 30)
     process.send_signal(sent)
     assert process.wait(timeout=30) == 130
     text, folder = (tmp_path / "said").read_text(), tmp_path / "images" / "cat"

@@ -244,6 +244,11 @@ def test_flipped_labels_are_doubted_worst_first():
     assert all(doubt.reason == f"looks like label {(classes[doubt.row] - 1) % 3}" for doubt in right)
 
 
+def test_a_head_that_errs_too_often_doubts_no_label():
+    features, classes = clusters(60, spread=20)
+    assert "It errs too often to tell which images lie in the wrong folder" in told(diagnose(features, classes))
+
+
 def test_blurred_dark_and_tiny_images_are_doubted_for_that():
     features, classes = clusters(20, spread=0.5)
     cues = np.tile(np.float32([0.5, 0.2, 0.01, 300, 200]), (60, 1))
@@ -263,6 +268,14 @@ def test_a_class_that_is_told_by_its_circumstances_alone_raises_the_alarm(column
     found = diagnose(features, classes, cues=cues)
     assert found.cue == cue
     assert ("alone tells a class" in told(found)) == bool(cue)
+
+
+@pytest.mark.parametrize(("count", "class_count"), [(5, 2), (10, 2), (10, 6), (5, 20)])
+def test_few_images_raise_no_alarm(count, class_count):
+    features, classes = clusters(count, class_count)
+    for seed in range(20):
+        cues = np.random.default_rng(seed).random((len(classes), 5), np.float32)
+        assert retrain.spurious_cue(cues, validate(features, classes))[0] == ""
 
 
 def test_measures_that_are_unknown_raise_no_alarm():

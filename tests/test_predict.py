@@ -113,7 +113,7 @@ def test_files_folders_and_globs(folder, asked, found):
     [
         (["--graph", "no.pb"], "no.pb: there is no such file"),
         (["--graph", "lone.tflite"], "or neither lone.json nor lone_labels.txt that belongs to it"),
-        (["--labels", "no.txt"], "[Errno 2] No such file or directory: 'no.txt'."),
+        (["--labels", "no.txt"], "--labels no.txt: there is no such file"),
         (["--labels", "few.txt"], "--labels: there are 2 for the 3 classes"),
         (["--graph", "words.pb", "--labels", "output_labels.txt"], "words.pb"),
         (["--graph", "red.jpg"], "nor red.jpg_labels.txt"),
@@ -528,3 +528,24 @@ def test_an_image_dropped_on_the_page_is_named(folder):
     finally:
         served.terminate()
     assert served.wait() == 130
+
+
+def test_what_litert_can_not_run_is_named(folder):
+    Path("x.tflite").write_bytes(b"hello")
+    with pytest.raises(predict.UserError, match=r"x\.tflite is no model that LiteRT can run \("):
+        predict.LiteModel(Path("x.tflite"))
+
+
+def test_no_image_is_written_over(folder, capsys):
+    before = save("a.jpg").read_bytes()
+    for flag in ("--csv", "--json"):
+        assert predict.main(["a.jpg", flag, "a.jpg"]) == 1
+        assert f"{flag} a.jpg: it is one of the images; name another place." in capsys.readouterr().err
+    assert Path("a.jpg").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_link_to_its_own_folder_is_not_followed(folder):
+    save("a/b/red.jpg")
+    Path("a/loop").symlink_to(Path("a").resolve())
+    assert predict.find_images(["a"]) == [Path("a/b/red.jpg")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 from conftest import COLOURS, make_image, make_image_dir
 
 import retrain
+from retrain import Image
 
 
 @pytest.fixture
@@ -168,3 +170,25 @@ def test_a_wrong_split_file_gets_one_sentence(train, error_of, change, said):
     Path("split.tsv").write_text(change(Path("split.tsv").read_text()))
     sentence = error_of("--split_file", "split.tsv")
     assert sentence.startswith("--split_file split.tsv") and said in sentence
+
+
+def test_a_class_whose_training_image_is_damaged_trains_on_the_others(train, image_dir, capsys):
+    for path in sorted((image_dir / "green").iterdir())[3:]:
+        path.unlink()
+    left = [Image(path, "green") for path in sorted((image_dir / "green").iterdir())]
+    (damaged,) = (image.path for image in retrain.assign_splits(left, 10, 10) if image.split == "training")
+    damaged.write_bytes(b"no image")
+    assert train() == 0
+    assert "green 2." in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_an_image_named_through_a_link_is_the_same_image(train, image_dir, capsys):
+    assert train("--write_split_file", "split.tsv") == 0
+    Path("link").symlink_to(image_dir)
+    lines = Path("split.tsv").read_text().splitlines()
+    path, label, _ = lines[-1].split("\t")
+    Path("split.tsv").write_text("\n".join([*lines, f"../link/{path}\t{label}\ttesting"]))
+    capsys.readouterr()
+    assert train("--split_file", "split.tsv") == 1
+    assert "is named twice" in capsys.readouterr().err
