@@ -2037,20 +2037,20 @@ def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]
 
 
 @functools.lru_cache(1000)  # the report shows many of those that are compared
-def thumbnail(image: Image) -> PIL.Image.Image | None:
-    """Return an image of at most THUMBNAIL pixels in width and height, None if it is gone."""
+def thumbnail(image: Image, side: int) -> PIL.Image.Image | None:
+    """Return an image of at most `side` pixels in width and height, None if it is gone."""
     try:
-        pixels = read_image(image.path, Reading(), (80, 80))  # at reduced scale, but 160 pixels or more
+        pixels = read_image(image.path, Reading(), (side * 2 // 5, side * 2 // 5))  # at reduced scale: soon read
     except ImageError:
         return None
     small = PIL.Image.fromarray(pixels)
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
     return small
 
 
-def thumbnails_of(images: Sequence[Image], rows: Sequence[int]) -> dict[int, PIL.Image.Image]:
+def thumbnails_of(images: Sequence[Image], rows: Sequence[int], side: int = THUMBNAIL) -> dict[int, PIL.Image.Image]:
     """Return the thumbnails of some images by their rows, but for those that are gone."""
-    made = on_all_cores([thumbnail] * core_count(), [images[row] for row in rows])
+    made = on_all_cores([partial(thumbnail, side=side)] * core_count(), [images[row] for row in rows])
     return {row: small for row, small in zip(rows, made, strict=True) if small}
 
 
@@ -2751,7 +2751,7 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
 
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     chosen = np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]
-    thumbnails = thumbnails_of(images, sorted(chosen.tolist()))  # those that are gone are not shown
+    thumbnails = thumbnails_of(images, sorted(chosen.tolist()), SPRITE)  # those that are gone are not shown
     sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])  # as the base model squeezes
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [[images[i].label, images[i].split, named.get(i, ""), printable(images[i].key)] for i in thumbnails]
