@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import gc
 import hashlib
 import html
 import importlib
@@ -115,10 +116,8 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 # ======================================================================================================================
 
 log = logging.getLogger("retrain")
-# Features of more bytes than this lie in a file instead of in memory.
-MOST_IN_MEMORY = 2 << 30
-# The level of the result: it is no warning, but is told with --logging_verbosity WARN, too.
-RESULT = logging.WARNING + 1
+MOST_IN_MEMORY = 2 << 30  # features of more bytes lie in a file instead
+RESULT = logging.WARNING + 1  # the level of the result: no warning, but told with --logging_verbosity WARN, too
 
 
 class Console(logging.Handler):
@@ -3590,6 +3589,7 @@ def run(flags: Flags) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
+    gc.set_threshold(100_000, 50, 50)  # what packages make when they are imported is no garbage
     code = exit_code("retrain.py", lambda: run(flags))
     for handler in log.handlers:
         handler.close()
