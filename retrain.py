@@ -2822,7 +2822,7 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
-    model = schema.ModelT.InitFromPackedBuf(lite_path.read_bytes())  # its weights are views of these bytes
+    model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
     network = model.subgraphs[0]
     (bottleneck,) = network.outputs
 
