@@ -341,7 +341,7 @@ def add_network_flags(parser: Parser) -> None:
     flag = flags_of(parser, "base model")
     names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
     names += (
-        "efficientnet_lite0, _lite1; vgg16; mobilenet_1.0_224 and sisters; auto: inception_v3, else efficientnet_lite2"
+        "efficientnet_lite0, _lite1; vgg16; mobilenet_1.0_224 and sisters; auto: inception_v3 or efficientnet_lite2"
     )
     engines = "auto", "litert", "tensorflow"
     flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
