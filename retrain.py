@@ -340,9 +340,7 @@ def add_data_flags(parser: Parser) -> None:
 def add_network_flags(parser: Parser) -> None:
     flag = flags_of(parser, "base model")
     names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
-    names += (
-        "efficientnet_lite0, _lite1; vgg16; mobilenet_1.0_224 and sisters; auto: inception_v3 or efficientnet_lite2"
-    )
+    names += "efficientnet_lite0, _lite1; vgg16; mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
     engines = "auto", "litert", "tensorflow"
     flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
     flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
