@@ -375,7 +375,12 @@ def test_other_settings_redo_the_variants_only(compute):
 def test_matrix_in_a_file_gives_the_same_classifier(train, tmp_path, monkeypatch):
     """As one does that has more features than the memory should hold."""
     made, memmap = [], np.memmap
-    monkeypatch.setattr(np, "memmap", lambda *arguments, **options: made.append(1) or memmap(*arguments, **options))
+
+    def counted(*arguments, **options):
+        made.extend([1] * ("w+" in arguments))
+        return memmap(*arguments, **options)
+
+    monkeypatch.setattr(np, "memmap", counted)
     flags = ("--random_seed", 1, "--flip_left_right", "--distortions_per_image", 2)
     assert train(*flags) == 0
     assert not made
