@@ -68,7 +68,6 @@ sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 # Common ground: errors, whole files, all cores, flags
 # ======================================================================================================================
 
-
 Array = np.ndarray
 
 
@@ -370,12 +369,13 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
     left, right, across = neighbours(width, size[1])
     # Picked by value rather than by pixel of three, and reckoned in place: twice as fast, to the same bit.
     left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
+    across = np.repeat(across, 3)
     lines = []
     for line in (top, bottom):
         picked = pixels.reshape(height, width * 3).take(line, axis=0)
         start = picked.take(left, axis=1).astype(np.float32)
         end = picked.take(right, axis=1).astype(np.float32)
-        lines.append(between(start, end, np.repeat(across, 3)))
+        lines.append(between(start, end, across))
     upper, lower = lines
     return between(upper, lower, down[:, None]).reshape(*size, 3)
 
@@ -425,13 +425,13 @@ class LiteModel:
             self.interpreter = Interpreter(str(path), num_threads=threads)
             self.interpreter.allocate_tensors()
         (self.input,) = self.interpreter.get_input_details()
+        self.outputs = self.interpreter.get_output_details()
         self.input_size = tuple(self.input["shape"][1:3].tolist())
 
     def __call__(self, pixels: Array) -> list[Array]:
         self.interpreter.set_tensor(self.input["index"], pixels[None])
         self.interpreter.invoke()
-        outputs = self.interpreter.get_output_details()
-        return [self.interpreter.get_tensor(output["index"])[0] for output in outputs]
+        return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
 
 
 def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:

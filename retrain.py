@@ -116,6 +116,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 # ======================================================================================================================
 
 log = logging.getLogger("retrain")
+step_log = log.getChild("steps")  # of the classic lines of each evaluation
 MOST_IN_MEMORY = 2 << 30  # features of more bytes lie in a file instead
 RESULT = logging.WARNING + 1  # the level of the result: no warning, but told with --logging_verbosity WARN, too
 
@@ -135,11 +136,11 @@ def set_up_logging(verbosity: str) -> None:
     """Print what is at least as serious as that; on a terminal a progress bar stands for the lines of steps."""
     console = Console(verbosity)
     if verbosity != "DEBUG" and sys.stdout.isatty():
-        console.addFilter(lambda record: record.name != "retrain.steps")
+        console.addFilter(lambda record: record.name != step_log.name)
     log.handlers[:] = [console]
     log.propagate = False
     log.setLevel(verbosity)
-    log.getChild("steps").setLevel(logging.INFO)
+    step_log.setLevel(logging.INFO)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -1625,8 +1626,6 @@ def extract_on_cluster(
 # Hidden layers are given features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
 FEATURE_POWER = 256
 LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smaller the weights; chosen by measurement
-# The classic lines of each evaluation; main decides where they are shown.
-step_log = logging.getLogger("retrain.steps")
 
 
 @dataclass(frozen=True)
@@ -3433,7 +3432,9 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     compute = partial(compute_bottlenecks, store, extract_all=extract_all)
     bottlenecks, cues, skipped = compute(images)
     store.tell_skipped(skipped)
-    images = deal(flags, [image for image in images if image.path not in skipped])
+    images = [image for image in images if image.path not in skipped]
+    if skipped:
+        images = deal(flags, images)
     own = [image for image in images if image.split != "coarse"]  # which come first
     tell_splits(flags, own, labels)
     features = bottlenecks[:, 0]
@@ -3453,7 +3454,7 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
         if not len(coarse.rows):
             raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
     training, distortion = rows_of("training"), from_flags(Distortion, flags)
-    if distortion != Distortion():  # each image then has as many rows as all others: itself, and its variants
+    if distortion != PLAIN:  # each image then has as many rows as all others: itself, and its variants
         count = flags.distortions_per_image
         chosen = [images[row] for row in training.rows]
         variants, _, gone = compute(chosen, distortion, count)
