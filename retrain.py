@@ -1970,9 +1970,9 @@ def write_checkpoint(head: Head, path: Path) -> None:
 # Features nearer than this, 1 - cosine, show one scene: by it 48 scenes of shaken frames made 48 groups and none of 885
 # different photographs were joined, with Inception-v3 and EfficientNet-Lite2.
 GROUP_RADIUS = 0.07
-# Two images show the same if their thumbnails correlate by LIKE_PICTURE, and by SAME_IMAGE with twice the cosine of
-# their features added: 91 to 94 % of copies cropped by 4 to 12 %, 99 % of others, and no two of 1,600 photographs.
-LIKE_PICTURE, SAME_IMAGE, MOST_PAIRS = 0.8, 2.7, 1000
+# Two images show the same if twice the cosine of their features and the correlation of their thumbnails are more than
+# this: 91 to 94 % of copies cropped by 4 to 12 %, 99 % of others, and no two of 1,600 photographs.
+SAME_IMAGE, MOST_PAIRS = 2.7, 1000
 THUMBNAIL = 200  # the longer side, in pixels
 
 
@@ -1991,20 +1991,17 @@ def find_groups(features: Array, images: Sequence[Image]) -> tuple[Array, list[N
     """
     groups = np.unique([image.place + stem_of(image.key) for image in images], return_inverse=True)[1]
     directions = unit(features)
-    alike: list[tuple[float, int, int]] = []
+    alike: list[NearDuplicate] = []
     at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
     for start in range(0, len(images), at_once):
-        cosines = directions[start : start + at_once] @ directions[start:].T
-        cosines = np.triu(cosines, 1)  # each pair once, and none with itself
-        first, second = np.nonzero(cosines > 1 - GROUP_RADIUS)
-        groups = merged(groups, start + first, start + second)
-        rows = np.arange(len(cosines))
-        for _ in range(3):  # the three nearest: a class in which all are alike has no end of pairs
-            nearest = cosines.argmax(axis=1)
-            best = cosines[rows, nearest]
-            alike += zip(best.tolist(), start + rows, start + nearest, strict=True)
-            cosines[rows, nearest] = 0
-    pairs = same_images(sorted(alike, reverse=True)[:MOST_PAIRS], images)
+        cosines = directions[start : start + at_once] @ directions[: start + at_once].T
+        cosines = np.tril(cosines, start - 1)  # with images before it: each pair once, and none with itself
+        later, earlier = np.nonzero(cosines > 1 - GROUP_RADIUS)
+        groups = merged(groups, start + later, earlier)
+        nearest = cosines.argmax(axis=1)  # only that: a class in which all are alike has no end of pairs
+        alike += map(NearDuplicate, nearest.tolist(), itertools.count(start), cosines.max(axis=1).tolist())
+    alike.sort(key=lambda pair: -pair.cosine)
+    pairs = same_images(alike[:MOST_PAIRS], images)
     return merged(groups, [pair.first for pair in pairs], [pair.second for pair in pairs]), pairs
 
 
@@ -2018,17 +2015,17 @@ def merged(groups: Array, first: Any, second: Any) -> Array:
     return connected_components(graph, directed=False)[1][groups]
 
 
-def same_images(alike: Sequence[tuple[float, int, int]], images: Sequence[Image]) -> list[NearDuplicate]:
-    """Return those pairs (cosine, row, row) that show the same image, mirrored or not, and not just the like."""
-    alike = [pair for pair in alike if 2 * pair[0] + 1 > SAME_IMAGE]
-    rows = {int(row) for _, *both in alike for row in both}
-    colors = {row: colors_of(small) for row, small in thumbnails_of(images, sorted(rows)).items()}
+def same_images(alike: Sequence[NearDuplicate], images: Sequence[Image]) -> list[NearDuplicate]:
+    """Return those pairs that show the same image, mirrored or not, and not just the like."""
+    alike = [pair for pair in alike if 2 * pair.cosine + 1 > SAME_IMAGE]
+    rows = sorted({row for pair in alike for row in pair[:2]})
+    colors = {row: colors_of(small) for row, small in thumbnails_of(images, rows).items()}
     pairs = []
-    for cosine, first, second in alike:
-        if first in colors and second in colors:
-            correlation = np.max(colors[first] @ colors[second][0])
-            if correlation > LIKE_PICTURE and 2 * cosine + correlation > SAME_IMAGE:
-                pairs.append(NearDuplicate(int(first), int(second), cosine))
+    for pair in alike:
+        if pair.first in colors and pair.second in colors:
+            correlation = np.max(colors[pair.first] @ colors[pair.second][0])
+            if 2 * pair.cosine + correlation > SAME_IMAGE:
+                pairs.append(pair)
     return pairs
 
 
@@ -2060,17 +2057,14 @@ def colors_of(thumbnail: PIL.Image.Image) -> Array:
 def without_copies(coarse: Rows, features: Array, images: Sequence[Image]) -> Rows:
     """Return the coarse rows but for those that show what another image shows; features: float32 [images, n]."""
     others = np.flatnonzero([image.split != "coarse" for image in images])
-    known = unit(features[others])
-    alike = []
-    for row in coarse.rows:
+    known, alike = unit(features[others]), []
+    for row in coarse.rows.tolist():
         cosines = known @ unit(features[row])
-        nearest = np.argsort(-cosines)[:3]
-        alike += [(float(cosines[i]), row, others[i]) for i in nearest]
-    copies = {pair.first for pair in same_images(alike, images)}
-    if copies:
-        log.warning("%d coarse images are left out, since they show the same as other images.", len(copies))
-    kept = ~np.isin(coarse.rows, list(copies))
-    return Rows(coarse.matrix, coarse.rows[kept], coarse.classes[kept])
+        alike.append(NearDuplicate(row, int(others[cosines.argmax()]), float(cosines.max())))
+    copies = np.isin(coarse.rows, [pair.first for pair in same_images(alike, images)])
+    if copies.any():
+        log.warning("%d coarse images are left out, since they show the same as other images.", copies.sum())
+    return Rows(coarse.matrix, coarse.rows[~copies], coarse.classes[~copies])
 
 
 # ======================================================================================================================
@@ -2108,13 +2102,12 @@ class Proportion:
     def of(cls, right: Array, groups: Array, divisor: float = 1.0) -> Proportion:
         """Return that of `right`, bool [n], in groups, int [n]: by Kish, and Wilson's interval on that by `divisor`."""
         sizes, z2 = np.unique(groups, return_counts=True)[1], 1.959964**2
-        share = float(right.sum() / max(len(right), 1))
-        effective = len(right) ** 2 / max(float((sizes**2).sum()), 1)
-        count = effective / divisor
-        middle = (share * count + z2 / 2) / (count + z2)
-        variance = count * share * (1 - share) + z2 / 4
-        spread = math.sqrt(z2 * variance) / (count + z2)
-        return cls(share, len(right), effective, max(0.0, middle - spread), min(1.0, middle + spread))
+        count, share = len(right), float(right.sum() / max(len(right), 1))
+        effective = float(count**2 / max((sizes**2).sum(), 1))
+        n = effective / divisor
+        middle = (share * n + z2 / 2) / (n + z2)
+        spread = math.sqrt(z2 * (n * share * (1 - share) + z2 / 4)) / (n + z2)
+        return cls(share, count, effective, max(0.0, middle - spread), min(1.0, middle + spread))
 
     def __str__(self) -> str:
         worth = "" if self.effective > 0.95 * self.count else f", about {self.effective:.0f} independent ones"
@@ -2408,23 +2401,21 @@ def spurious_cue(cues: Array, validated: HeldOut) -> tuple[str, float]:
     brightness, contrast, sharpness, width, height = np.nan_to_num(cues.T)
     measures = {"brightness": brightness, "contrast": contrast, "sharpness": sharpness}
     measures |= {"size": width * height, "aspect ratio": width / np.maximum(height, 1)}
-    classes, folds = validated.classes, validated.folds
+    classes, folds, found = validated.classes, validated.folds, {}
     own = np.bincount(classes)
-    found = []
     for name, values in measures.items():
-        edges = np.quantile(values, np.arange(1, CUE_BINS) / CUE_BINS)
-        bins = np.searchsorted(edges, values)
+        bins = np.searchsorted(np.quantile(values, np.arange(1, CUE_BINS) / CUE_BINS), values)
         counts = np.zeros((FOLDS, CUE_BINS, len(own)))
         np.add.at(counts, (folds, bins, classes), 1)
         learnt = counts.sum(axis=0) - counts
         shares = learnt / np.maximum(learnt.sum(axis=1, keepdims=True), 1)
-        predicted = shares.argmax(axis=2)[folds, bins]
-        right = np.bincount(classes[predicted == classes], minlength=len(own))
-        wrong = np.bincount(predicted, minlength=len(own)) - right
+        confusion = replace(validated, logits=shares[folds, bins]).confusion
+        right = confusion.diagonal()
+        wrong = confusion.sum(axis=0) - right
         rates = np.where(own < CUE_ROWS, 0, right / own - wrong / (len(classes) - own))
-        found.append((float(0.5 + rates.max() / 2), name))
-    share, name = max(found)
-    return name if share > CUE_ALARM else "", share
+        found[name] = float(0.5 + rates.max() / 2)
+    best = max(found, key=lambda name: found[name])
+    return best if found[best] > CUE_ALARM else "", found[best]
 
 
 def diagnose(
@@ -2461,17 +2452,18 @@ def diagnose(
 def findings(found: Diagnostics) -> Iterator[str]:
     """Yield in plain sentences what would make it better, and which images to look at."""
     judged, images, doubts, curve = found.believed, found.images, found.doubts, found.curve
+    labels = list(map(printable, found.labels))
     if found.test_duplicates:
         told = "near duplicates of training or validation images"
         yield f"Test images that are {told}: {found.test_duplicates}; only 'Final test accuracy' counts them."
     if not found.validated:
         yield "There is no cross-validation: too few images."
     if judged:
-        recalls = [(judged.recall(c), printable(label)) for c, label in enumerate(found.labels)]
+        recalls = [(judged.recall(c), label) for c, label in enumerate(labels)]
         usual = judged.accuracy.value - 1e-9
         behind = sorted((recall.value, label) for recall, label in recalls if recall.high < usual)
         if behind:
-            told = ", ".join(f"{label} ({100 * value:.0f} %)" for value, label in behind[:3])
+            told = ", ".join(f"{label} ({value:.0%})" for value, label in behind[:3])
             yield f"Recognised less often than the others: {told}."
     if curve and curve.gain[1] < HARDLY:
         yield "Twice as many images would hardly help: by less than one point."
@@ -2484,19 +2476,20 @@ def findings(found: Diagnostics) -> Iterator[str]:
         flags = "--testing_percentage 0 --validation_percentage 0"
         yield f"Of {len(images)} images none can be spared: with {flags} it learns from all, and is judged as well."
     counts = Counter(found.classes)
-    few = [f"{printable(found.labels[c])} {count}" for c, count in sorted(counts.items()) if count < FOLDS]
+    few = [f"{labels[c]} {count}" for c, count in sorted(counts.items()) if count < FOLDS]
     if few:
         yield f"Too few images to learn from, or to judge by: {', '.join(few)}."
-    scenes = Counter(zip(found.classes, found.groups.tolist(), strict=True)).most_common()
-    large = [(size, c) for (c, _), size in scenes if size >= 5 and size > LARGE_SHARE * counts[c]]
+    large = []
+    for (c, _), size in Counter(zip(found.classes, found.groups.tolist(), strict=True)).most_common():
+        if size >= FOLDS and size > LARGE_SHARE * counts[c]:
+            large.append(f"{size} of the {counts[c]} images of {labels[c]}")
     if large:
-        parts = [f"{size} of the {counts[c]} images of {printable(found.labels[c])}" for size, c in large[:3]]
-        yield f"Each of one scene only: {', '.join(parts)}; images of others would teach more."
+        yield f"Each of one scene only: {', '.join(large[:3])}; images of others would teach more."
     if found.cue:
-        yield (
-            f"{found.cue.capitalize()} alone tells a class from the others ({100 * found.cue_accuracy:.0f} % right, by "
-            "chance 50 %): it may have been photographed under other circumstances, and the head may have learnt those."
+        told = (
+            f"{found.cue.capitalize()} alone tells a class from the others ({found.cue_accuracy:.0%} right, by chance"
         )
+        yield f"{told} 50%): it may have been photographed under other circumstances, and those may be what is learnt."
     if found.pairs:
         across = sum(found.classes[pair.first] != found.classes[pair.second] for pair in found.pairs)
         yield f"Pairs of images that show the same: {len(found.pairs)}, {across} of them in two classes."
