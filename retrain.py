@@ -2512,11 +2512,10 @@ def findings(found: Diagnostics) -> Iterator[str]:
 # ======================================================================================================================
 
 REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")  # the page, which Jinja2 fills in
-# The most thumbnails on the page, of 5 KB each as a rule, and the most bytes of all as text: it can be mailed.
-MOST_THUMBNAILS, THUMBNAIL_BYTES = 480, 5_500_000
+MOST_THUMBNAILS = 480  # on the page, 9 KB of text each at most as a rule, so that it can be mailed
 # The most images with a card in a list of the page and in a cell, and named in all cells; classes in the confusion.
 MOST_CARDS, MOST_IN_CELL, MOST_NAMED, MOST_CONFUSED = 48, 12, 10_000, 24
-INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
+BLUE, ORANGE, GREY = "#1f5fa8", "#c46a12", "#8a95a3"
 # In TensorBoard: images in the projector, their width and height there, and mistakes shown.
 MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
 
@@ -2524,56 +2523,54 @@ MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
 def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
     """Write the page, with what it is about at its head, and beside it its numbers as .json and the doubts as .tsv."""
     numbers = json.dumps(report_as_json(found), indent=1, ensure_ascii=False, default=dataclasses.asdict)
-    texts = {".html": report_page(found, about), ".json": numbers + "\n", ".tsv": doubts_as_list(found)}
-    for suffix, text in texts.items():
-        with whole_file(page.with_suffix(suffix)) as temporary:
+    texts = {
+        page.with_suffix(".html"): report_page(found, about),
+        page.with_suffix(".json"): numbers + "\n",
+        page.with_suffix(".tsv"): doubts_as_list(found),
+    }
+    for path, text in texts.items():
+        with whole_file(path) as temporary:
             temporary.write_text(text, "utf-8")
-    log.info("Wrote the report: %s.", ", ".join(str(page.with_suffix(suffix)) for suffix in texts))
-
-
-# ... for programs
-
-
-def held_out_as_json(held_out: HeldOut | None, labels: Sequence[str]) -> dict | None:
-    """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
-    if not held_out:
-        return None
-    counts = held_out.confusion
-    classes = [
-        {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
-        for c, label in enumerate(labels)
-    ]
-    confusion = [
-        {"label": labels[c], "named": labels[named], "images": int(counts[c, named])}
-        for c, named in np.argwhere(counts)
-    ]
-    return {"accuracy": held_out.accuracy, "classes": classes, "confusion": confusion}
+    log.info("Wrote the report: %s.", ", ".join(map(str, texts)))
 
 
 def report_as_json(found: Diagnostics) -> dict:
     """Return the numbers of a report; lists of images begin with the surest or worst."""
-    images, judged = found.images, found.believed
+    images, labels, judged = found.images, found.labels, found.believed
     keys = [printable(image.key) for image in images]
 
+    def numbers_of(held_out: HeldOut | None) -> dict | None:
+        if not held_out:
+            return None
+        classes = [
+            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
+            for c, label in enumerate(labels)
+        ]
+        counts = held_out.confusion
+        confusion = [
+            {"label": labels[c], "named": labels[named], "images": int(counts[c, named])}
+            for c, named in np.argwhere(counts)
+        ]
+        return {"accuracy": held_out.accuracy, "classes": classes, "confusion": confusion}
+
     def image_of(doubt: Doubt) -> dict:
-        image = images[doubt.row]
         return {
             "image": keys[doubt.row],
-            "label": image.label,
-            "split": image.split,
-            "proposed": found.labels[doubt.proposed],
+            "label": images[doubt.row].label,
+            "split": images[doubt.row].split,
+            "proposed": labels[doubt.proposed],
             "score": doubt.score,
             "reason": doubt.reason,
         }
 
     return {
         "believe": judged.source if judged else "",
-        "labels": found.labels,
+        "labels": labels,
         "images": Counter(image.split for image in images),
-        "test": held_out_as_json(found.test, found.labels),
+        "test": numbers_of(found.test),
         "test_duplicates": found.test_duplicates,
         "classic_accuracy": found.classic_accuracy,
-        "cross_validation": held_out_as_json(found.validated, found.labels),
+        "cross_validation": numbers_of(found.validated),
         "learning_curve": found.curve,
         "temperature": found.temperature,
         "calibration_error": judged
@@ -2601,153 +2598,133 @@ def doubts_as_list(found: Diagnostics) -> str:
     return text.getvalue()
 
 
-# ... for people
-
-
 def report_page(found: Diagnostics, about: dict[str, str]) -> str:
     """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
     import jinja2
 
-    judged, doubted = found.believed, {doubt.row for doubt in found.doubts}
-    doubts, pairs = found.doubts[:MOST_CARDS], found.pairs[: MOST_CARDS // 2]
+    judged, images, doubts = found.believed, found.images, found.doubts[:MOST_CARDS]
+    doubted = {doubt.row for doubt in found.doubts}
     mistakes = [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2]
-    page = {
+    pairs = found.pairs[: MOST_CARDS // 2]
+    in_lists = [doubt.row for doubt in doubts + mistakes]
+    in_lists += [row for pair in pairs for row in (pair.first, pair.second)]
+    cells = images_of_cells(judged, images) if judged else {}
+    in_cells = [row for cell in cells.values() for row, _, _ in cell[:MOST_IN_CELL]]
+    thumbnails = thumbnail_urls(images, in_lists + in_cells)
+    hidden = {row: url for row, url in thumbnails.items() if row not in in_lists}
+    page: dict[str, Any] = {
         "found": found,
         "judged": judged,
-        "about": about,
-        "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        "findings": list(findings(found)),
+        "about": about | {"Written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"},
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
-        "counts": Counter((image.label, image.split) for image in found.images),
+        "counts": Counter((image.label, image.split) for image in images),
         "doubts": doubts,
-        "pairs": pairs,
         "mistakes": mistakes,
-        **images_of_page(found, doubts + mistakes, pairs),
+        "pairs": pairs,
+        "thumbnails": thumbnails,
+        "data": {"labels": found.labels, "cells": cells, "thumbnails": hidden},
     }
     if judged:
         counts = judged.confusion
         own, right = counts.sum(axis=1), counts.diagonal()
         mistaken = counts.sum(axis=0) + own - 2 * right
-        page["confused"] = sorted(np.argsort(-mistaken)[:MOST_CONFUSED].tolist())
+        page["confused"] = sorted(np.argsort(-mistaken)[:MOST_CONFUSED])
         # The worst first; those without an image last.
-        page["classes"] = np.lexsort((right / np.maximum(own, 1), own == 0)).tolist()
+        page["classes"] = np.lexsort((right / np.maximum(own, 1), own == 0))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    for function in (printable, drawn, draw_learning_curve, draw_training, draw_calibration):
-        environment.globals[function.__name__] = function
-    return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
+    template = environment.from_string(REPORT_TEMPLATE.read_text("utf-8"), globals())  # it calls functions of ours
+    return template.render(page)
 
 
-def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[NearDuplicate]) -> dict:
-    """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
+def images_of_cells(judged: HeldOut, images: Sequence[Image]) -> dict[str, list]:
+    """Return (row, name, score) of the images in each cell "class,class named", the surest mistakes first."""
+    cells: dict[str, list] = defaultdict(list)
+    scores = judged.scores.max(axis=1)
+    for i in np.argsort(np.where(judged.right, scores, -scores))[:MOST_NAMED]:
+        row = int(judged.rows[i])
+        image = row, printable(images[row].key), float(scores[i])
+        cells[f"{judged.classes[i]},{judged.predicted[i]}"].append(image)
+    return cells
 
-    cells: "class,class named" -> rows, surest mistakes first; images: row -> [key, class, class to propose, score].
-    """
-    judged, classes, judgements = found.believed, found.classes, []
-    if judged:
-        scores = judged.scores.max(axis=1)
-        order = np.argsort(np.where(judged.right, scores, -scores))[:MOST_NAMED]
-        judgements = judged.doubts(order)
-    # Of two copies in two classes, each may belong to the other's.
-    copies = [Doubt(pair.first, classes[pair.second], 0, 0, "") for pair in pairs]
-    copies += [Doubt(pair.second, classes[pair.first], 0, 0, "") for pair in pairs]
-    cells: dict[str, list[int]] = defaultdict(list)
-    for doubt in judgements:
-        cells[f"{classes[doubt.row]},{doubt.proposed}"].append(doubt.row)
-    known = {
-        doubt.row: [printable(found.images[doubt.row].key), classes[doubt.row], doubt.proposed, doubt.score]
-        for doubt in (*copies, *judgements, *doubts)
-    }
-    in_lists = [doubt.row for doubt in (*doubts, *copies)]
-    in_cells = [row for rows in cells.values() for row in rows[:MOST_IN_CELL]]
-    wanted = list(dict.fromkeys(in_lists + in_cells))[:MOST_THUMBNAILS]
-    urls, room = {}, THUMBNAIL_BYTES
-    for row, small in thumbnails_of(found.images, wanted).items():
+
+def thumbnail_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
+    """Return thumbnails of the first of these rows, by row, as addresses that hold them."""
+    urls = {}
+    for row, small in thumbnails_of(images, list(dict.fromkeys(rows))[:MOST_THUMBNAILS]).items():
         jpeg = io.BytesIO()
         small.save(jpeg, "JPEG", quality=72)
-        url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-        room -= len(url)
-        if room < 0:
-            break
-        urls[row] = url
-    hidden = {row: url for row, url in urls.items() if row not in in_lists}
-    data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
-    return {"thumbnails": urls, "data": data}
+        urls[row] = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+    return urls
 
 
-def drawn(draw: Callable, *values: Any) -> str:
-    """Return what `draw` draws of the values, on the axes that it is given, as SVG whose text is the browser's."""
+def drawn(draw: Callable, values: Any) -> str:
+    """Return what `draw` draws of the values on the axes that it is given, in % right, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {"svg.fonttype": "none", "font.size": 11, "legend.frameon": False, "axes.edgecolor": GREY, "text.color": INK}
-    with matplotlib.rc_context(look):  # type: ignore[arg-type]
+    look: Any = {"svg.fonttype": "none", "font.size": 11, "axes.edgecolor": GREY}
+    with matplotlib.rc_context(look):
         figure, text = Figure(figsize=(5.2, 3.6)), io.StringIO()
         axes = figure.add_axes((0.13, 0.15, 0.85, 0.82))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        draw(axes, *values)
-        axes.legend(fontsize=10)
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def from_below(axes: Axes, values: Sequence[float]) -> None:
-    """Let an axis of percentages go to 100 from well below the values, so that noise doesn't look like drama."""
-    axes.set_ylim(max(0, 10 * math.floor(min([*values, 90]) / 10 - 1)), 101)
-    axes.locator_params(axis="y", integer=True)
-    axes.set_ylabel("% right")
+        axes.set_prop_cycle(color=[BLUE, ORANGE, GREY])
+        draw(axes, values)
+        lowest, _ = axes.get_ylim()
+        axes.set_ylim(max(0, min(80, lowest - 10)), 101)  # from well below it, lest noise look like drama
+        axes.locator_params(axis="y", integer=True)
+        axes.set_ylabel("% right")
+        axes.legend(frameon=False, fontsize=10)
+        figure.savefig(text, format="svg", transparent=True)
+    return "<svg" + text.getvalue().partition("<svg")[2]
 
 
 def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
     """Draw the accuracy on the validation batches of each head, and, of a single one, on those of the training."""
-    alone, values = len(histories) == 1, [90.0]
-    wanted = [(name, split) for split in ("validation", "train")[: 1 + alone] for name in histories]
-    for (name, split), color in zip(wanted, (BLUE, ORANGE, GREY), strict=False):
-        scores = [scores for scores in histories[name] if scores.split == split]
-        scores = scores[:: len(scores) // 200 + 1]
-        shares = [100 * each.accuracy for each in scores]
-        axes.plot([each.step for each in scores], shares, color=color, label=split if alone else name)
-        values += shares
-    from_below(axes, [float(np.quantile(values, 0.1))])
+    alone = len(histories) == 1
+    for split in ("validation", "train")[: 1 + alone]:
+        for name, history in histories.items():
+            points = [(scores.step, 100 * scores.accuracy) for scores in history if scores.split == split]
+            steps, shares = np.reshape(points[:: len(points) // 200 + 1], (-1, 2)).T
+            axes.plot(steps, shares, label=split if alone else name)
     axes.set_xlabel("training steps")
 
 
 def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     """Draw the accuracy against the images trained on, and the range for twice as many."""
     middle, low, high = 100 * np.array([(share.value, share.low, share.high) for share in curve.accuracies]).T
-    axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
-    axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
-    ends = np.minimum(100, middle[-1] + 100 * np.array(curve.gain))
-    twice = 2 * curve.sizes[-1]
+    axes.fill_between(curve.sizes, low, high, alpha=0.15, linewidth=0, label="95 % confidence interval")
+    axes.plot(curve.sizes, middle, "o-", label="cross-validated")
+    twice, ends = 2 * curve.sizes[-1], middle[-1] + 100 * np.array(curve.gain)
     axes.vlines(twice, *ends, color=ORANGE, linewidth=6, label="likely with twice as many")
     axes.set_xscale("log")
     axes.set_xticks([*curve.sizes, twice], map(str, [*curve.sizes, twice]))
     axes.minorticks_off()
     axes.set_xlabel("images trained on")
-    from_below(axes, [*low, *ends])
 
 
 def draw_calibration(axes: Axes, judged: HeldOut) -> None:
     """Draw how often it is right against the score that it gives, in ten steps of the score."""
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
-    axes.scatter([], [], color=BLUE, label="measured, with 95 % interval")
-    scores = judged.scores.max(axis=1)
-    steps = (scores * 9.999).astype(int)
+    axes.plot([], [], "o", label="measured, with 95 % interval")
+    scores = 100 * judged.scores.max(axis=1)
+    steps = scores // 10.001
     for step in np.unique(steps):
         own = steps == step
-        share, middle = judged.share(own), 100 * scores[own].mean()
+        share, middle = judged.share(own), scores[own].mean()
         axes.vlines(middle, 100 * share.low, 100 * share.high, BLUE, alpha=0.4)
         axes.scatter(middle, 100 * share.value, 12 + 150 * own.mean(), color=BLUE, zorder=3, clip_on=False)
-    axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="score, %", ylabel="% right")
+    axes.set(xlim=(0, 101), xlabel="score, %")
 
 
+@np.errstate(all="ignore")  # tensorboardX fills its picture of all sprites up with what lies in memory
 def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path) -> None:
     """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
     from tensorboardX import SummaryWriter
 
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     chosen = np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]
-    thumbnails = thumbnails_of(images, sorted(chosen.tolist()), SPRITE)  # those that are gone are not shown
+    thumbnails = thumbnails_of(images, chosen.tolist(), SPRITE)  # those that are gone are not shown
     sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])  # as the base model squeezes
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [[images[i].label, images[i].split, named.get(i, ""), printable(images[i].key)] for i in thumbnails]
@@ -2756,10 +2733,11 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
     shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
     with SummaryWriter(str(folder)) as writer:
         for row, small in thumbnails_of(images, list(named)[:MOST_LOGGED]).items():
-            tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
-            writer.add_image(f"mistakes/{tag}", np.asarray(small), dataformats="HWC")
-        centred = features[list(thumbnails)] - features[list(thumbnails)].mean(axis=0)
-        left, spread, _ = np.linalg.svd(centred, full_matrices=False)  # all features as text would take a second
+            tag = f"mistakes/{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
+            writer.add_image(tag, np.asarray(small), dataformats="HWC")
+        projected = features[list(thumbnails)]
+        projected -= projected.mean(axis=0)
+        left, spread, _ = np.linalg.svd(projected, full_matrices=False)  # all features as text would take a second
         header = ["label", "split", "taken for", "image"]
         writer.add_embedding((left * spread)[:, :50], cells, sprites, 0, "features", header)
 
