@@ -2755,27 +2755,20 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     """
     from tensorboardX.proto.attr_value_pb2 import AttrValue
     from tensorboardX.proto.graph_pb2 import GraphDef
-    from tensorboardX.proto.types_pb2 import DT_FLOAT
 
-    graph, scope, float32 = GraphDef(), "final_training_ops", AttrValue(type=DT_FLOAT)
+    graph, scope, float32 = GraphDef(), "final_training_ops", AttrValue(type="DT_FLOAT")
 
     def add(op: str, name: str, *inputs: str, **attributes: AttrValue) -> str:
         graph.node.add(op=op, name=name, input=inputs, attr=attributes or {"T": float32})
         return name
 
-    def shape_of(*sizes: int) -> dict:
-        return {"dim": [{"size": size} for size in sizes]}
-
-    shape = AttrValue(shape=shape_of(-1, base.bottleneck_size))
-    last = "input/BottleneckInputPlaceholder"
-    add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=shape)
     for name, values in head.variables().items():
-        tensor = {
-            "dtype": DT_FLOAT,
-            "tensor_shape": shape_of(*values.shape),
-            "tensor_content": values.astype("<f4").tobytes(),
-        }
+        shape = {"dim": [{"size": size} for size in values.shape]}
+        tensor = {"dtype": "DT_FLOAT", "tensor_shape": shape, "tensor_content": values.tobytes()}
         add("Const", f"{scope}/{name}", dtype=float32, value=AttrValue(tensor=tensor))
+    last = "input/BottleneckInputPlaceholder"
+    shape = {"dim": [{"size": -1}, {"size": base.bottleneck_size}]}
+    add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=AttrValue(shape=shape))
     for i in range(len(head.hidden)):
         layer = f"{scope}/hidden_{i}"
         last = add("MatMul", f"{layer}/Wx_plus_b/MatMul", last, f"{layer}/weights")
@@ -2800,35 +2793,32 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
     network = model.subgraphs[0]
     (bottleneck,) = network.outputs
+    kinds, dense = schema.BuiltinOptions, len(model.operatorCodes)
+    for code in (schema.BuiltinOperator.FULLY_CONNECTED, schema.BuiltinOperator.SOFTMAX):
+        model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
 
-    def add_tensor(name: str, shape: Sequence[int], buffer: int = 0) -> int:
-        network.tensors.append(schema.TensorT(list(shape), schema.TensorType.FLOAT32, buffer, name))
+    def add_tensor(shape: Sequence[int], data: Array | None = None, name: str = "") -> int:
+        model.buffers.append(schema.BufferT(data))
+        tensor = schema.TensorT(list(shape), schema.TensorType.FLOAT32, len(model.buffers) - 1, name)
+        network.tensors.append(tensor)
         return len(network.tensors) - 1
 
-    def add_constant(name: str, values: Array) -> int:
-        data = np.frombuffer(values.astype("<f4").tobytes(), np.uint8)
-        model.buffers.append(schema.BufferT(data))
-        return add_tensor(name, values.shape, len(model.buffers) - 1)
-
-    def add_operator(kind: str, inputs: list[int], output: int, options: object) -> None:
-        code = getattr(schema.BuiltinOperator, kind)
-        model.operatorCodes.append(schema.OperatorCodeT(code, version=2, builtinCode=code))
-        operator = schema.OperatorT(len(model.operatorCodes) - 1, inputs, [output], builtinOptions=options)
-        operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
-        network.operators.append(operator)
+    def add_constant(values: Array) -> int:
+        return add_tensor(values.shape, np.frombuffer(values.tobytes(), np.uint8))
 
     last = bottleneck
     for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
-        is_hidden = i < len(head.hidden)
-        name = f"hidden_{i}" if is_hidden else "logits"
-        inputs = [last, add_constant(f"{name}_weights", weights.T), add_constant(f"{name}_biases", biases)]
-        last = add_tensor(name, [1, len(biases)])
-        add_operator("FULLY_CONNECTED", inputs, last, schema.FullyConnectedOptionsT(int(is_hidden)))  # 1: with a ReLU
-    scores = add_tensor("scores", [1, len(head.biases)])
-    add_operator("SOFTMAX", [last], scores, schema.SoftmaxOptionsT(1.0))
+        inputs = [last, add_constant(weights.T), add_constant(biases)]
+        last = add_tensor([1, len(biases)])
+        options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
+        operator = schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options)
+        network.operators.append(operator)
+    scores = add_tensor([1, len(head.biases)], name="scores")
+    options = schema.SoftmaxOptionsT(1.0)
+    operator = schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options)
+    network.operators.append(operator)
     network.outputs = [scores, bottleneck]
-    size = sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
-    builder = flatbuffers.Builder(size + (1 << 20))  # or it would grow by copying all
+    builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
@@ -2846,13 +2836,12 @@ def write_outputs(
         new_facts, new_graph, new_labels = (stack.enter_context(whole_file(path)) for path in paths)
         new_labels.write_bytes("\n".join([*labels, ""]).encode())
         write_graph(new_graph, base, head, facts["final_tensor_name"])
-        lite_sha256 = None
+        known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": None, "labels": labels} | facts
         if base.lite_path:
             new_lite = stack.enter_context(whole_file(files.lite))
             write_lite(new_lite, base.lite_path, head)
-            lite_sha256 = sha256_of(new_lite)
-        known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": lite_sha256, "labels": labels}
-        new_facts.write_bytes((json.dumps(known | facts, indent=2, ensure_ascii=False) + "\n").encode())
+            known["lite_sha256"] = sha256_of(new_lite)
+        new_facts.write_bytes(json.dumps(known, indent=2, ensure_ascii=False).encode() + b"\n")
     if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
     written = files.graph, files.lite, files.facts, labels_path
@@ -2866,22 +2855,20 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, not turned.
     """
     tf = import_tensorflow()
-    graph = read_graph(graph_path, trusted=True)
-    network = graph_function(graph, final_tensor_name)
-    size = tuple(network.inputs[0].shape[1:3])
+    network = graph_function(read_graph(graph_path, trusted=True), final_tensor_name)
+    size = network.inputs[0].shape[1:3]
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)])
     def serve(image: Tensor) -> dict[str, Tensor]:
         return {"prediction": network(image * 255)[0]}
 
     def decoded(data: Tensor) -> Tensor:
-        pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
+        pixels = tf.io.decode_image(data, 3, tf.float32, expand_animations=False)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
-        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32)
-        return {"prediction": network(pixels)[0]}
+        return serve(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32))
 
     signatures = {"serving_default": serve, "image_bytes": serve_bytes}
     tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
