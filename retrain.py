@@ -3335,17 +3335,17 @@ def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
         images = relabel(images, flags.relabel)
     if flags.split_file:
         images = read_split_file(flags.split_file, flags.image_dir, images)
-    flag_of = {os.path.realpath(flags.image_dir): "image_dir"}
+    flag_of = {place_of(Path(flags.image_dir)): "image_dir"}
     for name, folder in paths_of(flags, *SPLIT_OF).items():
         others = list_images(folder, f"--{name}")
-        same = flag_of.setdefault(os.path.realpath(folder), name)
+        place = place_of(Path(folder))
+        same = flag_of.setdefault(place, name)
         if same != name:
             raise UserError(f"--{name} {folder}: it is the same folder as --{same}; name another.")
         odd = sorted({image.label for image in others} ^ set(labels))  # which one has and the other doesn't
         if odd and name != "coarse_image_dir":
             told = f"its class folders must be those of --image_dir, and differ in {', '.join(map(repr, odd))}"
             raise UserError(f"--{name} {folder}: {told}.")
-        place = place_of(Path(folder))
         images += [replace(image, split=SPLIT_OF[name], place=place) for image in others]
     if flags.exclude:
         images = leave_out(images, flags.exclude)
@@ -3370,7 +3370,7 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
-        training = [image for image in images if image.split == "training" and not image.place]
+        training = [image for image in images if image.split == "training"]
         samples = partial(calibration_images, training, from_flags(Reading, flags))
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), recipe.note
 
@@ -3397,15 +3397,13 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     compute = partial(compute_bottlenecks, store, extract_all=extract_all)
     bottlenecks, cues, skipped = compute(images)
     store.tell_skipped(skipped)
-    images = [image for image in images if image.path not in skipped]
     if skipped:
-        images = deal(flags, images)
+        images = deal(flags, [image for image in images if image.path not in skipped])
     own = [image for image in images if image.split != "coarse"]  # which come first
     tell_splits(flags, own, labels)
     features = bottlenecks[:, 0]
-    numbers = {label: c for c, label in enumerate(labels)}
-    for image in images:
-        numbers.setdefault(image.label, len(numbers))  # of a class that only coarse images have
+    known_labels = dict.fromkeys([*labels, *(image.label for image in images)])  # last those of coarse images only
+    numbers = {label: c for c, label in enumerate(known_labels)}
     classes = np.array([numbers[image.label] for image in images])
     split_of = np.array([image.split for image in images])
 
@@ -3421,17 +3419,16 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     training, distortion = rows_of("training"), from_flags(Distortion, flags)
     if distortion != PLAIN:  # each image then has as many rows as all others: itself, and its variants
         count = flags.distortions_per_image
-        chosen = [images[row] for row in training.rows]
-        variants, _, gone = compute(chosen, distortion, count)
+        variants, _, gone = compute([images[row] for row in training.rows], distortion, count)
         if gone:
             raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
         matrix = empty_matrix((len(variants), 1 + count, base.bottleneck_size), store.folder)
-        np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
+        matrix[:, 0], matrix[:, 1:] = training.features(), variants
         matrix = matrix.reshape(-1, base.bottleneck_size)
         training = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
-    held_out = rows_of("validation"), rows_of("testing")
-    known, count = rows_of("training", "validation"), len(own)
-    return Dataset(own, labels, features[:count], cues[:count], training, *held_out, known, coarse)
+    validation, testing, known = rows_of("validation"), rows_of("testing"), rows_of("training", "validation")
+    count = len(own)
+    return Dataset(own, labels, features[:count], cues[:count], training, validation, testing, known, coarse)
 
 
 def train_as_asked(
@@ -3444,17 +3441,16 @@ def train_as_asked(
         head, history = train_head(*own, settings, after_step)
         return head, {"head": history}, train_head, settings
     log.info("Stage one trains on %d coarse images, stage two on %d others.", len(coarse.rows), len(data.training.rows))
-    present = np.unique(coarse.classes)
-    same = np.array_equal(present, np.arange(len(data.labels)))
+    same = set(coarse.classes) == set(range(len(data.labels)))
     first, second = settings.stages(same)
-    seen = data.validation
-    if not same:
-        seen = Rows(data.features, np.arange(0), np.arange(0))
-    trained = {"stage one": train_head(coarse, seen, int(present[-1]) + 1, first)}
-    base, _ = trained["stage one"]
+    seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
+    base, history = train_head(coarse, seen, int(coarse.classes.max()) + 1, first)
     train = partial(train_head, base=base, coarse=coarse if same else None)
-    trained["without stage one"] = train_head(*own, settings)
-    trained["both stages"] = train(*own, second, after_step)
+    trained = {
+        "stage one": (base, history),
+        "without stage one": train_head(*own, settings),
+        "both stages": train(*own, second, after_step),
+    }
     held_out = data.testing if len(data.testing.rows) else data.validation
     for name, (head, _) in trained.items():
         if len(held_out.rows) and (same or name != "stage one"):
@@ -3490,8 +3486,7 @@ def facts_of(flags: Flags, base: BaseModel, tested: dict, known: Rows, found: Di
         "base_model_sha256": base.fingerprint,
         "input_size": base.input_size,
         "final_tensor_name": flags.final_tensor_name,
-        "ignore_exif_orientation": flags.ignore_exif_orientation,
-        "exact_decode": flags.exact_decode,
+        **vars(from_flags(Reading, flags)),
         "quantized": flags.quantize,  # the .tflite; the graph never is
         **tested,
         "temperature": found.temperature if found else 1.0,
@@ -3554,10 +3549,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
     gc.set_threshold(100_000, 50, 50)  # what packages make when they are imported is no garbage
-    code = exit_code("retrain.py", lambda: run(flags))
-    for handler in log.handlers:
-        handler.close()
-    return code
+    return exit_code("retrain.py", lambda: run(flags))
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
