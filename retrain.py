@@ -3352,11 +3352,14 @@ def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
     return deal(flags, images), labels
 
 
-def deal(flags: Flags, images: Sequence[Image]) -> list[Image]:
-    own = [image for image in images if not image.place]
+def deal(flags: Flags, images: list[Image]) -> list[Image]:
+    """Return the images, with their splits by the classic rule, but for what a split file or a folder says."""
+    if flags.split_file:
+        return images
+    own = [image for image in images if not image.place]  # which come first
     testing = 0 if flags.test_dir else flags.testing_percentage
     validation = 0 if flags.validation_dir else flags.validation_percentage
-    return list(images) if flags.split_file else assign_splits(own, testing, validation) + list(images[len(own) :])
+    return assign_splits(own, testing, validation) + images[len(own) :]
 
 
 def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, str]:
@@ -3378,7 +3381,7 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
 def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Say how many images there are of what, and write the split file. Raises UserError for a class without any."""
     training = [image for image in images if image.split == "training"]
-    check_classes("--split_file" if flags.split_file else "--image_dir", training, labels)
+    check_classes("--image_dir", training, labels)
     counts = Counter(image.label for image in images)
     log.info("Classes: %s.", ", ".join(f"{label} {counts[label]}" for label in labels))
     splits = Counter(image.split for image in images)
@@ -3387,7 +3390,7 @@ def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) ->
         write_split_file(Path(flags.write_split_file), flags.image_dir, images)
 
 
-def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
+def dataset_of(flags: Flags, base: BaseModel, images: list[Image], labels: list[str]) -> Dataset:
     """Return the usable images and their features, kept or computed, here or on a cluster. Raises UserError."""
     engine = "litert" if flags.quantize else flags.engine
     extract_all = partial(extract_here, engine=engine, cpu_threads=flags.cpu_threads)
@@ -3446,11 +3449,8 @@ def train_as_asked(
     seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
     base, history = train_head(coarse, seen, int(coarse.classes.max()) + 1, first)
     train = partial(train_head, base=base, coarse=coarse if same else None)
-    trained = {
-        "stage one": (base, history),
-        "without stage one": train_head(*own, settings),
-        "both stages": train(*own, second, after_step),
-    }
+    trained = {"stage one": (base, history), "without stage one": train_head(*own, settings)}
+    trained["both stages"] = train(*own, second, after_step)
     held_out = data.testing if len(data.testing.rows) else data.validation
     for name, (head, _) in trained.items():
         if len(held_out.rows) and (same or name != "stage one"):
