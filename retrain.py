@@ -3368,8 +3368,7 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
     if flags.tfhub_module:
         recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
     else:
-        layer = flags.bottleneck_layer
-        recipe = find_recipe(flags.architecture, layer, model_dir, flags.model_url, flags.trust_model)
+        recipe = find_recipe(flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model)
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
@@ -3380,8 +3379,7 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
 
 def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Say how many images there are of what, and write the split file. Raises UserError for a class without any."""
-    training = [image for image in images if image.split == "training"]
-    check_classes("--image_dir", training, labels)
+    check_classes("--image_dir", (image for image in images if image.split == "training"), labels)
     counts = Counter(image.label for image in images)
     log.info("Classes: %s.", ", ".join(f"{label} {counts[label]}" for label in labels))
     splits = Counter(image.split for image in images)
