@@ -2505,11 +2505,10 @@ def findings(found: Diagnostics) -> Iterator[str]:
 # ======================================================================================================================
 
 REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")  # the page, which Jinja2 fills in
-# The most thumbnails on the page, of 5 KB each as a rule, and the most bytes of all as text: it can be mailed.
-MOST_THUMBNAILS, THUMBNAIL_BYTES = 480, 5_500_000
+MOST_THUMBNAILS = 480  # on the page, 9 KB of text each at most as a rule, so that it can be mailed
 # The most images with a card in a list of the page and in a cell, and named in all cells; classes in the confusion.
 MOST_CARDS, MOST_IN_CELL, MOST_NAMED, MOST_CONFUSED = 48, 12, 10_000, 24
-INK, BLUE, ORANGE, GREY = "#1d2733", "#1f5fa8", "#c46a12", "#8a95a3"
+BLUE, ORANGE, GREY = "#1f5fa8", "#c46a12", "#8a95a3"
 # In TensorBoard: images in the projector, their width and height there, and mistakes shown.
 MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
 
@@ -2517,56 +2516,54 @@ MOST_PROJECTED, SPRITE, MOST_LOGGED = 400, 40, 24
 def write_report(found: Diagnostics, page: Path, about: dict[str, str]) -> None:
     """Write the page, with what it is about at its head, and beside it its numbers as .json and the doubts as .tsv."""
     numbers = json.dumps(report_as_json(found), indent=1, ensure_ascii=False, default=dataclasses.asdict)
-    texts = {".html": report_page(found, about), ".json": numbers + "\n", ".tsv": doubts_as_list(found)}
-    for suffix, text in texts.items():
-        with whole_file(page.with_suffix(suffix)) as temporary:
+    texts = {
+        page.with_suffix(".html"): report_page(found, about),
+        page.with_suffix(".json"): numbers + "\n",
+        page.with_suffix(".tsv"): doubts_as_list(found),
+    }
+    for path, text in texts.items():
+        with whole_file(path) as temporary:
             temporary.write_text(text, "utf-8")
-    log.info("Wrote the report: %s.", ", ".join(str(page.with_suffix(suffix)) for suffix in texts))
-
-
-# ... for programs
-
-
-def held_out_as_json(held_out: HeldOut | None, labels: Sequence[str]) -> dict | None:
-    """Return accuracy, recall and precision of each class, and how many are taken for what, but for zeros."""
-    if not held_out:
-        return None
-    counts = held_out.confusion
-    classes = [
-        {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
-        for c, label in enumerate(labels)
-    ]
-    confusion = [
-        {"label": labels[c], "named": labels[named], "images": int(counts[c, named])}
-        for c, named in np.argwhere(counts)
-    ]
-    return {"accuracy": held_out.accuracy, "classes": classes, "confusion": confusion}
+    log.info("Wrote the report: %s.", ", ".join(map(str, texts)))
 
 
 def report_as_json(found: Diagnostics) -> dict:
     """Return the numbers of a report; lists of images begin with the surest or worst."""
-    images, judged = found.images, found.believed
+    images, labels, judged = found.images, found.labels, found.believed
     keys = [printable(image.key) for image in images]
 
+    def numbers_of(held_out: HeldOut | None) -> dict | None:
+        if not held_out:
+            return None
+        classes = [
+            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
+            for c, label in enumerate(labels)
+        ]
+        counts = held_out.confusion
+        confusion = [
+            {"label": labels[c], "named": labels[named], "images": int(counts[c, named])}
+            for c, named in np.argwhere(counts)
+        ]
+        return {"accuracy": held_out.accuracy, "classes": classes, "confusion": confusion}
+
     def image_of(doubt: Doubt) -> dict:
-        image = images[doubt.row]
         return {
             "image": keys[doubt.row],
-            "label": image.label,
-            "split": image.split,
-            "proposed": found.labels[doubt.proposed],
+            "label": images[doubt.row].label,
+            "split": images[doubt.row].split,
+            "proposed": labels[doubt.proposed],
             "score": doubt.score,
             "reason": doubt.reason,
         }
 
     return {
         "believe": judged.source if judged else "",
-        "labels": found.labels,
+        "labels": labels,
         "images": Counter(image.split for image in images),
-        "test": held_out_as_json(found.test, found.labels),
+        "test": numbers_of(found.test),
         "test_duplicates": found.test_duplicates,
         "classic_accuracy": found.classic_accuracy,
-        "cross_validation": held_out_as_json(found.validated, found.labels),
+        "cross_validation": numbers_of(found.validated),
         "learning_curve": found.curve,
         "temperature": found.temperature,
         "calibration_error": judged
@@ -2594,153 +2591,133 @@ def doubts_as_list(found: Diagnostics) -> str:
     return text.getvalue()
 
 
-# ... for people
-
-
 def report_page(found: Diagnostics, about: dict[str, str]) -> str:
     """Return the page: report_template.html, filled in by Jinja2, which escapes all names."""
     import jinja2
 
-    judged, doubted = found.believed, {doubt.row for doubt in found.doubts}
-    doubts, pairs = found.doubts[:MOST_CARDS], found.pairs[: MOST_CARDS // 2]
+    judged, images, doubts = found.believed, found.images, found.doubts[:MOST_CARDS]
+    doubted = {doubt.row for doubt in found.doubts}
     mistakes = [doubt for doubt in found.mistakes if doubt.row not in doubted][: MOST_CARDS // 2]
-    page = {
+    pairs = found.pairs[: MOST_CARDS // 2]
+    in_lists = [doubt.row for doubt in doubts + mistakes]
+    in_lists += [row for pair in pairs for row in (pair.first, pair.second)]
+    cells = images_of_cells(judged, images) if judged else {}
+    in_cells = [row for cell in cells.values() for row, _, _ in cell[:MOST_IN_CELL]]
+    thumbnails = thumbnail_urls(images, in_lists + in_cells)
+    hidden = {row: url for row, url in thumbnails.items() if row not in in_lists}
+    page: dict[str, Any] = {
         "found": found,
         "judged": judged,
-        "about": about,
-        "written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        "findings": list(findings(found)),
+        "about": about | {"Written": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"},
         "nonce": uuid.uuid4().hex,  # of the one script that browsers run in it
-        "counts": Counter((image.label, image.split) for image in found.images),
+        "counts": Counter((image.label, image.split) for image in images),
         "doubts": doubts,
-        "pairs": pairs,
         "mistakes": mistakes,
-        **images_of_page(found, doubts + mistakes, pairs),
+        "pairs": pairs,
+        "thumbnails": thumbnails,
+        "data": {"labels": found.labels, "cells": cells, "thumbnails": hidden},
     }
     if judged:
         counts = judged.confusion
         own, right = counts.sum(axis=1), counts.diagonal()
         mistaken = counts.sum(axis=0) + own - 2 * right
-        page["confused"] = sorted(np.argsort(-mistaken)[:MOST_CONFUSED].tolist())
+        page["confused"] = sorted(np.argsort(-mistaken)[:MOST_CONFUSED])
         # The worst first; those without an image last.
-        page["classes"] = np.lexsort((right / np.maximum(own, 1), own == 0)).tolist()
+        page["classes"] = np.lexsort((right / np.maximum(own, 1), own == 0))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    for function in (printable, drawn, draw_learning_curve, draw_training, draw_calibration):
-        environment.globals[function.__name__] = function
-    return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
+    template = environment.from_string(REPORT_TEMPLATE.read_text("utf-8"), globals())  # it calls functions of ours
+    return template.render(page)
 
 
-def images_of_page(found: Diagnostics, doubts: Sequence[Doubt], pairs: Sequence[NearDuplicate]) -> dict:
-    """Return the thumbnails of the images in these lists, by row, and the data of the page's script.
+def images_of_cells(judged: HeldOut, images: Sequence[Image]) -> dict[str, list]:
+    """Return (row, name, score) of the images in each cell "class,class named", the surest mistakes first."""
+    cells: dict[str, list] = defaultdict(list)
+    scores = judged.scores.max(axis=1)
+    for i in np.argsort(np.where(judged.right, scores, -scores))[:MOST_NAMED]:
+        row = int(judged.rows[i])
+        image = row, printable(images[row].key), float(scores[i])
+        cells[f"{judged.classes[i]},{judged.predicted[i]}"].append(image)
+    return cells
 
-    cells: "class,class named" -> rows, surest mistakes first; images: row -> [key, class, class to propose, score].
-    """
-    judged, classes, judgements = found.believed, found.classes, []
-    if judged:
-        scores = judged.scores.max(axis=1)
-        order = np.argsort(np.where(judged.right, scores, -scores))[:MOST_NAMED]
-        judgements = judged.doubts(order)
-    # Of two copies in two classes, each may belong to the other's.
-    copies = [Doubt(pair.first, classes[pair.second], 0, 0, "") for pair in pairs]
-    copies += [Doubt(pair.second, classes[pair.first], 0, 0, "") for pair in pairs]
-    cells: dict[str, list[int]] = defaultdict(list)
-    for doubt in judgements:
-        cells[f"{classes[doubt.row]},{doubt.proposed}"].append(doubt.row)
-    known = {
-        doubt.row: [printable(found.images[doubt.row].key), classes[doubt.row], doubt.proposed, doubt.score]
-        for doubt in (*copies, *judgements, *doubts)
-    }
-    in_lists = [doubt.row for doubt in (*doubts, *copies)]
-    in_cells = [row for rows in cells.values() for row in rows[:MOST_IN_CELL]]
-    wanted = list(dict.fromkeys(in_lists + in_cells))[:MOST_THUMBNAILS]
-    urls, room = {}, THUMBNAIL_BYTES
-    for row, small in thumbnails_of(found.images, wanted).items():
+
+def thumbnail_urls(images: Sequence[Image], rows: Sequence[int]) -> dict[int, str]:
+    """Return thumbnails of the first of these rows, by row, as addresses that hold them."""
+    urls = {}
+    for row, small in thumbnails_of(images, list(dict.fromkeys(rows))[:MOST_THUMBNAILS]).items():
         jpeg = io.BytesIO()
         small.save(jpeg, "JPEG", quality=72)
-        url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-        room -= len(url)
-        if room < 0:
-            break
-        urls[row] = url
-    hidden = {row: url for row, url in urls.items() if row not in in_lists}
-    data = {"labels": found.labels, "images": known, "cells": cells, "thumbnails": hidden}
-    return {"thumbnails": urls, "data": data}
+        urls[row] = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+    return urls
 
 
-def drawn(draw: Callable, *values: Any) -> str:
-    """Return what `draw` draws of the values, on the axes that it is given, as SVG whose text is the browser's."""
+def drawn(draw: Callable, values: Any) -> str:
+    """Return what `draw` draws of the values on the axes that it is given, in % right, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {"svg.fonttype": "none", "font.size": 11, "legend.frameon": False, "axes.edgecolor": GREY, "text.color": INK}
-    with matplotlib.rc_context(look):  # type: ignore[arg-type]
+    look: Any = {"svg.fonttype": "none", "font.size": 11, "axes.edgecolor": GREY}
+    with matplotlib.rc_context(look):
         figure, text = Figure(figsize=(5.2, 3.6)), io.StringIO()
         axes = figure.add_axes((0.13, 0.15, 0.85, 0.82))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        draw(axes, *values)
-        axes.legend(fontsize=10)
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def from_below(axes: Axes, values: Sequence[float]) -> None:
-    """Let an axis of percentages go to 100 from well below the values, so that noise doesn't look like drama."""
-    axes.set_ylim(max(0, 10 * math.floor(min([*values, 90]) / 10 - 1)), 101)
-    axes.locator_params(axis="y", integer=True)
-    axes.set_ylabel("% right")
+        axes.set_prop_cycle(color=[BLUE, ORANGE, GREY])
+        draw(axes, values)
+        lowest, _ = axes.get_ylim()
+        axes.set_ylim(max(0, min(80, lowest - 10)), 101)  # from well below it, lest noise look like drama
+        axes.locator_params(axis="y", integer=True)
+        axes.set_ylabel("% right")
+        axes.legend(frameon=False, fontsize=10)
+        figure.savefig(text, format="svg", transparent=True)
+    return "<svg" + text.getvalue().partition("<svg")[2]
 
 
 def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
     """Draw the accuracy on the validation batches of each head, and, of a single one, on those of the training."""
-    alone, values = len(histories) == 1, [90.0]
-    wanted = [(name, split) for split in ("validation", "train")[: 1 + alone] for name in histories]
-    for (name, split), color in zip(wanted, (BLUE, ORANGE, GREY), strict=False):
-        scores = [scores for scores in histories[name] if scores.split == split]
-        scores = scores[:: len(scores) // 200 + 1]
-        shares = [100 * each.accuracy for each in scores]
-        axes.plot([each.step for each in scores], shares, color=color, label=split if alone else name)
-        values += shares
-    from_below(axes, [float(np.quantile(values, 0.1))])
+    alone = len(histories) == 1
+    for split in ("validation", "train")[: 1 + alone]:
+        for name, history in histories.items():
+            points = [(scores.step, 100 * scores.accuracy) for scores in history if scores.split == split]
+            steps, shares = np.reshape(points[:: len(points) // 200 + 1], (-1, 2)).T
+            axes.plot(steps, shares, label=split if alone else name)
     axes.set_xlabel("training steps")
 
 
 def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     """Draw the accuracy against the images trained on, and the range for twice as many."""
     middle, low, high = 100 * np.array([(share.value, share.low, share.high) for share in curve.accuracies]).T
-    axes.fill_between(curve.sizes, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95 % confidence interval")
-    axes.plot(curve.sizes, middle, "o-", color=BLUE, label="cross-validated")
-    ends = np.minimum(100, middle[-1] + 100 * np.array(curve.gain))
-    twice = 2 * curve.sizes[-1]
+    axes.fill_between(curve.sizes, low, high, alpha=0.15, linewidth=0, label="95 % confidence interval")
+    axes.plot(curve.sizes, middle, "o-", label="cross-validated")
+    twice, ends = 2 * curve.sizes[-1], middle[-1] + 100 * np.array(curve.gain)
     axes.vlines(twice, *ends, color=ORANGE, linewidth=6, label="likely with twice as many")
     axes.set_xscale("log")
     axes.set_xticks([*curve.sizes, twice], map(str, [*curve.sizes, twice]))
     axes.minorticks_off()
     axes.set_xlabel("images trained on")
-    from_below(axes, [*low, *ends])
 
 
 def draw_calibration(axes: Axes, judged: HeldOut) -> None:
     """Draw how often it is right against the score that it gives, in ten steps of the score."""
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="right as often as it says")
-    axes.scatter([], [], color=BLUE, label="measured, with 95 % interval")
-    scores = judged.scores.max(axis=1)
-    steps = (scores * 9.999).astype(int)
+    axes.plot([], [], "o", label="measured, with 95 % interval")
+    scores = 100 * judged.scores.max(axis=1)
+    steps = scores // 10.001
     for step in np.unique(steps):
         own = steps == step
-        share, middle = judged.share(own), 100 * scores[own].mean()
+        share, middle = judged.share(own), scores[own].mean()
         axes.vlines(middle, 100 * share.low, 100 * share.high, BLUE, alpha=0.4)
         axes.scatter(middle, 100 * share.value, 12 + 150 * own.mean(), color=BLUE, zorder=3, clip_on=False)
-    axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="score, %", ylabel="% right")
+    axes.set(xlim=(0, 101), xlabel="score, %")
 
 
+@np.errstate(all="ignore")  # tensorboardX fills its picture of all sprites up with what lies in memory
 def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path) -> None:
     """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
     from tensorboardX import SummaryWriter
 
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     chosen = np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]
-    thumbnails = thumbnails_of(images, sorted(chosen.tolist()), SPRITE)  # those that are gone are not shown
+    thumbnails = thumbnails_of(images, chosen.tolist(), SPRITE)  # those that are gone are not shown
     sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])  # as the base model squeezes
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [[images[i].label, images[i].split, named.get(i, ""), printable(images[i].key)] for i in thumbnails]
@@ -2749,10 +2726,11 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
     shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
     with SummaryWriter(str(folder)) as writer:
         for row, small in thumbnails_of(images, list(named)[:MOST_LOGGED]).items():
-            tag = f"{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
-            writer.add_image(f"mistakes/{tag}", np.asarray(small), dataformats="HWC")
-        centred = features[list(thumbnails)] - features[list(thumbnails)].mean(axis=0)
-        left, spread, _ = np.linalg.svd(centred, full_matrices=False)  # all features as text would take a second
+            tag = f"mistakes/{images[row].label} taken for {named[row]}/{printable(images[row].path.name)}"
+            writer.add_image(tag, np.asarray(small), dataformats="HWC")
+        projected = features[list(thumbnails)]
+        projected -= projected.mean(axis=0)
+        left, spread, _ = np.linalg.svd(projected, full_matrices=False)  # all features as text would take a second
         header = ["label", "split", "taken for", "image"]
         writer.add_embedding((left * spread)[:, :50], cells, sprites, 0, "features", header)
 
@@ -2770,27 +2748,20 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     """
     from tensorboardX.proto.attr_value_pb2 import AttrValue
     from tensorboardX.proto.graph_pb2 import GraphDef
-    from tensorboardX.proto.types_pb2 import DT_FLOAT
 
-    graph, scope, float32 = GraphDef(), "final_training_ops", AttrValue(type=DT_FLOAT)
+    graph, scope, float32 = GraphDef(), "final_training_ops", AttrValue(type="DT_FLOAT")
 
     def add(op: str, name: str, *inputs: str, **attributes: AttrValue) -> str:
         graph.node.add(op=op, name=name, input=inputs, attr=attributes or {"T": float32})
         return name
 
-    def shape_of(*sizes: int) -> dict:
-        return {"dim": [{"size": size} for size in sizes]}
-
-    shape = AttrValue(shape=shape_of(-1, base.bottleneck_size))
-    last = "input/BottleneckInputPlaceholder"
-    add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=shape)
     for name, values in head.variables().items():
-        tensor = {
-            "dtype": DT_FLOAT,
-            "tensor_shape": shape_of(*values.shape),
-            "tensor_content": values.astype("<f4").tobytes(),
-        }
+        shape = {"dim": [{"size": size} for size in values.shape]}
+        tensor = {"dtype": "DT_FLOAT", "tensor_shape": shape, "tensor_content": values.tobytes()}
         add("Const", f"{scope}/{name}", dtype=float32, value=AttrValue(tensor=tensor))
+    last = "input/BottleneckInputPlaceholder"
+    shape = {"dim": [{"size": -1}, {"size": base.bottleneck_size}]}
+    add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=AttrValue(shape=shape))
     for i in range(len(head.hidden)):
         layer = f"{scope}/hidden_{i}"
         last = add("MatMul", f"{layer}/Wx_plus_b/MatMul", last, f"{layer}/weights")
@@ -2815,35 +2786,32 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
     network = model.subgraphs[0]
     (bottleneck,) = network.outputs
+    kinds, dense = schema.BuiltinOptions, len(model.operatorCodes)
+    for code in (schema.BuiltinOperator.FULLY_CONNECTED, schema.BuiltinOperator.SOFTMAX):
+        model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
 
-    def add_tensor(name: str, shape: Sequence[int], buffer: int = 0) -> int:
-        network.tensors.append(schema.TensorT(list(shape), schema.TensorType.FLOAT32, buffer, name))
+    def add_tensor(shape: Sequence[int], data: Array | None = None, name: str = "") -> int:
+        model.buffers.append(schema.BufferT(data))
+        tensor = schema.TensorT(list(shape), schema.TensorType.FLOAT32, len(model.buffers) - 1, name)
+        network.tensors.append(tensor)
         return len(network.tensors) - 1
 
-    def add_constant(name: str, values: Array) -> int:
-        data = np.frombuffer(values.astype("<f4").tobytes(), np.uint8)
-        model.buffers.append(schema.BufferT(data))
-        return add_tensor(name, values.shape, len(model.buffers) - 1)
-
-    def add_operator(kind: str, inputs: list[int], output: int, options: object) -> None:
-        code = getattr(schema.BuiltinOperator, kind)
-        model.operatorCodes.append(schema.OperatorCodeT(code, version=2, builtinCode=code))
-        operator = schema.OperatorT(len(model.operatorCodes) - 1, inputs, [output], builtinOptions=options)
-        operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
-        network.operators.append(operator)
+    def add_constant(values: Array) -> int:
+        return add_tensor(values.shape, np.frombuffer(values.tobytes(), np.uint8))
 
     last = bottleneck
     for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
-        is_hidden = i < len(head.hidden)
-        name = f"hidden_{i}" if is_hidden else "logits"
-        inputs = [last, add_constant(f"{name}_weights", weights.T), add_constant(f"{name}_biases", biases)]
-        last = add_tensor(name, [1, len(biases)])
-        add_operator("FULLY_CONNECTED", inputs, last, schema.FullyConnectedOptionsT(int(is_hidden)))  # 1: with a ReLU
-    scores = add_tensor("scores", [1, len(head.biases)])
-    add_operator("SOFTMAX", [last], scores, schema.SoftmaxOptionsT(1.0))
+        inputs = [last, add_constant(weights.T), add_constant(biases)]
+        last = add_tensor([1, len(biases)])
+        options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
+        operator = schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options)
+        network.operators.append(operator)
+    scores = add_tensor([1, len(head.biases)], name="scores")
+    options = schema.SoftmaxOptionsT(1.0)
+    operator = schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options)
+    network.operators.append(operator)
     network.outputs = [scores, bottleneck]
-    size = sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
-    builder = flatbuffers.Builder(size + (1 << 20))  # or it would grow by copying all
+    builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
@@ -2861,13 +2829,12 @@ def write_outputs(
         new_facts, new_graph, new_labels = (stack.enter_context(whole_file(path)) for path in paths)
         new_labels.write_bytes("\n".join([*labels, ""]).encode())
         write_graph(new_graph, base, head, facts["final_tensor_name"])
-        lite_sha256 = None
+        known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": None, "labels": labels} | facts
         if base.lite_path:
             new_lite = stack.enter_context(whole_file(files.lite))
             write_lite(new_lite, base.lite_path, head)
-            lite_sha256 = sha256_of(new_lite)
-        known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": lite_sha256, "labels": labels}
-        new_facts.write_bytes((json.dumps(known | facts, indent=2, ensure_ascii=False) + "\n").encode())
+            known["lite_sha256"] = sha256_of(new_lite)
+        new_facts.write_bytes(json.dumps(known, indent=2, ensure_ascii=False).encode() + b"\n")
     if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
     written = files.graph, files.lite, files.facts, labels_path
@@ -2881,22 +2848,20 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, not turned.
     """
     tf = import_tensorflow()
-    graph = read_graph(graph_path, trusted=True)
-    network = graph_function(graph, final_tensor_name)
-    size = tuple(network.inputs[0].shape[1:3])
+    network = graph_function(read_graph(graph_path, trusted=True), final_tensor_name)
+    size = network.inputs[0].shape[1:3]
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)])
     def serve(image: Tensor) -> dict[str, Tensor]:
         return {"prediction": network(image * 255)[0]}
 
     def decoded(data: Tensor) -> Tensor:
-        pixels = tf.cast(tf.io.decode_image(data, channels=3, expand_animations=False), tf.float32)
+        pixels = tf.io.decode_image(data, 3, tf.float32, expand_animations=False)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
-        pixels = tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32)
-        return {"prediction": network(pixels)[0]}
+        return serve(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32))
 
     signatures = {"serving_default": serve, "image_bytes": serve_bytes}
     tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
@@ -3363,28 +3328,31 @@ def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
         images = relabel(images, flags.relabel)
     if flags.split_file:
         images = read_split_file(flags.split_file, flags.image_dir, images)
-    flag_of = {os.path.realpath(flags.image_dir): "image_dir"}
+    flag_of = {place_of(Path(flags.image_dir)): "image_dir"}
     for name, folder in paths_of(flags, *SPLIT_OF).items():
         others = list_images(folder, f"--{name}")
-        same = flag_of.setdefault(os.path.realpath(folder), name)
+        place = place_of(Path(folder))
+        same = flag_of.setdefault(place, name)
         if same != name:
             raise UserError(f"--{name} {folder}: it is the same folder as --{same}; name another.")
         odd = sorted({image.label for image in others} ^ set(labels))  # which one has and the other doesn't
         if odd and name != "coarse_image_dir":
             told = f"its class folders must be those of --image_dir, and differ in {', '.join(map(repr, odd))}"
             raise UserError(f"--{name} {folder}: {told}.")
-        place = place_of(Path(folder))
         images += [replace(image, split=SPLIT_OF[name], place=place) for image in others]
     if flags.exclude:
         images = leave_out(images, flags.exclude)
     return deal(flags, images), labels
 
 
-def deal(flags: Flags, images: Sequence[Image]) -> list[Image]:
-    own = [image for image in images if not image.place]
+def deal(flags: Flags, images: list[Image]) -> list[Image]:
+    """Return the images, with their splits by the classic rule, but for what a split file or a folder says."""
+    if flags.split_file:
+        return images
+    own = [image for image in images if not image.place]  # which come first
     testing = 0 if flags.test_dir else flags.testing_percentage
     validation = 0 if flags.validation_dir else flags.validation_percentage
-    return list(images) if flags.split_file else assign_splits(own, testing, validation) + list(images[len(own) :])
+    return assign_splits(own, testing, validation) + images[len(own) :]
 
 
 def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, str]:
@@ -3393,20 +3361,18 @@ def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, s
     if flags.tfhub_module:
         recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
     else:
-        layer = flags.bottleneck_layer
-        recipe = find_recipe(flags.architecture, layer, model_dir, flags.model_url, flags.trust_model)
+        recipe = find_recipe(flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model)
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
-        training = [image for image in images if image.split == "training" and not image.place]
+        training = [image for image in images if image.split == "training"]
         samples = partial(calibration_images, training, from_flags(Reading, flags))
     return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), recipe.note
 
 
 def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) -> None:
     """Say how many images there are of what, and write the split file. Raises UserError for a class without any."""
-    training = [image for image in images if image.split == "training"]
-    check_classes("--split_file" if flags.split_file else "--image_dir", training, labels)
+    check_classes("--image_dir", (image for image in images if image.split == "training"), labels)
     counts = Counter(image.label for image in images)
     log.info("Classes: %s.", ", ".join(f"{label} {counts[label]}" for label in labels))
     splits = Counter(image.split for image in images)
@@ -3415,7 +3381,7 @@ def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) ->
         write_split_file(Path(flags.write_split_file), flags.image_dir, images)
 
 
-def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: list[str]) -> Dataset:
+def dataset_of(flags: Flags, base: BaseModel, images: list[Image], labels: list[str]) -> Dataset:
     """Return the usable images and their features, kept or computed, here or on a cluster. Raises UserError."""
     engine = "litert" if flags.quantize else flags.engine
     extract_all = partial(extract_here, engine=engine, cpu_threads=flags.cpu_threads)
@@ -3425,15 +3391,13 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     compute = partial(compute_bottlenecks, store, extract_all=extract_all)
     bottlenecks, cues, skipped = compute(images)
     store.tell_skipped(skipped)
-    images = [image for image in images if image.path not in skipped]
     if skipped:
-        images = deal(flags, images)
+        images = deal(flags, [image for image in images if image.path not in skipped])
     own = [image for image in images if image.split != "coarse"]  # which come first
     tell_splits(flags, own, labels)
     features = bottlenecks[:, 0]
-    numbers = {label: c for c, label in enumerate(labels)}
-    for image in images:
-        numbers.setdefault(image.label, len(numbers))  # of a class that only coarse images have
+    known_labels = dict.fromkeys([*labels, *(image.label for image in images)])  # last those of coarse images only
+    numbers = {label: c for c, label in enumerate(known_labels)}
     classes = np.array([numbers[image.label] for image in images])
     split_of = np.array([image.split for image in images])
 
@@ -3449,17 +3413,16 @@ def dataset_of(flags: Flags, base: BaseModel, images: Sequence[Image], labels: l
     training, distortion = rows_of("training"), from_flags(Distortion, flags)
     if distortion != PLAIN:  # each image then has as many rows as all others: itself, and its variants
         count = flags.distortions_per_image
-        chosen = [images[row] for row in training.rows]
-        variants, _, gone = compute(chosen, distortion, count)
+        variants, _, gone = compute([images[row] for row in training.rows], distortion, count)
         if gone:
             raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
         matrix = empty_matrix((len(variants), 1 + count, base.bottleneck_size), store.folder)
-        np.concatenate([training.features()[:, None], variants], axis=1, out=matrix)
+        matrix[:, 0], matrix[:, 1:] = training.features(), variants
         matrix = matrix.reshape(-1, base.bottleneck_size)
         training = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
-    held_out = rows_of("validation"), rows_of("testing")
-    known, count = rows_of("training", "validation"), len(own)
-    return Dataset(own, labels, features[:count], cues[:count], training, *held_out, known, coarse)
+    validation, testing, known = rows_of("validation"), rows_of("testing"), rows_of("training", "validation")
+    count = len(own)
+    return Dataset(own, labels, features[:count], cues[:count], training, validation, testing, known, coarse)
 
 
 def train_as_asked(
@@ -3472,16 +3435,12 @@ def train_as_asked(
         head, history = train_head(*own, settings, after_step)
         return head, {"head": history}, train_head, settings
     log.info("Stage one trains on %d coarse images, stage two on %d others.", len(coarse.rows), len(data.training.rows))
-    present = np.unique(coarse.classes)
-    same = np.array_equal(present, np.arange(len(data.labels)))
+    same = set(coarse.classes) == set(range(len(data.labels)))
     first, second = settings.stages(same)
-    seen = data.validation
-    if not same:
-        seen = Rows(data.features, np.arange(0), np.arange(0))
-    trained = {"stage one": train_head(coarse, seen, int(present[-1]) + 1, first)}
-    base, _ = trained["stage one"]
+    seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
+    base, history = train_head(coarse, seen, int(coarse.classes.max()) + 1, first)
     train = partial(train_head, base=base, coarse=coarse if same else None)
-    trained["without stage one"] = train_head(*own, settings)
+    trained = {"stage one": (base, history), "without stage one": train_head(*own, settings)}
     trained["both stages"] = train(*own, second, after_step)
     held_out = data.testing if len(data.testing.rows) else data.validation
     for name, (head, _) in trained.items():
@@ -3518,8 +3477,7 @@ def facts_of(flags: Flags, base: BaseModel, tested: dict, known: Rows, found: Di
         "base_model_sha256": base.fingerprint,
         "input_size": base.input_size,
         "final_tensor_name": flags.final_tensor_name,
-        "ignore_exif_orientation": flags.ignore_exif_orientation,
-        "exact_decode": flags.exact_decode,
+        **vars(from_flags(Reading, flags)),
         "quantized": flags.quantize,  # the .tflite; the graph never is
         **tested,
         "temperature": found.temperature if found else 1.0,
@@ -3582,10 +3540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
     gc.set_threshold(100_000, 50, 50)  # what packages make when they are imported is no garbage
-    code = exit_code("retrain.py", lambda: run(flags))
-    for handler in log.handlers:
-        handler.close()
-    return code
+    return exit_code("retrain.py", lambda: run(flags))
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
