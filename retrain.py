@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """Teach a computer a few classes of images from few samples.
 
-    python retrain.py --image_dir data
+  python retrain.py --image_dir photos
+      learn the classes of photos/cats, photos/dogs and so on: a folder of images for each class
+  python retrain.py --image_dir birds --output_graph birds.pb
+      keep the classifier under a name of its own, beside those that were trained before
+  python retrain.py --crawl names.txt --crawl_count 100
+      first download 100 images for each name in the file
 
-`data` holds one folder of images per class. Every image passes once through a trained network (the base model,
-Inception-v3); the features of its last pooling layer, the bottleneck, are kept as a text file per image; a new layer,
-the head, is trained on them; base model and head together are written as output_graph.pb, and the classes as
-output_labels.txt. `python predict.py --image x.jpg` then names new images. All flags: `python retrain.py --help`.
-
-The file is read in the order in which an image travels:
-common ground, flags, images, base model, bottlenecks, cluster, head, near duplicates, diagnostics, report, export,
-crawl, main.
+Every image passes once through a trained network, the base model. The features of its last pooling
+layer, the bottleneck, are kept as a text file per image. A new layer, the head, is trained on them.
+Both together are written as output_graph.pb, with which predict.py names new images.
 """
+# The rooms of this file come in the order in which an image travels.
 
 from __future__ import annotations
 
@@ -107,7 +108,6 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
     from ray import ObjectRef
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
-    from tqdm import tqdm
     from upath import UPath
 
 
@@ -175,14 +175,13 @@ class Journal:
             file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
-def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tqdm:
-    """Return a tqdm bar; off a terminal it changes every ten seconds only, and with --logging_verbosity WARN never."""
+def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> Any:
+    """Return a tqdm bar; off a terminal it changes every ten seconds only, with --logging_verbosity WARN never."""
     from tqdm import tqdm
 
-    quiet = log.getEffectiveLevel() > logging.INFO
+    options.setdefault("disable", log.getEffectiveLevel() > logging.INFO)
     seconds = 0.1 if sys.stderr.isatty() else 10
-    options = {"total": total, "desc": doing, "unit": unit, "mininterval": seconds, "disable": quiet} | options
-    return tqdm(**options)
+    return tqdm(total=total, desc=doing, unit=unit, mininterval=seconds, **options)
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> Array:
@@ -191,8 +190,8 @@ def empty_matrix(shape: Sequence[int], folder: Path) -> Array:
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
     if shutil.disk_usage(folder).free < size:
-        told = f"it has no room for {size / 1e9:.1f} GB of features; name a folder on a larger disk"
-        raise UserError(f"--bottleneck_dir {folder}: {told}.")
+        remedy = f"name a folder on a disk with room for {size / 1e9:.1f} GB of features"
+        raise UserError(f"--bottleneck_dir {folder}: {remedy}.")
     with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
         return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
@@ -206,39 +205,29 @@ def sha1_of(text: str) -> str:
 # Flags: the classic script's names and meanings, and ours
 # ======================================================================================================================
 
-EXAMPLES = """\
-Teach a computer a few classes of images from few samples. Three examples:
-
-  python retrain.py --image_dir photos
-      learn the classes of photos/cats, photos/dogs and so on: a folder of images for each class
-  python retrain.py --image_dir birds --output_graph birds.pb
-      keep the classifier under a name of its own, beside those that were trained before
-  python retrain.py --crawl names.txt --crawl_count 100
-      first download 100 images for each name in the file
-"""
 # The flags that --help shows; the others are under `--help all`.
-EVERYDAY = "help image_dir how_many_training_steps output_graph architecture testing_percentage validation_percentage "
-EVERYDAY += "exclude relabel crawl crawl_count"
-# What users of other programs type, and what it is called here.
+EVERYDAY = "help image_dir how_many_training_steps output_graph architecture "
+EVERYDAY += "testing_percentage validation_percentage exclude relabel crawl crawl_count"
+# What users of other programs type, where no flag of ours is spelled much like it.
 MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "--learning_rate"}
-MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
-ARCHITECTURES = ["auto", "inception_v3", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "vgg16"]
-MOBILENETS = [f"mobilenet_{width}_{side}" for width in ("1.0", "0.75", "0.50", "0.25") for side in (224, 192, 160, 128)]
-ARCHITECTURES += MOBILENETS
-# The layers of vgg16 that can be its bottleneck, the usual one first.
-VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
+MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture"}
+ARCHITECTURES = ["auto", "inception_v3", "vgg16"]
+ARCHITECTURES += ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+MOBILENETS = [f"mobilenet_{width}_" for width in ("1.0", "0.75", "0.50", "0.25")]
+ARCHITECTURES += [name + side for name in MOBILENETS for side in ("224", "192", "160", "128")]
 # What the images of the folders that stand beside --image_dir are used for.
 SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
-# The flags for which the folders of a set that is split already stand, by how their names usually begin.
-FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
-OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
-OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
-PERCENTAGE = number(int, 0, 100)
-WHOLE = number(int, 0)
-COUNT = number(int, 1)
-COUNT_OR_ALL = number(int, 1, also=-1)
-RATE = number(float, 0)
-SHARE = number(float, 0, 0.99)
+OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path "
+OUTPUTS += "bottleneck_dir summaries_dir saved_model_dir intermediate_output_graphs_dir"
+# What a flag takes, by the word for it in the help; any other word stands for text.
+KINDS = {
+    "N": number(int, 0),
+    "COUNT": number(int, 1),
+    "COUNT|-1": number(int, 1, also=-1),
+    "PERCENT": number(int, 0, 100),
+    "X": number(float, 0),
+    "SHARE": number(float, 0, 0.99),
+}
 Flags = argparse.Namespace
 
 
@@ -248,6 +237,8 @@ class Help(argparse.Action):
     def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
         for action in parser._actions:
             action.default = getattr(namespace, action.dest, None)
+            if action.default:
+                action.help += " (%(default)s)"
             if value != "all" and action.dest not in EVERYDAY.split():
                 action.help = argparse.SUPPRESS
         print(parser.format_help().replace(" []", "   "), end="")  # the value that a switch may be given
@@ -265,7 +256,8 @@ def ip_networks(text: str) -> tuple:
     try:
         return tuple(map(ipaddress.ip_network, networks.split(",")))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
+        remedy = "give addresses or networks such as 192.168.1.0/24"
+        raise argparse.ArgumentTypeError(f"{error}; {remedy}") from None
 
 
 def switch(text: str) -> bool:
@@ -278,41 +270,42 @@ def switch(text: str) -> bool:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(COUNT, text.split(",")))
+    return tuple(map(KINDS["COUNT"], text.split(",")))
 
 
 def architecture_named(text: str) -> str:
     base = text.removesuffix("_quantized")  # as the classic script's MobileNets may end
     if base != text:
-        raise argparse.ArgumentTypeError(f"what {text} did is done by --architecture {base} --quantize")
+        remedy = f"what {text} did is done by --architecture {base} --quantize"
+        raise argparse.ArgumentTypeError(remedy)
     return text
 
 
 def flags_of(parser: Parser, room: str) -> Callable:
-    """Return the function that adds a flag of a room, spelled as `--image_dir DIR`, or as `--quantize` without a value.
+    """Return the function that adds a flag of a room, spelled as in the help: `--image_dir DIR`.
 
-    The latter is read as --quantize=true, too. --help tells the default after the purpose, unless it is nothing.
+    KINDS tells what it may be; of words with | between, one is chosen. A flag without any, such as --quantize, is a
+    switch, which is read as --quantize=true, too.
     """
     group = parser.add_argument_group(room)
 
-    def flag(spelled: str, purpose: str, default: Any = "", kind: Callable = str, **options: Any) -> None:
-        name, _, metavar = spelled.partition(" ")
-        if metavar:
-            options["metavar"] = metavar
-        elif "choices" not in options:
-            default, kind, options = False, switch, {"nargs": "?", "const": True, "metavar": ""}
-        if default:
-            purpose += " (%(default)s)"
-        group.add_argument(name, default=default, type=kind, help=purpose, **options)
+    def flag(spelled: str, purpose: str, default: Any = "", kind: Callable | None = None, **more: Any) -> None:
+        name, _, word = spelled.partition(" ")
+        if not word:
+            default, kind, more = False, switch, {"nargs": "?", "const": True}
+        elif "|" in word and word not in KINDS:
+            more["choices"] = word.split("|")
+        kind = kind or KINDS.get(word, str)
+        group.add_argument(name, metavar=word, default=default, type=kind, help=purpose, **more)
 
     return flag
 
 
 def add_data_flags(parser: Parser) -> None:
     flag = flags_of(parser, "images")
-    flag("--image_dir DIR", "folder with a folder of images for each class (or s3://...)", at_home("data"))
-    flag("--testing_percentage N", "percent of the images kept for the final test", 10, PERCENTAGE)
-    flag("--validation_percentage N", "percent kept to validate during training", 10, PERCENTAGE)
+    flag("--image_dir DIR", "holds a folder of images for each class (or s3://...)", at_home("data"))
+    flag("--testing_percentage PERCENT", "of the images, kept for the final test", 10)
+    flag("--validation_percentage PERCENT", "of them, kept to validate during training", 10)
     flag("--test_dir DIR", "test on the images of this folder instead")
     flag("--validation_dir DIR", "validate on those of this folder instead")
     flag("--split_file FILE", "table of each image's path, label and split")
@@ -324,95 +317,93 @@ def add_data_flags(parser: Parser) -> None:
     flag("--exact_decode", "read very large photographs at full size: slower")
 
     flag = flags_of(parser, "crawl")
-    sources = "where to search: openverse, commons (both by default), inaturalist, bing, baidu, page:URL, list:FILE; "
+    sources = "openverse, commons (both by default), inaturalist, bing, baidu, page:URL, list:FILE; "
     sources += "{} stands for the words; see CRAWL_CONTACT and OPENVERSE_TOKEN in the README"
     flag("--crawl FILE", "first download images of the classes in this file, one a line")
-    flag("--crawl_count N", "images to download for each class", 100, COUNT)
+    flag("--crawl_count COUNT", "images to download for each class", 100)
     flag("--crawl_dir DIR", "where to put them, if not into --image_dir")
     flag("--crawl_only", "don't train afterwards")
     flag("--crawl_source SOURCE", sources, None, source_named, nargs="+", action="extend")
     flag("--crawl_license NAMES", "licenses that will do, as in by,by-sa,cc0", (), license_names)
-    flag("--crawl_min_side N", "least pixels of the shorter side", 100, COUNT)
-    flag("--crawl_parallel N", "downloads at the same time", 8, COUNT)
-    flag("--crawl_host_delay S", "seconds between two requests to a server", 1.0, number(float, 0, 60))
+    flag("--crawl_min_side COUNT", "least pixels of the shorter side", 100)
+    flag("--crawl_parallel COUNT", "downloads at the same time", 8)
+    flag("--crawl_host_delay S", "seconds between requests to a server", 1.0, number(float, 0, 60))
     flag("--crawl_allow_private NET", "private addresses to allow, or `all`", (), ip_networks)
 
 
 def add_network_flags(parser: Parser) -> None:
     flag = flags_of(parser, "base model")
-    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
-    names += "efficientnet_lite0, _lite1; vgg16; mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
-    engines = "auto", "litert", "tensorflow"
+    names = "inception_v3; efficientnet_lite2, faster and better for few images; efficientnet_lite0, "
+    names += "_lite1; vgg16; mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
     flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
-    flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
-    flag("--model_dir DIR", "where the network lies, or is downloaded to", at_home("inception_model"))
-    flag("--model_url URL", "download the network from here, as .pb or .tgz")
-    flag("--trust_model", "run a network though it could read and write files")
-    flag("--tfhub_module NAME", "network of TF-Hub or Kaggle, or folder of a SavedModel")
-    flag("--image_size N", "pixels of a side for a --tfhub_module that takes any", 0, WHOLE)
-    flag("--quantize", "compute with 8-bit integers: two to three times as fast on most processors since 2020")
-    flag("--engine", "what runs the network; auto: the fastest", "auto", choices=engines)
-    flag("--cpu_threads N", "processor cores to use; 0 for all", 0, WHOLE)
+    flag("--bottleneck_layer avg_pool|block5_pool|fc2", "layer of vgg16; usually avg_pool")
+    flag("--model_dir DIR", "where it lies, or is downloaded to", at_home("inception_model"))
+    flag("--model_url URL", "download it from here, as .pb or .tgz")
+    flag("--trust_model", "run it though it could read and write files")
+    flag("--tfhub_module NAME", "one of TF-Hub or Kaggle, or folder of a SavedModel, instead")
+    flag("--image_size N", "pixels of a side for a --tfhub_module that takes any", 0)
+    flag("--quantize", "compute with 8-bit integers: often two to three times as fast")
+    flag("--engine auto|litert|tensorflow", "what computes; auto: the fastest", "auto")
+    flag("--cpu_threads N", "processor cores to use; 0 for all", 0)
 
     flag = flags_of(parser, "bottlenecks")
-    flag("--bottleneck_dir DIR", "keeps what the network computes, for later runs", at_home("bottleneck"))
+    flag("--bottleneck_dir DIR", "keeps what is computed, for later runs", at_home("bottleneck"))
     flag("--flip_left_right", "also train on images mirrored at random")
-    flag("--random_crop N", "also on images less a margin of N percent", 0, PERCENTAGE)
-    flag("--random_scale N", "also on images enlarged by up to N percent", 0, WHOLE)
-    flag("--random_brightness N", "also on images up to N percent brighter or darker", 0, PERCENTAGE)
-    flag("--random_rotation N", "also on images turned by up to N degrees", 0, WHOLE)
-    flag("--random_color N", "also on images with N percent more or less color and contrast", 0, PERCENTAGE)
-    flag("--distortions_per_image N", "variants of an image to make by these flags", 8, COUNT)
-    flag("--ray_address ADDRESS", "compute on a Ray cluster: auto, host:port, or local for this machine")
+    flag("--random_crop PERCENT", "also on images less a margin of so much", 0)
+    flag("--random_scale N", "also on images enlarged by up to N percent", 0)
+    flag("--random_brightness PERCENT", "also on images so much brighter or darker", 0)
+    flag("--random_rotation N", "also on images turned by up to N degrees", 0)
+    flag("--random_color PERCENT", "also on images of so much more or less color and contrast", 0)
+    flag("--distortions_per_image COUNT", "variants of an image to make by these flags", 8)
+    flag("--ray_address ADDRESS", "compute on a Ray cluster: auto, host:port, or local")
     flag("--ray_shared_files", "its machines find the images at the same paths as this one")
 
 
 def add_training_flags(parser: Parser) -> None:
     flag = flags_of(parser, "head")
-    usual = TrainingSettings()
-    optimizers = "sgd", "momentum", "adam", "rmsprop"
-    weights = "balanced: all classes count alike, even with --train_batch_size -1"
-    flag("--head", "logistic: at once, often a little better", usual.head, choices=("softmax", "logistic"))
-    flag("--how_many_training_steps N", "how many steps to train", usual.how_many_training_steps, COUNT)
-    flag("--learning_rate X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
-    flag("--train_batch_size N", "images a step looks at; -1 for all", usual.train_batch_size, COUNT_OR_ALL)
-    flag("--validation_batch_size N", "images to validate on; -1 for all", usual.validation_batch_size, COUNT_OR_ALL)
-    flag("--eval_step_interval N", "steps between validations", usual.eval_step_interval, COUNT)
-    flag("--random_seed N", "two runs with the same number give the same", None, WHOLE)
-    flag("--hidden_units N,N", "also train hidden layers of these sizes, as in 512,256", None, whole_numbers)
-    flag("--dropout X", "share of a hidden layer to leave out at each step", None, SHARE)
+    flag("--head softmax|logistic", "logistic: at once, often a little better")
+    flag("--how_many_training_steps COUNT", "how many steps to train")
+    flag("--learning_rate X", "how far a step goes; 0.001 for adam and rmsprop")
+    flag("--train_batch_size COUNT|-1", "images a step looks at; -1 for all")
+    flag("--validation_batch_size COUNT|-1", "images to validate on; -1 for all")
+    flag("--eval_step_interval COUNT", "steps between validations")
+    flag("--random_seed N", "two runs with the same number give the same")
+    flag("--hidden_units N,N", "also train hidden layers of these sizes", kind=whole_numbers)
+    flag("--dropout SHARE", "of a hidden layer, left out at each step")
     flag("--batch_norm", "normalise the hidden layers over each batch")
-    flag("--optimizer", "how a step is made from the gradient", usual.optimizer, choices=optimizers)
-    flag("--class_weights", weights, usual.class_weights, choices=("none", "balanced"))
-    flag("--coarse_training_steps N", "steps on --coarse_image_dir", usual.coarse_training_steps, COUNT)
-    flag("--coarse_learning_rate X", "how far each of them goes (as --learning_rate)", None, RATE)
-    flag("--refine_training_steps N", "later steps, on --image_dir", usual.refine_training_steps, COUNT)
-    flag("--refine_learning_rate X", "how far each of them goes (less)", None, RATE)
-    flag("--rehearsal X", "share of coarse images in the later steps", usual.rehearsal, SHARE)
+    flag("--optimizer sgd|momentum|adam|rmsprop", "how a step is made from the gradient")
+    flag("--class_weights none|balanced", "balanced: all classes count alike")
+    flag("--coarse_training_steps COUNT", "steps on --coarse_image_dir")
+    flag("--coarse_learning_rate X", "how far each of them goes; see --learning_rate")
+    flag("--refine_training_steps COUNT", "later steps, on --image_dir")
+    flag("--refine_learning_rate X", "how far each of them goes, usually less")
+    flag("--rehearsal SHARE", "of coarse images in the later steps")
+    parser.set_defaults(**vars(TrainingSettings()))
 
     flag = flags_of(parser, "report and export")
-    levels = "DEBUG", "INFO", "WARN", "ERROR", "FATAL"
     flag("--output_graph FILE", "the trained classifier", at_home("output_graph.pb"))
-    flag("--output_labels FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
-    flag("--output_report FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
+    flag("--output_labels FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)")
+    flag("--output_report FILE", "the report (output_report.html; ants_report.html for ants.pb)")
     flag("--no_report", "no cross-validation and no report")
-    flag("--coverage X", "share of right answers that predict.py shall be sure of", 0.93, number(float, 0.5, 1))
-    flag("--test_batch_size N", "images of the final test; -1 for all", -1, COUNT_OR_ALL)
+    flag("--coverage SHARE", "of right answers to be sure of", 0.93, number(float, 0.5, 1))
+    flag("--test_batch_size COUNT|-1", "images of the final test; -1 for all", -1)
     flag("--print_misclassified_test_images", "list the test images that were named wrongly")
     flag("--summaries_dir DIR", "log of all steps, also for TensorBoard", at_home("retrain_logs"))
-    flag("--logging_verbosity", "how much to print", "INFO", str.upper, choices=levels)
+    flag("--logging_verbosity DEBUG|INFO|WARN|ERROR|FATAL", "how much to print", "INFO", str.upper)
     flag("--final_tensor_name NAME", "name of the graph's output", "final_result")
     flag("--saved_model_dir DIR", "also write the classifier as a SavedModel")
     flag("--checkpoint_path FILE", "also write the head as a TensorFlow checkpoint")
     flag("--intermediate_output_graphs_dir DIR", "for classifiers of earlier steps (intermediate_graph)")
-    flag("--intermediate_store_frequency N", "steps between those; 0 for none", 0, WHOLE)
+    flag("--intermediate_store_frequency N", "steps between those; 0 for none", 0)
 
 
 def build_parser() -> Parser:
     """Return the parser of the command line, with a group of flags for each room."""
-    parser = Parser(prog="retrain.py", usage="python retrain.py [flags]", description=EXAMPLES, add_help=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.allow_abbrev, parser.meant = False, MEANT
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("retrain.py", description=__doc__, formatter_class=layout, add_help=False)
+    parser.usage = "python retrain.py [flags]"
+    parser.allow_abbrev = False
+    parser.meant = MEANT
     add_data_flags(parser)
     add_network_flags(parser)
     add_training_flags(parser)
@@ -423,28 +414,29 @@ def build_parser() -> Parser:
 
 def check_flags(parser: Parser, flags: Flags) -> None:
     """End with a sentence for flags that contradict each other, where going on would do harm or mislead."""
+    error = parser.error
     if flags.testing_percentage + flags.validation_percentage > 99:
-        parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
+        error("--testing_percentage and --validation_percentage together leave nothing to train on")
     if flags.split_file and (flags.validation_dir or flags.test_dir):
-        parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
+        error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", flags.final_tensor_name, re.ASCII):
-        parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
-    local = "crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize"
-    if is_store_url(flags.image_dir) and (not flags.ray_address or any(vars(flags)[name] for name in local)):
-        told = f"an object store is read by a Ray cluster; add --ray_address, and leave out --{', --'.join(local)}"
-        parser.error(f"--image_dir: {told}")
+        error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a graph")
+    local = ("crawl", "split_file", "write_split_file", "quantize", *SPLIT_OF)
+    if is_store_url(flags.image_dir) and (not flags.ray_address or paths_of(flags, *local)):
+        remedy = f"add --ray_address, and leave out --{', --'.join(local)}"
+        error(f"--image_dir: an object store is read by a Ray cluster; {remedy}")
     if flags.ray_address.startswith("ray://"):
-        parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
+        error("--ray_address: give host:port of the cluster's head, on one of its machines")
     if flags.crawl_only and not flags.crawl:
-        parser.error("--crawl_only: there is nothing to crawl without --crawl")
+        error("--crawl_only: there is nothing to crawl without --crawl")
     if flags.tfhub_module and flags.architecture != "auto":
-        parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
+        error("--tfhub_module and --architecture both name a base model; leave one of them out")
     if flags.bottleneck_layer and flags.architecture != "vgg16":
-        parser.error("--bottleneck_layer: only --architecture vgg16 has layers to choose from")
+        error("--bottleneck_layer: only --architecture vgg16 has layers to choose from")
     if not flags.hidden_units and (flags.dropout or flags.batch_norm):
-        parser.error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
+        error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
     if flags.head == "logistic" and (flags.hidden_units or flags.optimizer != "sgd"):
-        parser.error("--head logistic has neither hidden layers, two stages nor an optimizer; leave it out, or them")
+        error("--head logistic has neither hidden layers, two stages nor an optimizer; leave it out")
 
 
 def parse_flags(arguments: Sequence[str] | None) -> Flags:
@@ -454,21 +446,17 @@ def parse_flags(arguments: Sequence[str] | None) -> Flags:
     for name in ("image_dir", "model_dir", "bottleneck_dir", "summaries_dir", "output_graph"):
         if not vars(flags)[name].strip():  # as of a variable of the shell that is not set
             parser.error(f"--{name}: it needs a name")
-    if flags.crawl and flags.image_dir == parser.get_default("image_dir"):
-        flags.image_dir = flags.crawl_dir or at_home("crawled")  # data/ holds the drawings that come along
-    files, two_stages = OutputFiles(flags.output_graph), bool(flags.coarse_image_dir)
-    rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
-    defaults = {
-        "output_labels": str(files.labels),
-        "output_report": str(files.report),
-        "learning_rate": rate,
-        "coarse_learning_rate": rate,
-        "hidden_units": (256,) if two_stages else (),  # as published for VGG16's fc2
-        "dropout": 0.4 if two_stages else 0.0,
-    }
-    for name, value in defaults.items():
-        if vars(flags)[name] in (None, ""):
-            setattr(flags, name, value)
+    # The defaults that follow from other flags.
+    if flags.crawl:  # data/ holds the drawings that come along
+        parser.set_defaults(image_dir=flags.crawl_dir or at_home("crawled"))
+    if flags.optimizer in ("adam", "rmsprop"):
+        parser.set_defaults(learning_rate=0.001, coarse_learning_rate=0.001)
+    if flags.coarse_image_dir:  # as published for VGG16's fc2
+        parser.set_defaults(hidden_units=(256,), dropout=0.4)
+    flags = parser.parse_args(arguments)
+    files = OutputFiles(flags.output_graph)
+    flags.output_labels = flags.output_labels or str(files.labels)
+    flags.output_report = flags.output_report or str(files.report)
     check_flags(parser, flags)
     return flags
 
@@ -480,11 +468,12 @@ def paths_of(flags: Flags, *names: str) -> dict[str, str]:
 
 def find_class_folders(flags: Flags) -> None:
     """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
+    flag_of = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
     folders = {}
     for folder in sorted(Path(flags.image_dir).glob("*")):
         known = re.match("train|val|test", folder.name.lower())
         if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
-            folders[FLAG_OF[known[0]]] = str(folder)
+            folders[flag_of[known[0]]] = str(folder)
     if len(folders) > 1 and "image_dir" in folders and not flags.split_file:
         folders |= paths_of(flags, "validation_dir", "test_dir")
         vars(flags).update(folders)
@@ -554,8 +543,10 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]
     if is_store_url(str(folder)):
         entries = store_entries(str(folder))
     else:
-        entries = [(path, None if path.is_dir() else stamp_of(path)) for path in Path(folder).iterdir()]
-    return sorted((entry for entry in entries if not is_hidden(entry[0])), key=lambda entry: entry[0].name)
+        paths = Path(folder).iterdir()
+        entries = [(path, None if path.is_dir() else stamp_of(path)) for path in paths]
+    entries.sort(key=lambda entry: entry[0].name)
+    return [entry for entry in entries if not is_hidden(entry[0])]
 
 
 def store_entries(url: str) -> list:
@@ -632,19 +623,19 @@ def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
 
 
 def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[str]]:
-    """Return for each image the cells of the line that names it, or []. Raises UserError if none names any."""
+    """Return the images that a table names, with the cells of the line. Raises UserError if it names none."""
     rows = read_table(path, flag)
-    cells_of: dict[str, list[str]] = {}
+    cells_of = {}
     for _, cells in rows:
         name = printable(cells[0].strip())
         # A backslash parts folders on Windows, but also begins an escaped character.
         for spelled in (name.replace("\\", "/"), name):
             cells_of["/".join(spelled.split("/")[-2:])] = cells
-    named = {image: cells_of.get(printable(image.key), []) for image in images}
-    count = sum(map(bool, named.values()))
-    if rows and not count:
+    keys = {image: printable(image.key) for image in images}
+    named = {image: cells_of[key] for image, key in keys.items() if key in cells_of}
+    if rows and not named:
         raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
-    log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), count)
+    log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), len(named))
     return named
 
 
@@ -652,21 +643,20 @@ def leave_out(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images that the list of --exclude doesn't name. Raises UserError."""
     named = named_in(path, "--exclude", images)
     log.info("They are left out. If right ones are among them, the accuracy comes out too high.")
-    return [image for image, cells in named.items() if not cells]
+    return [image for image in images if image not in named]
 
 
 def relabel(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
     labels = {image.label.strip(): image.label for image in images}
-    relabelled = []
+    relabelled = {}
     for image, cells in named_in(path, "--relabel", images).items():
-        if cells:
-            label = label_of("".join(cells[1:2])).strip()
-            if label not in labels:
-                raise UserError(f"--relabel {path}: it gives {image.key} {label!r}, no class; write one behind a tab.")
-            image = replace(image, label=labels[label])
-        relabelled.append(image)
-    return relabelled
+        label = label_of("".join(cells[1:2])).strip()
+        if label not in labels:
+            wrong = f"it gives {image.key} {label!r}, no class; write one behind a tab"
+            raise UserError(f"--relabel {path}: {wrong}.")
+        relabelled[image] = replace(image, label=labels[label])
+    return [relabelled.get(image, image) for image in images]
 
 
 def place_of(folder: Path) -> str:
@@ -825,7 +815,7 @@ def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str =
     if architecture in EFFICIENTNETS:
         return efficientnet_recipe(architecture)
     if architecture == "vgg16":
-        return vgg16_recipe(layer or VGG16_LAYERS[0], model_dir)
+        return vgg16_recipe(layer or "avg_pool", model_dir)
     if architecture.startswith("mobilenet"):
         return mobilenet_recipe(architecture, model_dir, model_url, trusted)
     try:
