@@ -1,12 +1,9 @@
 #!/usr/bin/env python3
 """Teach a computer a few classes of images from few samples.
 
-  python retrain.py --image_dir photos
-      learn the classes of photos/cats, photos/dogs and so on: a folder of images for each class
-  python retrain.py --image_dir birds --output_graph birds.pb
-      keep the classifier under a name of its own, beside those that were trained before
-  python retrain.py --crawl names.txt --crawl_count 100
-      first download 100 images for each name in the file
+  python retrain.py --image_dir photos        learn the classes photos/cats, photos/dogs and so on
+  python retrain.py --output_graph birds.pb   keep the classifier beside those trained before
+  python retrain.py --crawl names.txt         first download images for each name in the file
 
 Every image passes once through a trained network, the base model. The features of its last pooling
 layer, the bottleneck, are kept as a text file per image. A new layer, the head, is trained on them.
@@ -118,7 +115,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 log = logging.getLogger("retrain")
 step_log = log.getChild("steps")  # of the classic lines of each evaluation
 MOST_IN_MEMORY = 2 << 30  # features of more bytes lie in a file instead
-RESULT = logging.WARNING + 1  # the level of the result: no warning, but told with --logging_verbosity WARN, too
+RESULT = logging.WARNING + 1  # of the result: no warning, but told with --logging_verbosity WARN, too
 
 
 class Console(logging.Handler):
@@ -133,7 +130,7 @@ class Console(logging.Handler):
 
 
 def set_up_logging(verbosity: str) -> None:
-    """Print what is at least as serious as that; on a terminal a progress bar stands for the lines of steps."""
+    """Print what is as serious as that; on a terminal a progress bar stands for the lines of steps."""
     console = Console(verbosity)
     if verbosity != "DEBUG" and sys.stdout.isatty():
         console.addFilter(lambda record: record.name != step_log.name)
@@ -144,7 +141,7 @@ def set_up_logging(verbosity: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of runs that were killed; an hour's grace leaves a run beside this one alone."""
+    """Remove the temporary files of killed runs, an hour old at least, since others may be running."""
     for leftover in folder.glob(".retrain-*.tmp"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
@@ -158,7 +155,7 @@ class Journal:
     path: Path
 
     def read(self) -> list:
-        """Return the values, [] if there is no such file; what is no JSON is left out, and half a line ended."""
+        """Return the values, without what is no JSON, or [] if there is no file; end half a line."""
         values = []
         data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines():
@@ -171,12 +168,13 @@ class Journal:
 
     def append(self, value: object) -> None:
         """Add a line, at once and whole."""
+        line = json.dumps(value, ensure_ascii=False) + "\n"
         with open(self.path, "ab") as file:
-            file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            file.write(line.encode("utf-8", "backslashreplace"))
 
 
 def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> Any:
-    """Return a tqdm bar; off a terminal it changes every ten seconds only, with --logging_verbosity WARN never."""
+    """Return a tqdm bar: off a terminal it changes every ten seconds; WARN and above show none."""
     from tqdm import tqdm
 
     options.setdefault("disable", log.getEffectiveLevel() > logging.INFO)
@@ -185,14 +183,14 @@ def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> An
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> Array:
-    """Return an uninitialized float32 matrix [*shape], if large in a nameless file of `folder`. Raises UserError."""
+    """Return an uninitialized float32 matrix, a large one in a nameless file of `folder`. Raises UserError."""
     size = 4 * math.prod(shape)
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
     if shutil.disk_usage(folder).free < size:
-        remedy = f"name a folder on a disk with room for {size / 1e9:.1f} GB of features"
-        raise UserError(f"--bottleneck_dir {folder}: {remedy}.")
-    with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
+        needed = f"name one on a disk with {size / 1e9:.1f} GB to spare, for the features"
+        raise UserError(f"--bottleneck_dir {folder}: {needed}.")
+    with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it
         return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
 
@@ -232,7 +230,7 @@ Flags = argparse.Namespace
 
 
 class Help(argparse.Action):
-    """Prints the flags of every day, or all; what stands before --help, as in retrain.sh, counts as default."""
+    """Prints the flags of every day, or all; what stands before it, as in retrain.sh, is the default."""
 
     def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
         for action in parser._actions:
@@ -241,7 +239,7 @@ class Help(argparse.Action):
                 action.help += " (%(default)s)"
             if value != "all" and action.dest not in EVERYDAY.split():
                 action.help = argparse.SUPPRESS
-        print(parser.format_help().replace(" []", "   "), end="")  # the value that a switch may be given
+        parser.print_help()
         parser.exit()
 
 
@@ -251,17 +249,13 @@ def is_store_url(text: str) -> bool:
 
 
 def ip_networks(text: str) -> tuple:
-    """Read the value of --crawl_allow_private: addresses or networks, joined by commas, or `all`."""
+    """Read addresses or networks, joined by commas, or `all`. Raises ValueError."""
     networks = "0.0.0.0/0,::/0" if text == "all" else text
-    try:
-        return tuple(map(ipaddress.ip_network, networks.split(",")))
-    except ValueError as error:
-        remedy = "give addresses or networks such as 192.168.1.0/24"
-        raise argparse.ArgumentTypeError(f"{error}; {remedy}") from None
+    return tuple(map(ipaddress.ip_network, networks.split(",")))
 
 
 def switch(text: str) -> bool:
-    """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
+    """Read the value of a flag that may also stand alone, as --quantize and --quantize=true."""
     if text.lower() in ("true", "t", "1", "yes"):
         return True
     if text.lower() in ("false", "f", "0", "no"):
@@ -273,139 +267,136 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(map(KINDS["COUNT"], text.split(",")))
 
 
-def architecture_named(text: str) -> str:
-    base = text.removesuffix("_quantized")  # as the classic script's MobileNets may end
-    if base != text:
+def architecture(text: str) -> str:
+    base, quantized, _ = text.partition("_quantized")  # as the classic script's MobileNets may end
+    if quantized:
         remedy = f"what {text} did is done by --architecture {base} --quantize"
         raise argparse.ArgumentTypeError(remedy)
     return text
 
 
 def flags_of(parser: Parser, room: str) -> Callable:
-    """Return the function that adds a flag of a room, spelled as in the help: `--image_dir DIR`.
+    """Return the function that adds a flag of a room by its line of the help: `--test_dir DIR  purpose`.
 
-    KINDS tells what it may be; of words with | between, one is chosen. A flag without any, such as --quantize, is a
-    switch, which is read as --quantize=true, too.
+    KINDS tells what the value may be; of several words one is chosen; a flag without is a switch.
     """
     group = parser.add_argument_group(room)
 
-    def flag(spelled: str, purpose: str, default: Any = "", kind: Callable | None = None, **more: Any) -> None:
+    def flag(line: str, default: Any = "", kind: Any = None, **more: Any) -> None:
+        spelled, _, purpose = line.partition("  ")
         name, _, word = spelled.partition(" ")
         if not word:
-            default, kind, more = False, switch, {"nargs": "?", "const": True}
+            default, kind, word = False, switch, "yes|no"
+            more = {"nargs": "?", "const": True}
         elif "|" in word and word not in KINDS:
             more["choices"] = word.split("|")
         kind = kind or KINDS.get(word, str)
-        group.add_argument(name, metavar=word, default=default, type=kind, help=purpose, **more)
+        group.add_argument(name, help=purpose, default=default, type=kind, metavar=word, **more)
 
     return flag
 
 
-def add_data_flags(parser: Parser) -> None:
+def add_feature_flags(parser: Parser) -> None:
     flag = flags_of(parser, "images")
-    flag("--image_dir DIR", "holds a folder of images for each class (or s3://...)", at_home("data"))
-    flag("--testing_percentage PERCENT", "of the images, kept for the final test", 10)
-    flag("--validation_percentage PERCENT", "of them, kept to validate during training", 10)
-    flag("--test_dir DIR", "test on the images of this folder instead")
-    flag("--validation_dir DIR", "validate on those of this folder instead")
-    flag("--split_file FILE", "table of each image's path, label and split")
-    flag("--write_split_file FILE", "write such a table of this run")
-    flag("--exclude FILE", "leave out the images in this list of the report")
-    flag("--relabel FILE", "take the labels in this list of the report")
-    flag("--coarse_image_dir DIR", "train first on these many doubtful images")
-    flag("--ignore_exif_orientation", "don't turn photographs upright")
-    flag("--exact_decode", "read very large photographs at full size: slower")
+    flag("--image_dir DIR  holds a folder for each class; or s3://...", at_home("data"))
+    flag("--testing_percentage PERCENT  of the images, for the final test", 10)
+    flag("--validation_percentage PERCENT  of them, to validate during training", 10)
+    flag("--test_dir DIR  test on the images of this folder instead")
+    flag("--validation_dir DIR  validate on those of this folder instead")
+    flag("--split_file FILE  table of each image's path, label and split")
+    flag("--write_split_file FILE  write such a table of this run")
+    flag("--exclude FILE  leave out the images in this list of the report")
+    flag("--relabel FILE  take the labels in this list of the report")
+    flag("--coarse_image_dir DIR  train first on these many doubtful images")
+    flag("--ignore_exif_orientation  don't turn photographs upright")
+    flag("--exact_decode  read very large photographs at full size: slower")
 
     flag = flags_of(parser, "crawl")
-    sources = "openverse, commons (both by default), inaturalist, bing, baidu, page:URL, list:FILE; "
-    sources += "{} stands for the words; see CRAWL_CONTACT and OPENVERSE_TOKEN in the README"
-    flag("--crawl FILE", "first download images of the classes in this file, one a line")
-    flag("--crawl_count COUNT", "images to download for each class", 100)
-    flag("--crawl_dir DIR", "where to put them, if not into --image_dir")
-    flag("--crawl_only", "don't train afterwards")
-    flag("--crawl_source SOURCE", sources, None, source_named, nargs="+", action="extend")
-    flag("--crawl_license NAMES", "licenses that will do, as in by,by-sa,cc0", (), license_names)
-    flag("--crawl_min_side COUNT", "least pixels of the shorter side", 100)
-    flag("--crawl_parallel COUNT", "downloads at the same time", 8)
-    flag("--crawl_host_delay S", "seconds between requests to a server", 1.0, number(float, 0, 60))
-    flag("--crawl_allow_private NET", "private addresses to allow, or `all`", (), ip_networks)
+    sources = "openverse, commons (these two, if not told), inaturalist, bing, baidu, page:URL, "
+    sources += "list:FILE; {} stands for the words; see CRAWL_CONTACT and OPENVERSE_TOKEN in README.md"
+    flag("--crawl FILE  first download images of the classes in this file, one a line")
+    flag("--crawl_count COUNT  images to download for each class", 100)
+    flag("--crawl_dir DIR  where to put them, if not into --image_dir")
+    flag("--crawl_only  don't train afterwards")
+    flag("--crawl_source SOURCE  " + sources, None, source_named, nargs="+", action="extend")
+    flag("--crawl_license NAMES  licenses that will do, as by,cc0", (), license_names)
+    flag("--crawl_min_side COUNT  least pixels of the shorter side", 100)
+    flag("--crawl_parallel COUNT  downloads at the same time", 8)
+    flag("--crawl_host_delay X  seconds between requests to a server", 1.0)
+    flag("--crawl_allow_private NET  private addresses to allow, or `all`", (), ip_networks)
 
-
-def add_network_flags(parser: Parser) -> None:
     flag = flags_of(parser, "base model")
-    names = "inception_v3; efficientnet_lite2, faster and better for few images; efficientnet_lite0, "
-    names += "_lite1; vgg16; mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
-    flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
-    flag("--bottleneck_layer avg_pool|block5_pool|fc2", "layer of vgg16; usually avg_pool")
-    flag("--model_dir DIR", "where it lies, or is downloaded to", at_home("inception_model"))
-    flag("--model_url URL", "download it from here, as .pb or .tgz")
-    flag("--trust_model", "run it though it could read and write files")
-    flag("--tfhub_module NAME", "one of TF-Hub or Kaggle, or folder of a SavedModel, instead")
-    flag("--image_size N", "pixels of a side for a --tfhub_module that takes any", 0)
-    flag("--quantize", "compute with 8-bit integers: often two to three times as fast")
-    flag("--engine auto|litert|tensorflow", "what computes; auto: the fastest", "auto")
-    flag("--cpu_threads N", "processor cores to use; 0 for all", 0)
+    names = "inception_v3; efficientnet_lite2 (also 0, 1), faster and better for few images; vgg16; "
+    names += "mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
+    flag("--architecture NAME  " + names, "auto", architecture, choices=ARCHITECTURES)
+    flag("--bottleneck_layer avg_pool|block5_pool|fc2  of vgg16; usually avg_pool")
+    flag("--model_dir DIR  where it lies, or is downloaded to", at_home("inception_model"))
+    flag("--model_url URL  download it from here, as .pb or .tgz")
+    flag("--trust_model  run it though it could read and write files")
+    flag("--tfhub_module NAME  one of TF-Hub or Kaggle, or a SavedModel, instead")
+    flag("--image_size N  pixels of a side for a --tfhub_module that takes any", 0)
+    flag("--quantize  compute with 8-bit integers: two to three times as fast")
+    flag("--engine auto|litert|tensorflow  what computes; auto: the fastest", "auto")
+    flag("--cpu_threads N  processor cores to use; 0 for all", 0)
 
     flag = flags_of(parser, "bottlenecks")
-    flag("--bottleneck_dir DIR", "keeps what is computed, for later runs", at_home("bottleneck"))
-    flag("--flip_left_right", "also train on images mirrored at random")
-    flag("--random_crop PERCENT", "also on images less a margin of so much", 0)
-    flag("--random_scale N", "also on images enlarged by up to N percent", 0)
-    flag("--random_brightness PERCENT", "also on images so much brighter or darker", 0)
-    flag("--random_rotation N", "also on images turned by up to N degrees", 0)
-    flag("--random_color PERCENT", "also on images of so much more or less color and contrast", 0)
-    flag("--distortions_per_image COUNT", "variants of an image to make by these flags", 8)
-    flag("--ray_address ADDRESS", "compute on a Ray cluster: auto, host:port, or local")
-    flag("--ray_shared_files", "its machines find the images at the same paths as this one")
+    flag("--bottleneck_dir DIR  keeps what it computes", at_home("bottleneck"))
+    flag("--flip_left_right  also train on images mirrored at random")
+    flag("--random_crop PERCENT  also on images less a margin of so much", 0)
+    flag("--random_scale N  also on images enlarged by up to N percent", 0)
+    flag("--random_brightness PERCENT  also on images so much brighter or darker", 0)
+    flag("--random_rotation N  also on images turned by up to N degrees", 0)
+    flag("--random_color PERCENT  also on images of so much more or less color and contrast", 0)
+    flag("--distortions_per_image COUNT  variants of an image by these flags", 8)
+    flag("--ray_address ADDRESS  compute on a Ray cluster: auto, host:port, or local")
+    flag("--ray_shared_files  its machines find the images at the same paths")
 
 
 def add_training_flags(parser: Parser) -> None:
     flag = flags_of(parser, "head")
-    flag("--head softmax|logistic", "logistic: at once, often a little better")
-    flag("--how_many_training_steps COUNT", "how many steps to train")
-    flag("--learning_rate X", "how far a step goes; 0.001 for adam and rmsprop")
-    flag("--train_batch_size COUNT|-1", "images a step looks at; -1 for all")
-    flag("--validation_batch_size COUNT|-1", "images to validate on; -1 for all")
-    flag("--eval_step_interval COUNT", "steps between validations")
-    flag("--random_seed N", "two runs with the same number give the same")
-    flag("--hidden_units N,N", "also train hidden layers of these sizes", kind=whole_numbers)
-    flag("--dropout SHARE", "of a hidden layer, left out at each step")
-    flag("--batch_norm", "normalise the hidden layers over each batch")
-    flag("--optimizer sgd|momentum|adam|rmsprop", "how a step is made from the gradient")
-    flag("--class_weights none|balanced", "balanced: all classes count alike")
-    flag("--coarse_training_steps COUNT", "steps on --coarse_image_dir")
-    flag("--coarse_learning_rate X", "how far each of them goes; see --learning_rate")
-    flag("--refine_training_steps COUNT", "later steps, on --image_dir")
-    flag("--refine_learning_rate X", "how far each of them goes, usually less")
-    flag("--rehearsal SHARE", "of coarse images in the later steps")
+    flag("--head softmax|logistic  logistic: at once, often a little better")
+    flag("--how_many_training_steps COUNT  how many steps to train")
+    flag("--learning_rate X  how far a step goes; 0.001 for adam and rmsprop")
+    flag("--train_batch_size COUNT|-1  images a step looks at; -1 for all")
+    flag("--validation_batch_size COUNT|-1  images to validate on; -1 for all")
+    flag("--eval_step_interval COUNT  steps between validations")
+    flag("--random_seed N  two runs with the same number give the same")
+    flag("--hidden_units N,N  train hidden layers of these sizes, too", kind=whole_numbers)
+    flag("--dropout SHARE  of a hidden layer, left out at each step")
+    flag("--batch_norm  normalise the hidden layers over each batch")
+    flag("--optimizer sgd|momentum|adam|rmsprop  how a step follows from the gradient")
+    flag("--class_weights none|balanced  balanced: all classes count alike")
+    flag("--coarse_training_steps COUNT  steps on --coarse_image_dir")
+    flag("--coarse_learning_rate X  how far each of them goes; see --learning_rate")
+    flag("--refine_training_steps COUNT  later steps, on --image_dir")
+    flag("--refine_learning_rate X  how far each of them goes, usually less")
+    flag("--rehearsal SHARE  of coarse images in the later steps")
     parser.set_defaults(**vars(TrainingSettings()))
 
     flag = flags_of(parser, "report and export")
-    flag("--output_graph FILE", "the trained classifier", at_home("output_graph.pb"))
-    flag("--output_labels FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)")
-    flag("--output_report FILE", "the report (output_report.html; ants_report.html for ants.pb)")
-    flag("--no_report", "no cross-validation and no report")
-    flag("--coverage SHARE", "of right answers to be sure of", 0.93, number(float, 0.5, 1))
-    flag("--test_batch_size COUNT|-1", "images of the final test; -1 for all", -1)
-    flag("--print_misclassified_test_images", "list the test images that were named wrongly")
-    flag("--summaries_dir DIR", "log of all steps, also for TensorBoard", at_home("retrain_logs"))
-    flag("--logging_verbosity DEBUG|INFO|WARN|ERROR|FATAL", "how much to print", "INFO", str.upper)
-    flag("--final_tensor_name NAME", "name of the graph's output", "final_result")
-    flag("--saved_model_dir DIR", "also write the classifier as a SavedModel")
-    flag("--checkpoint_path FILE", "also write the head as a TensorFlow checkpoint")
-    flag("--intermediate_output_graphs_dir DIR", "for classifiers of earlier steps (intermediate_graph)")
-    flag("--intermediate_store_frequency N", "steps between those; 0 for none", 0)
+    flag("--output_graph FILE  the trained classifier", at_home("output_graph.pb"))
+    flag("--output_labels FILE  its classes; ants_labels.txt for ants.pb")
+    flag("--output_report FILE  the report; ants_report.html for ants.pb")
+    flag("--no_report  no cross-validation and no report")
+    flag("--coverage SHARE  of right answers to be given, not unsure", 0.93, number(float, 0.5, 1))
+    flag("--test_batch_size COUNT|-1  images of the final test; -1 for all", -1)
+    flag("--print_misclassified_test_images  list the test images named wrongly")
+    flag("--summaries_dir DIR  log of all steps, also for TensorBoard", at_home("retrain_logs"))
+    flag("--logging_verbosity DEBUG|INFO|WARN|ERROR|FATAL  how much to print", "INFO", str.upper)
+    flag("--final_tensor_name NAME  name of the graph's output", "final_result")
+    flag("--saved_model_dir DIR  also write the classifier as a SavedModel")
+    flag("--checkpoint_path FILE  also write the head as a TensorFlow checkpoint")
+    flag("--intermediate_output_graphs_dir DIR  of earlier steps (intermediate_graph)")
+    flag("--intermediate_store_frequency N  steps between them; 0 for none", 0)
 
 
 def build_parser() -> Parser:
     """Return the parser of the command line, with a group of flags for each room."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser("retrain.py", description=__doc__, formatter_class=layout, add_help=False)
-    parser.usage = "python retrain.py [flags]"
-    parser.allow_abbrev = False
+    usage = "python retrain.py [flags]"
+    parser = Parser("retrain.py", usage, __doc__, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.meant = MEANT
-    add_data_flags(parser)
-    add_network_flags(parser)
+    add_feature_flags(parser)
     add_training_flags(parser)
     purpose = "show this; `--help all` shows every flag"
     parser.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], metavar="all", help=purpose)
@@ -413,7 +404,7 @@ def build_parser() -> Parser:
 
 
 def check_flags(parser: Parser, flags: Flags) -> None:
-    """End with a sentence for flags that contradict each other, where going on would do harm or mislead."""
+    """End with a sentence for flags that contradict each other."""
     error = parser.error
     if flags.testing_percentage + flags.validation_percentage > 99:
         error("--testing_percentage and --validation_percentage together leave nothing to train on")
@@ -443,8 +434,8 @@ def parse_flags(arguments: Sequence[str] | None) -> Flags:
     """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
-    for name in ("image_dir", "model_dir", "bottleneck_dir", "summaries_dir", "output_graph"):
-        if not vars(flags)[name].strip():  # as of a variable of the shell that is not set
+    for name, value in vars(flags).items():
+        if value == "" and parser.get_default(name):  # as of an unset variable of the shell
             parser.error(f"--{name}: it needs a name")
     # The defaults that follow from other flags.
     if flags.crawl:  # data/ holds the drawings that come along
@@ -467,21 +458,22 @@ def paths_of(flags: Flags, *names: str) -> dict[str, str]:
 
 
 def find_class_folders(flags: Flags) -> None:
-    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
+    """Let the flags name train/, val/ and test/ where --image_dir holds those, not class folders."""
     flag_of = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
     folders = {}
     for folder in sorted(Path(flags.image_dir).glob("*")):
         known = re.match("train|val|test", folder.name.lower())
-        if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
+        if known and any(path.is_dir() for path in folder.glob("*")):  # or it is a class
             folders[flag_of[known[0]]] = str(folder)
     if len(folders) > 1 and "image_dir" in folders and not flags.split_file:
         folders |= paths_of(flags, "validation_dir", "test_dir")
         vars(flags).update(folders)
-        log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
+        used = ", ".join(f"--{name} {folder}" for name, folder in folders.items())
+        log.info("This run uses %s.", used)
 
 
 def check_outputs(flags: Flags) -> None:
-    """Raise UserError, before the long work, for an output that can't be written or lies among the images."""
+    """Raise UserError for an output that can't be written or lies among the images."""
     for name, path in paths_of(flags, *OUTPUTS.split()).items():
         is_folder = name.endswith("_dir")
         check_writable(name, Path(path), is_folder)
@@ -490,7 +482,8 @@ def check_outputs(flags: Flags) -> None:
             place = place.parent.parent  # files beside the class folders are not read
         for other, folder in paths_of(flags, "image_dir", *SPLIT_OF).items():
             if place.is_relative_to(Path(folder).resolve()):
-                raise UserError(f"--{name} {path}: it lies in what --{other} names; name another place.")
+                wrong = f"it lies in what --{other} names; name another place"
+                raise UserError(f"--{name} {path}: {wrong}.")
 
 
 def from_flags(kind: type, flags: Flags) -> Any:
@@ -515,12 +508,12 @@ class Image:
     path: Path | UPath  # the latter in an object store
     label: str
     split: str = "training"  # or another of SPLITS, or "coarse": stage one of two
-    place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
-    stamp: tuple[int, int] = (0, 0)  # when it was listed: size, and time of change or what else tells of a change
+    place: str = ""  # if not from image_dir: a folder below bottleneck_dir, with a slash at its end
+    stamp: tuple[int, int] = (0, 0)  # size, and time of change or what else tells of a change
 
     @property
     def key(self) -> str:
-        """`<class folder>/<file name>`: what identifies the image, wherever its image_dir lies."""
+        """`<class folder>/<file name>`: what identifies the image, wherever its folder lies."""
         return f"{self.path.parent.name}/{self.path.name}"
 
 
@@ -539,7 +532,7 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]:
-    """Return (path, stamp, or None for a folder) of what a folder holds, by name, but for what is hidden."""
+    """Return (path, stamp, or None for a folder) of what a folder holds, by name, without the hidden."""
     if is_store_url(str(folder)):
         entries = store_entries(str(folder))
     else:
@@ -557,11 +550,11 @@ def store_entries(url: str) -> list:
 
         store = UPath(url)
         for told in store.fs.ls(store.path, detail=True):
-            name = told["name"].strip("/")
+            path = store / told["name"].strip("/").rpartition("/")[2]
             lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
             stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
-            if name != store.path.strip("/"):  # some stores keep an empty object for the folder
-                entries.append((store / name.rpartition("/")[2], None if told["type"] == "directory" else stamp))
+            if told["name"].strip("/") != store.path.strip("/"):  # some list the folder, too
+                entries.append((path, None if told["type"] == "directory" else stamp))
     except Exception as error:  # stores have errors of their own
         why = first_line(error).replace(url, shown(url))
         remedy = f"the package for it may be missing: {INSTALL} -r requirements-ray.txt"
@@ -570,14 +563,14 @@ def store_entries(url: str) -> list:
 
 
 def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
-    """Return every file of every class folder in `image_dir`, by name; decoding tells whether it is an image.
+    """Return the files of all class folders in `image_dir`, by name, whether they are images or not.
 
-    Raises UserError, by the name of the flag, for a folder from which no classifier could be trained.
+    Raises UserError, by the name of the flag, for a folder from which no classifier can be trained.
     """
     given = f"{flag} {shown(image_dir)}"
     if not is_store_url(image_dir) and not os.path.isdir(image_dir):
-        where = os.path.abspath(image_dir)
-        raise UserError(f"{given}: there is no such folder (looked for {where}); an archive has to be unpacked first.")
+        given += f": there is no such folder (looked for {os.path.abspath(image_dir)})"
+        raise UserError(f"{given}; an archive has to be unpacked first.")
     images, unread = [], []
     folder_of: dict[str, str] = {}
     for folder, is_file in entries_of(image_dir):
@@ -586,20 +579,19 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
             continue
         label = label_of(folder.name)
         if label in folder_of:
-            both = f"the folders {folder_of[label]!r} and {folder.name!r} both give the label {label!r}"
-            raise UserError(f"{given}: {both}; rename or merge one of them.")
+            both = f"{folder_of[label]!r} and {folder.name!r} both give the label {label!r}"
+            raise UserError(f"{given}: the folders {both}; rename or merge one of them.")
         folder_of[label] = folder.name
-        for path, stamp in entries_of(folder):
-            if stamp:
-                images.append(Image(path, label, stamp=stamp))
-            else:
-                unread.append(path)
+        entries = entries_of(folder)
+        images += [Image(path, label, stamp=stamp) for path, stamp in entries if stamp]
+        unread += [path for path, stamp in entries if not stamp]
     if unread:
         told = "Only the files directly in a class's folder are read; not read: %d, such as %s."
         log.warning(told, len(unread), unread[0])
     if len(folder_of) < 2:
-        told = f"a classifier needs the folders of two classes or more, and it holds {', '.join(folder_of) or 'none'}"
-        raise UserError(f"{given}: {told}; make one for each class, or name the folder above if it is that of one.")
+        given += ": a classifier needs the folders of two classes or more, and it holds "
+        given += ", ".join(folder_of) or "none"
+        raise UserError(f"{given}; make one for each class, or name the folder above if it is that of one.")
     check_classes(given, images, folder_of)
     return images
 
@@ -609,21 +601,22 @@ def check_classes(given: str, images: Iterable[Image], labels: Iterable[str]) ->
     present = {image.label for image in images}
     missing = ", ".join(repr(label) for label in labels if label not in present)
     if missing:
-        raise UserError(f"{given}: no usable images of {missing} to train on; add some, or remove the class.")
+        given += f": no usable images of {missing} to train on"
+        raise UserError(f"{given}; add some, or remove the class.")
 
 
 def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
-    """Return (line, cells) of a table with tabs between its cells, without empty lines and those that begin with #."""
+    """Return (line, cells) of a table of tabs, without empty lines and those that begin with #."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = list(enumerate(csv.reader(file, delimiter="\t"), 1))
+            rows = list(enumerate(csv.reader(file, "excel-tab"), 1))
     except (OSError, csv.Error) as error:
-        raise UserError(f"{flag} {path}: it can't be read ({error}); name the right file.") from error
+        raise UserError(f"{flag} {path}: it can't be read ({error}).") from error
     return [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
 
 
 def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[str]]:
-    """Return the images that a table names, with the cells of the line. Raises UserError if it names none."""
+    """Return the images that a table names, with the cells of the line. Raises UserError for none."""
     rows = read_table(path, flag)
     cells_of = {}
     for _, cells in rows:
@@ -634,7 +627,8 @@ def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[
     keys = {image: printable(image.key) for image in images}
     named = {image: cells_of[key] for image, key in keys.items() if key in cells_of}
     if rows and not named:
-        raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
+        told = "it names none of the images; a line is `class folder/file name`"
+        raise UserError(f"{flag} {path}: {told}.")
     log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), len(named))
     return named
 
@@ -647,7 +641,7 @@ def leave_out(images: Sequence[Image], path: str) -> list[Image]:
 
 
 def relabel(images: Sequence[Image], path: str) -> list[Image]:
-    """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
+    """Return the images, with the labels in the second column of --relabel. Raises UserError."""
     labels = {image.label.strip(): image.label for image in images}
     relabelled = {}
     for image, cells in named_in(path, "--relabel", images).items():
@@ -660,15 +654,16 @@ def relabel(images: Sequence[Image], path: str) -> list[Image]:
 
 
 def place_of(folder: Path) -> str:
-    """Return the folder below bottleneck_dir for images of another folder than image_dir, of the same names perhaps."""
+    """Return Image.place of the images of a folder, whose names may be those of others."""
     where = os.path.realpath(folder)
     return f"{os.path.basename(where)}-{sha1_of(where)[:8]}/"
 
 
 def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
-    """Return the images that a split file names, in its order, with their splits; images: all of image_dir.
+    """Return the images that a split file names, in its order, with their splits.
 
-    It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for odd lines.
+    It is a table of tabs: path (absolute, or from image_dir, which holds `images`), label, and one of
+    SPLITS. Raises UserError for odd lines.
     """
     true_folder = functools.cache(os.path.realpath)
 
@@ -683,30 +678,31 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
         if row == SPLIT_COLUMNS:
             continue
         if len(row) != 3 or row[2] not in SPLITS:
-            raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
-        name, label, split = row
-        where = place(os.path.join(image_dir, name))
+            columns = "path, label and training, validation or testing"
+            raise UserError(f"{given} is not: {columns}, with tabs between.")
+        where, label = place(os.path.join(image_dir, row[0])), label_of(row[1])
+        given += f": {printable(row[0])}"
+        file = Path(where)
         if where in named:
-            raise UserError(f"{given}: {printable(name)} is named twice; remove one of the lines.")
+            raise UserError(f"{given} is named twice; remove one of the lines.")
         image = known.get(where)
         if not image:
-            file = Path(where)
-            image = Image(file, label_of(label), place=place_of(file.parent.parent), stamp=stamp_of(file))
-        if label_of(label) != image.label or image.label not in labels or not image.path.is_file():
-            raise UserError(f"{given}: {printable(name)} is no image of the class {label!r}; correct the line.")
-        named[where] = replace(image, split=split)
-    left_out = known.keys() - named.keys()
+            image = Image(file, label, place=place_of(file.parent.parent), stamp=stamp_of(file))
+        if label != image.label or label not in labels or not file.is_file():
+            raise UserError(f"{given} is no image of the class {label!r}; correct the line.")
+        named[where] = replace(image, split=row[2])
+    left_out = len(known.keys() - named.keys())
     if left_out:
-        log.warning("%d images of %s are not in %s, and are left out.", len(left_out), image_dir, path)
+        log.warning("%d images of %s are not in %s, and are left out.", left_out, image_dir, path)
     training = [image for image in named.values() if image.split == "training"]
     check_classes(f"--split_file {path}", training, sorted(labels))
     return list(named.values())
 
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
-    """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
+    """Write a table for --split_file, with paths as seen from image_dir, and forward slashes."""
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", "") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer = csv.writer(file, "excel-tab", lineterminator="\n")
         writer.writerow(SPLIT_COLUMNS)
         for image in images:
             where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
@@ -714,16 +710,16 @@ def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> Non
 
 
 def stem_of(key: str) -> str:
-    """Return `<class folder>/<file name up to _nohash_>`, which names near-identical images alike."""
+    """Return `<class folder>/<file name up to _nohash_>`: what belongs together has the same."""
     folder, _, name = key.partition("/")
     return f"{folder}/{name.partition('_nohash_')[0]}"
 
 
 def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
-    """Return the images with their split, by the classic rule, from the hash of their stem: a place from 0 to 100.
+    """Return the images with their split, by the classic rule: the hash of their stem is a place, 0 to 100.
 
-    A class with nothing to test or to validate with lends the nearest of its training images while it keeps some; one
-    with nothing to train on takes back the furthest.
+    A class with nothing to test or to validate with lends the nearest of its training images while
+    it keeps some; one with nothing to train on takes back the furthest.
     """
     splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and place
     places = {}
@@ -734,23 +730,24 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
             split = "validation"
         elif place < validation + testing:
             split = "testing"
-        splits[image.label][place], places[image] = split, place
+        splits[image.label][place] = split
+        places[image] = place
     for split_at in splits.values():
         if "training" not in split_at.values():
             split_at[max(split_at)] = "training"
         for split, wanted in (("testing", testing), ("validation", validation)):
-            spare = [place for place, its_split in split_at.items() if its_split == "training"]
+            spare = [place for place in split_at if split_at[place] == "training"]
             if wanted and split not in split_at.values() and len(spare) > 1:
                 split_at[min(spare)] = split
     return [replace(image, split=splits[image.label][place]) for image, place in places.items()]
 
 
 def read_anywhere(path: Path | UPath) -> bytes:
-    """Return the content of a file here or in an object store. Raises ImageError for one that can't be read."""
+    """Return the content of a file here or in an object store. Raises ImageError."""
     if isinstance(path, Path):
         return read_bytes(path)
     try:
-        return path.fs.cat_file(path.path, end=MOST_BYTES)  # whole at once, since requests are paid
+        return path.fs.cat_file(path.path, end=MOST_BYTES)  # at once, since requests are paid
     except Exception as error:  # stores have errors of their own
         raise ImageError(f"it can't be read ({first_line(error)})") from None
 
