@@ -56,7 +56,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-# First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
+# First of all packages: it says what is missing, or goes on with the Python of retrain.sh.
 from predict import (
     BOTTLENECK_NODE,
     INSTALL,
@@ -115,7 +115,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 log = logging.getLogger("retrain")
 step_log = log.getChild("steps")  # of the classic lines of each evaluation
 MOST_IN_MEMORY = 2 << 30  # features of more bytes lie in a file instead
-RESULT = logging.WARNING + 1  # of the result: no warning, but told with --logging_verbosity WARN, too
+RESULT = logging.WARNING + 1  # of the result: no warning, but told with a verbosity of WARN, too
 
 
 class Console(logging.Handler):
@@ -130,7 +130,7 @@ class Console(logging.Handler):
 
 
 def set_up_logging(verbosity: str) -> None:
-    """Print what is as serious as that; on a terminal a progress bar stands for the lines of steps."""
+    """Print what is so serious; on a terminal, a progress bar stands for the lines of steps."""
     console = Console(verbosity)
     if verbosity != "DEBUG" and sys.stdout.isatty():
         console.addFilter(lambda record: record.name != step_log.name)
@@ -141,7 +141,7 @@ def set_up_logging(verbosity: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed runs, an hour old at least, since others may be running."""
+    """Remove the temporary files of killed runs; an hour's grace leaves other runs alone."""
     for leftover in folder.glob(".retrain-*.tmp"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
@@ -155,7 +155,7 @@ class Journal:
     path: Path
 
     def read(self) -> list:
-        """Return the values, without what is no JSON, or [] if there is no file; end half a line."""
+        """Return the values but for what is no JSON, [] if there is no file; end half a line."""
         values = []
         data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines():
@@ -174,7 +174,7 @@ class Journal:
 
 
 def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> Any:
-    """Return a tqdm bar: off a terminal it changes every ten seconds; WARN and above show none."""
+    """Return a tqdm bar; off a terminal it changes every ten seconds, below INFO never."""
     from tqdm import tqdm
 
     options.setdefault("disable", log.getEffectiveLevel() > logging.INFO)
@@ -183,7 +183,7 @@ def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> An
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> Array:
-    """Return an uninitialized float32 matrix, a large one in a nameless file of `folder`. Raises UserError."""
+    """Return an unset float32 matrix, if large in a nameless file of `folder`. Raises UserError."""
     size = 4 * math.prod(shape)
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
@@ -230,9 +230,9 @@ Flags = argparse.Namespace
 
 
 class Help(argparse.Action):
-    """Prints the flags of every day, or all; what stands before it, as in retrain.sh, is the default."""
+    """Prints the flags of every day, or all; the values before it (as in retrain.sh) are default."""
 
-    def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
+    def __call__(self, parser, namespace, value, _=None):  # type: ignore[no-untyped-def]
         for action in parser._actions:
             action.default = getattr(namespace, action.dest, None)
             if action.default:
@@ -276,7 +276,7 @@ def architecture(text: str) -> str:
 
 
 def flags_of(parser: Parser, room: str) -> Callable:
-    """Return the function that adds a flag of a room by its line of the help: `--test_dir DIR  purpose`.
+    """Return the function that adds a flag of a room by its line of the help, `--x DIR  purpose`.
 
     KINDS tells what the value may be; of several words one is chosen; a flag without is a switch.
     """
@@ -312,8 +312,8 @@ def add_feature_flags(parser: Parser) -> None:
     flag("--exact_decode  read very large photographs at full size: slower")
 
     flag = flags_of(parser, "crawl")
-    sources = "openverse, commons (these two, if not told), inaturalist, bing, baidu, page:URL, "
-    sources += "list:FILE; {} stands for the words; see CRAWL_CONTACT and OPENVERSE_TOKEN in README.md"
+    sources = "openverse, commons (both by default), inaturalist, bing, baidu, page:URL, "
+    sources += "list:FILE; {} stands for the words; see CRAWL_CONTACT, OPENVERSE_TOKEN in README.md"
     flag("--crawl FILE  first download images of the classes in this file, one a line")
     flag("--crawl_count COUNT  images to download for each class", 100)
     flag("--crawl_dir DIR  where to put them, if not into --image_dir")
@@ -323,14 +323,14 @@ def add_feature_flags(parser: Parser) -> None:
     flag("--crawl_min_side COUNT  least pixels of the shorter side", 100)
     flag("--crawl_parallel COUNT  downloads at the same time", 8)
     flag("--crawl_host_delay X  seconds between requests to a server", 1.0)
-    flag("--crawl_allow_private NET  private addresses to allow, or `all`", (), ip_networks)
+    flag("--crawl_allow_private NET  private networks allowed, or `all`", (), ip_networks)
 
     flag = flags_of(parser, "base model")
-    names = "inception_v3; efficientnet_lite2 (also 0, 1), faster and better for few images; vgg16; "
+    names = "inception_v3; efficientnet_lite2 (or 0, 1), faster and better for few images; vgg16; "
     names += "mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
     flag("--architecture NAME  " + names, "auto", architecture, choices=ARCHITECTURES)
     flag("--bottleneck_layer avg_pool|block5_pool|fc2  of vgg16; usually avg_pool")
-    flag("--model_dir DIR  where it lies, or is downloaded to", at_home("inception_model"))
+    flag("--model_dir DIR  where it is or gets downloaded", at_home("inception_model"))
     flag("--model_url URL  download it from here, as .pb or .tgz")
     flag("--trust_model  run it though it could read and write files")
     flag("--tfhub_module NAME  one of TF-Hub or Kaggle, or a SavedModel, instead")
@@ -346,7 +346,7 @@ def add_feature_flags(parser: Parser) -> None:
     flag("--random_scale N  also on images enlarged by up to N percent", 0)
     flag("--random_brightness PERCENT  also on images so much brighter or darker", 0)
     flag("--random_rotation N  also on images turned by up to N degrees", 0)
-    flag("--random_color PERCENT  also on images of so much more or less color and contrast", 0)
+    flag("--random_color PERCENT  also on so much more or less color and contrast", 0)
     flag("--distortions_per_image COUNT  variants of an image by these flags", 8)
     flag("--ray_address ADDRESS  compute on a Ray cluster: auto, host:port, or local")
     flag("--ray_shared_files  its machines find the images at the same paths")
@@ -361,7 +361,7 @@ def add_training_flags(parser: Parser) -> None:
     flag("--validation_batch_size COUNT|-1  images to validate on; -1 for all")
     flag("--eval_step_interval COUNT  steps between validations")
     flag("--random_seed N  two runs with the same number give the same")
-    flag("--hidden_units N,N  train hidden layers of these sizes, too", kind=whole_numbers)
+    flag("--hidden_units N,N  train hidden layers of such sizes", kind=whole_numbers)
     flag("--dropout SHARE  of a hidden layer, left out at each step")
     flag("--batch_norm  normalise the hidden layers over each batch")
     flag("--optimizer sgd|momentum|adam|rmsprop  how a step follows from the gradient")
@@ -378,10 +378,10 @@ def add_training_flags(parser: Parser) -> None:
     flag("--output_labels FILE  its classes; ants_labels.txt for ants.pb")
     flag("--output_report FILE  the report; ants_report.html for ants.pb")
     flag("--no_report  no cross-validation and no report")
-    flag("--coverage SHARE  of right answers to be given, not unsure", 0.93, number(float, 0.5, 1))
+    flag("--coverage SHARE  of right answers to be given", 0.93, number(float, 0.5, 1))
     flag("--test_batch_size COUNT|-1  images of the final test; -1 for all", -1)
     flag("--print_misclassified_test_images  list the test images named wrongly")
-    flag("--summaries_dir DIR  log of all steps, also for TensorBoard", at_home("retrain_logs"))
+    flag("--summaries_dir DIR  logs, also for TensorBoard", at_home("retrain_logs"))
     flag("--logging_verbosity DEBUG|INFO|WARN|ERROR|FATAL  how much to print", "INFO", str.upper)
     flag("--final_tensor_name NAME  name of the graph's output", "final_result")
     flag("--saved_model_dir DIR  also write the classifier as a SavedModel")
@@ -417,7 +417,7 @@ def check_flags(parser: Parser, flags: Flags) -> None:
         remedy = f"add --ray_address, and leave out --{', --'.join(local)}"
         error(f"--image_dir: an object store is read by a Ray cluster; {remedy}")
     if flags.ray_address.startswith("ray://"):
-        error("--ray_address: give host:port of the cluster's head, on one of its machines")
+        error("--ray_address: give host:port of the cluster's head, and run on one of its machines")
     if flags.crawl_only and not flags.crawl:
         error("--crawl_only: there is nothing to crawl without --crawl")
     if flags.tfhub_module and flags.architecture != "auto":
@@ -427,11 +427,11 @@ def check_flags(parser: Parser, flags: Flags) -> None:
     if not flags.hidden_units and (flags.dropout or flags.batch_norm):
         error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
     if flags.head == "logistic" and (flags.hidden_units or flags.optimizer != "sgd"):
-        error("--head logistic has neither hidden layers, two stages nor an optimizer; leave it out")
+        error("--head logistic has neither hidden layers, stages nor an optimizer; leave it out")
 
 
 def parse_flags(arguments: Sequence[str] | None) -> Flags:
-    """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
+    """Return the parsed command line; a wrong one ends with a sentence and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
     for name, value in vars(flags).items():
@@ -458,7 +458,7 @@ def paths_of(flags: Flags, *names: str) -> dict[str, str]:
 
 
 def find_class_folders(flags: Flags) -> None:
-    """Let the flags name train/, val/ and test/ where --image_dir holds those, not class folders."""
+    """Let the flags name train/, val/ and test/ where --image_dir holds those and no classes."""
     flag_of = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
     folders = {}
     for folder in sorted(Path(flags.image_dir).glob("*")):
@@ -532,9 +532,9 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]:
-    """Return (path, stamp, or None for a folder) of what a folder holds, by name, without the hidden."""
+    """Return (path, stamp, or None for a folder) of what a folder holds unhidden, by name."""
     if is_store_url(str(folder)):
-        entries = store_entries(str(folder))
+        entries = list(store_entries(str(folder)))
     else:
         paths = Path(folder).iterdir()
         entries = [(path, None if path.is_dir() else stamp_of(path)) for path in paths]
@@ -542,28 +542,27 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]
     return [entry for entry in entries if not is_hidden(entry[0])]
 
 
-def store_entries(url: str) -> list:
-    """Return the like of a folder in an object store. Raises UserError for one that can't be listed."""
-    entries = []
+def store_entries(url: str) -> Iterator[tuple]:
+    """Yield the like for a folder in an object store. Raises UserError if it can't be listed."""
     try:
         from upath import UPath
 
         store = UPath(url)
         for told in store.fs.ls(store.path, detail=True):
-            path = store / told["name"].strip("/").rpartition("/")[2]
+            name = told["name"].strip("/")
             lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
             stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
-            if told["name"].strip("/") != store.path.strip("/"):  # some list the folder, too
-                entries.append((path, None if told["type"] == "directory" else stamp))
+            if name != store.path.strip("/"):  # some stores list the folder itself, too
+                path = store / name.rpartition("/")[2]
+                yield path, None if told["type"] == "directory" else stamp
     except Exception as error:  # stores have errors of their own
         why = first_line(error).replace(url, shown(url))
         remedy = f"the package for it may be missing: {INSTALL} -r requirements-ray.txt"
         raise UserError(f"{shown(url)} could not be listed ({why}); {remedy}.") from error
-    return entries
 
 
 def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
-    """Return the files of all class folders in `image_dir`, by name, whether they are images or not.
+    """Return the files of all class folders in `image_dir`, by name; not all need be images.
 
     Raises UserError, by the name of the flag, for a folder from which no classifier can be trained.
     """
@@ -591,13 +590,13 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
     if len(folder_of) < 2:
         given += ": a classifier needs the folders of two classes or more, and it holds "
         given += ", ".join(folder_of) or "none"
-        raise UserError(f"{given}; make one for each class, or name the folder above if it is that of one.")
+        raise UserError(f"{given}; add others, or name the folder above if it is that of one.")
     check_classes(given, images, folder_of)
     return images
 
 
 def check_classes(given: str, images: Iterable[Image], labels: Iterable[str]) -> None:
-    """Raise UserError for a class without images; given: the flag that names them, and its value."""
+    """Raise UserError for a class without images; given: the flag of theirs, and its value."""
     present = {image.label for image in images}
     missing = ", ".join(repr(label) for label in labels if label not in present)
     if missing:
@@ -611,12 +610,12 @@ def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = list(enumerate(csv.reader(file, "excel-tab"), 1))
     except (OSError, csv.Error) as error:
-        raise UserError(f"{flag} {path}: it can't be read ({error}).") from error
+        raise UserError(f"{flag} {path}: it can't be read ({error}); name another.") from error
     return [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
 
 
 def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[str]]:
-    """Return the images that a table names, with the cells of the line. Raises UserError for none."""
+    """Return the images that a table names, with the cells of its line. Raises UserError."""
     rows = read_table(path, flag)
     cells_of = {}
     for _, cells in rows:
@@ -624,8 +623,11 @@ def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[
         # A backslash parts folders on Windows, but also begins an escaped character.
         for spelled in (name.replace("\\", "/"), name):
             cells_of["/".join(spelled.split("/")[-2:])] = cells
-    keys = {image: printable(image.key) for image in images}
-    named = {image: cells_of[key] for image, key in keys.items() if key in cells_of}
+    named = {}
+    for image in images:
+        key = printable(image.key)
+        if key in cells_of:
+            named[image] = cells_of[key]
     if rows and not named:
         told = "it names none of the images; a line is `class folder/file name`"
         raise UserError(f"{flag} {path}: {told}.")
@@ -662,8 +664,8 @@ def place_of(folder: Path) -> str:
 def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
     """Return the images that a split file names, in its order, with their splits.
 
-    It is a table of tabs: path (absolute, or from image_dir, which holds `images`), label, and one of
-    SPLITS. Raises UserError for odd lines.
+    A table of tabs: path (absolute, or from image_dir, which holds `images`), label, one of SPLITS.
+    Raises UserError for odd lines.
     """
     true_folder = functools.cache(os.path.realpath)
 
@@ -716,7 +718,7 @@ def stem_of(key: str) -> str:
 
 
 def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
-    """Return the images with their split, by the classic rule: the hash of their stem is a place, 0 to 100.
+    """Return the images with their split, by the classic rule: a stem's hash is a place, 0 to 100.
 
     A class with nothing to test or to validate with lends the nearest of its training images while
     it keeps some; one with nothing to train on takes back the furthest.
