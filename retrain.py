@@ -524,11 +524,10 @@ def shown(url: str) -> str:
 
 def stamp_of(path: Path) -> tuple[int, int]:
     """Return the size in bytes and the time of change in nanoseconds since 1970."""
-    try:
+    with suppress(OSError):  # reading it will tell why
         now = path.stat()
-    except OSError:
-        return 0, 0  # reading it will tell why
-    return now.st_size, now.st_mtime_ns
+        return now.st_size, now.st_mtime_ns
+    return 0, 0
 
 
 def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]:
@@ -684,13 +683,13 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
             raise UserError(f"{given} is not: {columns}, with tabs between.")
         where, label = place(os.path.join(image_dir, row[0])), label_of(row[1])
         given += f": {printable(row[0])}"
-        file = Path(where)
         if where in named:
             raise UserError(f"{given} is named twice; remove one of the lines.")
         image = known.get(where)
         if not image:
+            file = Path(where)
             image = Image(file, label, place=place_of(file.parent.parent), stamp=stamp_of(file))
-        if label != image.label or label not in labels or not file.is_file():
+        if label != image.label or label not in labels or not image.path.is_file():
             raise UserError(f"{given} is no image of the class {label!r}; correct the line.")
         named[where] = replace(image, split=row[2])
     left_out = len(known.keys() - named.keys())
