@@ -188,8 +188,8 @@ def empty_matrix(shape: Sequence[int], folder: Path) -> Array:
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
     if shutil.disk_usage(folder).free < size:
-        needed = f"name one on a disk with {size / 1e9:.1f} GB to spare, for the features"
-        raise UserError(f"--bottleneck_dir {folder}: {needed}.")
+        remedy = f"name one on a disk with {size / 1e9:.1f} GB to spare"
+        raise UserError(f"--bottleneck_dir {folder}: {remedy}.")
     with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it
         return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
