@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
 """Teach a computer a few classes of images from few samples.
 
-    python retrain.py --image_dir data
+  python retrain.py --image_dir photos        learn the classes photos/cats, photos/dogs and so on
+  python retrain.py --output_graph birds.pb   keep the classifier beside those trained before
+  python retrain.py --crawl names.txt         first download images for each name in the file
 
-`data` holds one folder of images per class. Every image passes once through a trained network (the base model,
-Inception-v3); the features of its last pooling layer, the bottleneck, are kept as a text file per image; a new layer,
-the head, is trained on them; base model and head together are written as output_graph.pb, and the classes as
-output_labels.txt. `python predict.py --image x.jpg` then names new images. All flags: `python retrain.py --help`.
-
-The file is read in the order in which an image travels:
-common ground, flags, images, base model, bottlenecks, cluster, head, near duplicates, diagnostics, report, export,
-crawl, main.
+Every image passes once through a trained network, the base model. The features of its last pooling
+layer, the bottleneck, are kept as a text file per image. A new layer, the head, is trained on them.
+Both together are written as output_graph.pb, with which predict.py names new images.
 """
+# The rooms of this file come in the order in which an image travels.
 
 from __future__ import annotations
 
@@ -58,7 +56,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-# First of all packages: it says what is missing, or goes on with the Python that retrain.sh has made.
+# First of all packages: it says what is missing, or goes on with the Python of retrain.sh.
 from predict import (
     BOTTLENECK_NODE,
     INSTALL,
@@ -107,7 +105,6 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
     from ray import ObjectRef
     from tensorflow import Tensor
     from tensorflow.core.framework.graph_pb2 import GraphDef
-    from tqdm import tqdm
     from upath import UPath
 
 
@@ -118,7 +115,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 log = logging.getLogger("retrain")
 step_log = log.getChild("steps")  # of the classic lines of each evaluation
 MOST_IN_MEMORY = 2 << 30  # features of more bytes lie in a file instead
-RESULT = logging.WARNING + 1  # the level of the result: no warning, but told with --logging_verbosity WARN, too
+RESULT = logging.WARNING + 1  # of the result: no warning, but told with a verbosity of WARN, too
 
 
 class Console(logging.Handler):
@@ -133,7 +130,7 @@ class Console(logging.Handler):
 
 
 def set_up_logging(verbosity: str) -> None:
-    """Print what is at least as serious as that; on a terminal a progress bar stands for the lines of steps."""
+    """Print what is so serious; on a terminal, a progress bar stands for the lines of steps."""
     console = Console(verbosity)
     if verbosity != "DEBUG" and sys.stdout.isatty():
         console.addFilter(lambda record: record.name != step_log.name)
@@ -144,7 +141,7 @@ def set_up_logging(verbosity: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of runs that were killed; an hour's grace leaves a run beside this one alone."""
+    """Remove the temporary files of killed runs; an hour's grace leaves other runs alone."""
     for leftover in folder.glob(".retrain-*.tmp"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
@@ -158,7 +155,7 @@ class Journal:
     path: Path
 
     def read(self) -> list:
-        """Return the values, [] if there is no such file; what is no JSON is left out, and half a line ended."""
+        """Return the values but for what is no JSON, [] if there is no file; end half a line."""
         values = []
         data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines():
@@ -171,29 +168,29 @@ class Journal:
 
     def append(self, value: object) -> None:
         """Add a line, at once and whole."""
+        line = json.dumps(value, ensure_ascii=False) + "\n"
         with open(self.path, "ab") as file:
-            file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            file.write(line.encode("utf-8", "backslashreplace"))
 
 
-def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> tqdm:
-    """Return a tqdm bar; off a terminal it changes every ten seconds only, and with --logging_verbosity WARN never."""
+def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> Any:
+    """Return a tqdm bar; off a terminal it changes every ten seconds, below INFO never."""
     from tqdm import tqdm
 
-    quiet = log.getEffectiveLevel() > logging.INFO
+    options.setdefault("disable", log.getEffectiveLevel() > logging.INFO)
     seconds = 0.1 if sys.stderr.isatty() else 10
-    options = {"total": total, "desc": doing, "unit": unit, "mininterval": seconds, "disable": quiet} | options
-    return tqdm(**options)
+    return tqdm(total=total, desc=doing, unit=unit, mininterval=seconds, **options)
 
 
 def empty_matrix(shape: Sequence[int], folder: Path) -> Array:
-    """Return an uninitialized float32 matrix [*shape], if large in a nameless file of `folder`. Raises UserError."""
+    """Return an unset float32 matrix, if large in a nameless file of `folder`. Raises UserError."""
     size = 4 * math.prod(shape)
     if size <= MOST_IN_MEMORY:
         return np.empty(shape, np.float32)
     if shutil.disk_usage(folder).free < size:
-        told = f"it has no room for {size / 1e9:.1f} GB of features; name a folder on a larger disk"
-        raise UserError(f"--bottleneck_dir {folder}: {told}.")
-    with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it, however that ends
+        remedy = f"name one on a disk with {size / 1e9:.1f} GB to spare"
+        raise UserError(f"--bottleneck_dir {folder}: {remedy}.")
+    with tempfile.TemporaryFile(dir=folder) as file:  # gone with the last who uses it
         return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
 
@@ -206,51 +203,43 @@ def sha1_of(text: str) -> str:
 # Flags: the classic script's names and meanings, and ours
 # ======================================================================================================================
 
-EXAMPLES = """\
-Teach a computer a few classes of images from few samples. Three examples:
-
-  python retrain.py --image_dir photos
-      learn the classes of photos/cats, photos/dogs and so on: a folder of images for each class
-  python retrain.py --image_dir birds --output_graph birds.pb
-      keep the classifier under a name of its own, beside those that were trained before
-  python retrain.py --crawl names.txt --crawl_count 100
-      first download 100 images for each name in the file
-"""
 # The flags that --help shows; the others are under `--help all`.
-EVERYDAY = "help image_dir how_many_training_steps output_graph architecture testing_percentage validation_percentage "
-EVERYDAY += "exclude relabel crawl crawl_count"
-# What users of other programs type, and what it is called here.
+EVERYDAY = "help image_dir how_many_training_steps output_graph architecture "
+EVERYDAY += "testing_percentage validation_percentage exclude relabel crawl crawl_count"
+# What users of other programs type, where no flag of ours is spelled much like it.
 MEANT = {"images": "--image_dir", "epochs": "--how_many_training_steps", "lr": "--learning_rate"}
-MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture", "output": "--output_graph"}
-ARCHITECTURES = ["auto", "inception_v3", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "vgg16"]
-MOBILENETS = [f"mobilenet_{width}_{side}" for width in ("1.0", "0.75", "0.50", "0.25") for side in (224, 192, 160, 128)]
-ARCHITECTURES += MOBILENETS
-# The layers of vgg16 that can be its bottleneck, the usual one first.
-VGG16_LAYERS = ("avg_pool", "block5_pool", "fc2")
+MEANT |= {"batch_size": "--train_batch_size", "model": "--architecture"}
+ARCHITECTURES = ["auto", "inception_v3", "vgg16"]
+ARCHITECTURES += ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+MOBILENETS = [f"mobilenet_{width}_" for width in ("1.0", "0.75", "0.50", "0.25")]
+ARCHITECTURES += [name + side for name in MOBILENETS for side in ("224", "192", "160", "128")]
 # What the images of the folders that stand beside --image_dir are used for.
 SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
-# The flags for which the folders of a set that is split already stand, by how their names usually begin.
-FLAG_OF = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
-OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path bottleneck_dir summaries_dir "
-OUTPUTS += "saved_model_dir intermediate_output_graphs_dir"
-PERCENTAGE = number(int, 0, 100)
-WHOLE = number(int, 0)
-COUNT = number(int, 1)
-COUNT_OR_ALL = number(int, 1, also=-1)
-RATE = number(float, 0)
-SHARE = number(float, 0, 0.99)
+OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path "
+OUTPUTS += "bottleneck_dir summaries_dir saved_model_dir intermediate_output_graphs_dir"
+# What a flag takes, by the word for it in the help; any other word stands for text.
+KINDS = {
+    "N": number(int, 0),
+    "COUNT": number(int, 1),
+    "COUNT|-1": number(int, 1, also=-1),
+    "PERCENT": number(int, 0, 100),
+    "X": number(float, 0),
+    "SHARE": number(float, 0, 0.99),
+}
 Flags = argparse.Namespace
 
 
 class Help(argparse.Action):
-    """Prints the flags of every day, or all; what stands before --help, as in retrain.sh, counts as default."""
+    """Prints the flags of every day, or all; the values before it (as in retrain.sh) are default."""
 
-    def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
+    def __call__(self, parser, namespace, value, _=None):  # type: ignore[no-untyped-def]
         for action in parser._actions:
             action.default = getattr(namespace, action.dest, None)
+            if action.default:
+                action.help += " (%(default)s)"
             if value != "all" and action.dest not in EVERYDAY.split():
                 action.help = argparse.SUPPRESS
-        print(parser.format_help().replace(" []", "   "), end="")  # the value that a switch may be given
+        parser.print_help()
         parser.exit()
 
 
@@ -260,16 +249,13 @@ def is_store_url(text: str) -> bool:
 
 
 def ip_networks(text: str) -> tuple:
-    """Read the value of --crawl_allow_private: addresses or networks, joined by commas, or `all`."""
+    """Read addresses or networks, joined by commas, or `all`. Raises ValueError."""
     networks = "0.0.0.0/0,::/0" if text == "all" else text
-    try:
-        return tuple(map(ipaddress.ip_network, networks.split(",")))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; give addresses or networks such as 192.168.1.0/24") from None
+    return tuple(map(ipaddress.ip_network, networks.split(",")))
 
 
 def switch(text: str) -> bool:
-    """Read the value of a flag such as --flip_left_right, which may stand alone or as --flip_left_right=true."""
+    """Read the value of a flag that may also stand alone, as --quantize and --quantize=true."""
     if text.lower() in ("true", "t", "1", "yes"):
         return True
     if text.lower() in ("false", "f", "0", "no"):
@@ -278,143 +264,139 @@ def switch(text: str) -> bool:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(COUNT, text.split(",")))
+    return tuple(map(KINDS["COUNT"], text.split(",")))
 
 
-def architecture_named(text: str) -> str:
-    base = text.removesuffix("_quantized")  # as the classic script's MobileNets may end
-    if base != text:
-        raise argparse.ArgumentTypeError(f"what {text} did is done by --architecture {base} --quantize")
+def architecture(text: str) -> str:
+    base, quantized, _ = text.partition("_quantized")  # as the classic script's MobileNets may end
+    if quantized:
+        remedy = f"what {text} did is done by --architecture {base} --quantize"
+        raise argparse.ArgumentTypeError(remedy)
     return text
 
 
 def flags_of(parser: Parser, room: str) -> Callable:
-    """Return the function that adds a flag of a room, spelled as `--image_dir DIR`, or as `--quantize` without a value.
+    """Return the function that adds a flag of a room by its line of the help, `--x DIR  purpose`.
 
-    The latter is read as --quantize=true, too. --help tells the default after the purpose, unless it is nothing.
+    KINDS tells what the value may be; of several words one is chosen; a flag without is a switch.
     """
     group = parser.add_argument_group(room)
 
-    def flag(spelled: str, purpose: str, default: Any = "", kind: Callable = str, **options: Any) -> None:
-        name, _, metavar = spelled.partition(" ")
-        if metavar:
-            options["metavar"] = metavar
-        elif "choices" not in options:
-            default, kind, options = False, switch, {"nargs": "?", "const": True, "metavar": ""}
-        if default:
-            purpose += " (%(default)s)"
-        group.add_argument(name, default=default, type=kind, help=purpose, **options)
+    def flag(line: str, default: Any = "", kind: Any = None, **more: Any) -> None:
+        spelled, _, purpose = line.partition("  ")
+        name, _, word = spelled.partition(" ")
+        if not word:
+            default, kind, word = False, switch, "yes|no"
+            more = {"nargs": "?", "const": True}
+        elif "|" in word and word not in KINDS:
+            more["choices"] = word.split("|")
+        kind = kind or KINDS.get(word, str)
+        group.add_argument(name, help=purpose, default=default, type=kind, metavar=word, **more)
 
     return flag
 
 
-def add_data_flags(parser: Parser) -> None:
+def add_feature_flags(parser: Parser) -> None:
     flag = flags_of(parser, "images")
-    flag("--image_dir DIR", "folder with a folder of images for each class (or s3://...)", at_home("data"))
-    flag("--testing_percentage N", "percent of the images kept for the final test", 10, PERCENTAGE)
-    flag("--validation_percentage N", "percent kept to validate during training", 10, PERCENTAGE)
-    flag("--test_dir DIR", "test on the images of this folder instead")
-    flag("--validation_dir DIR", "validate on those of this folder instead")
-    flag("--split_file FILE", "table of each image's path, label and split")
-    flag("--write_split_file FILE", "write such a table of this run")
-    flag("--exclude FILE", "leave out the images in this list of the report")
-    flag("--relabel FILE", "take the labels in this list of the report")
-    flag("--coarse_image_dir DIR", "train first on these many doubtful images")
-    flag("--ignore_exif_orientation", "don't turn photographs upright")
-    flag("--exact_decode", "read very large photographs at full size: slower")
+    flag("--image_dir DIR  holds a folder for each class; or s3://...", at_home("data"))
+    flag("--testing_percentage PERCENT  of the images, for the final test", 10)
+    flag("--validation_percentage PERCENT  of them, to validate during training", 10)
+    flag("--test_dir DIR  test on the images of this folder instead")
+    flag("--validation_dir DIR  validate on those of this folder instead")
+    flag("--split_file FILE  table of each image's path, label and split")
+    flag("--write_split_file FILE  write such a table of this run")
+    flag("--exclude FILE  leave out the images in this list of the report")
+    flag("--relabel FILE  take the labels in this list of the report")
+    flag("--coarse_image_dir DIR  train first on these many doubtful images")
+    flag("--ignore_exif_orientation  don't turn photographs upright")
+    flag("--exact_decode  read very large photographs at full size: slower")
 
     flag = flags_of(parser, "crawl")
-    sources = "where to search: openverse, commons (both by default), inaturalist, bing, baidu, page:URL, list:FILE; "
-    sources += "{} stands for the words; see CRAWL_CONTACT and OPENVERSE_TOKEN in the README"
-    flag("--crawl FILE", "first download images of the classes in this file, one a line")
-    flag("--crawl_count N", "images to download for each class", 100, COUNT)
-    flag("--crawl_dir DIR", "where to put them, if not into --image_dir")
-    flag("--crawl_only", "don't train afterwards")
-    flag("--crawl_source SOURCE", sources, None, source_named, nargs="+", action="extend")
-    flag("--crawl_license NAMES", "licenses that will do, as in by,by-sa,cc0", (), license_names)
-    flag("--crawl_min_side N", "least pixels of the shorter side", 100, COUNT)
-    flag("--crawl_parallel N", "downloads at the same time", 8, COUNT)
-    flag("--crawl_host_delay S", "seconds between two requests to a server", 1.0, number(float, 0, 60))
-    flag("--crawl_allow_private NET", "private addresses to allow, or `all`", (), ip_networks)
+    sources = "openverse, commons (both by default), inaturalist, bing, baidu, page:URL, "
+    sources += "list:FILE; {} stands for the words; see CRAWL_CONTACT, OPENVERSE_TOKEN in README.md"
+    flag("--crawl FILE  first download images of the classes in this file, one a line")
+    flag("--crawl_count COUNT  images to download for each class", 100)
+    flag("--crawl_dir DIR  where to put them, if not into --image_dir")
+    flag("--crawl_only  don't train afterwards")
+    flag("--crawl_source SOURCE  " + sources, None, source_named, nargs="+", action="extend")
+    flag("--crawl_license NAMES  licenses that will do, as by,cc0", (), license_names)
+    flag("--crawl_min_side COUNT  least pixels of the shorter side", 100)
+    flag("--crawl_parallel COUNT  downloads at the same time", 8)
+    flag("--crawl_host_delay X  seconds between requests to a server", 1.0)
+    flag("--crawl_allow_private NET  private networks allowed, or `all`", (), ip_networks)
 
-
-def add_network_flags(parser: Parser) -> None:
     flag = flags_of(parser, "base model")
-    names = "network that looks at the images: inception_v3; efficientnet_lite2, faster and better for few images; "
-    names += "efficientnet_lite0, _lite1; vgg16; mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
-    engines = "auto", "litert", "tensorflow"
-    flag("--architecture NAME", names, "auto", architecture_named, choices=ARCHITECTURES)
-    flag("--bottleneck_layer NAME", "layer of vgg16: avg_pool (default), block5_pool, fc2", choices=VGG16_LAYERS)
-    flag("--model_dir DIR", "where the network lies, or is downloaded to", at_home("inception_model"))
-    flag("--model_url URL", "download the network from here, as .pb or .tgz")
-    flag("--trust_model", "run a network though it could read and write files")
-    flag("--tfhub_module NAME", "network of TF-Hub or Kaggle, or folder of a SavedModel")
-    flag("--image_size N", "pixels of a side for a --tfhub_module that takes any", 0, WHOLE)
-    flag("--quantize", "compute with 8-bit integers: two to three times as fast on most processors since 2020")
-    flag("--engine", "what runs the network; auto: the fastest", "auto", choices=engines)
-    flag("--cpu_threads N", "processor cores to use; 0 for all", 0, WHOLE)
+    names = "inception_v3; efficientnet_lite2 (or 0, 1), faster and better for few images; vgg16; "
+    names += "mobilenet_1.0_224 etc.; auto: inception_v3, else efficientnet_lite2"
+    flag("--architecture NAME  " + names, "auto", architecture, choices=ARCHITECTURES)
+    flag("--bottleneck_layer avg_pool|block5_pool|fc2  of vgg16; usually avg_pool")
+    flag("--model_dir DIR  where it is or gets downloaded", at_home("inception_model"))
+    flag("--model_url URL  download it from here, as .pb or .tgz")
+    flag("--trust_model  run it though it could read and write files")
+    flag("--tfhub_module NAME  one of TF-Hub or Kaggle, or a SavedModel, instead")
+    flag("--image_size N  pixels of a side for a --tfhub_module that takes any", 0)
+    flag("--quantize  compute with 8-bit integers: two to three times as fast")
+    flag("--engine auto|litert|tensorflow  what computes; auto: the fastest", "auto")
+    flag("--cpu_threads N  processor cores to use; 0 for all", 0)
 
     flag = flags_of(parser, "bottlenecks")
-    flag("--bottleneck_dir DIR", "keeps what the network computes, for later runs", at_home("bottleneck"))
-    flag("--flip_left_right", "also train on images mirrored at random")
-    flag("--random_crop N", "also on images less a margin of N percent", 0, PERCENTAGE)
-    flag("--random_scale N", "also on images enlarged by up to N percent", 0, WHOLE)
-    flag("--random_brightness N", "also on images up to N percent brighter or darker", 0, PERCENTAGE)
-    flag("--random_rotation N", "also on images turned by up to N degrees", 0, WHOLE)
-    flag("--random_color N", "also on images with N percent more or less color and contrast", 0, PERCENTAGE)
-    flag("--distortions_per_image N", "variants of an image to make by these flags", 8, COUNT)
-    flag("--ray_address ADDRESS", "compute on a Ray cluster: auto, host:port, or local for this machine")
-    flag("--ray_shared_files", "its machines find the images at the same paths as this one")
+    flag("--bottleneck_dir DIR  keeps what it computes", at_home("bottleneck"))
+    flag("--flip_left_right  also train on images mirrored at random")
+    flag("--random_crop PERCENT  also on images less a margin of so much", 0)
+    flag("--random_scale N  also on images enlarged by up to N percent", 0)
+    flag("--random_brightness PERCENT  also on images so much brighter or darker", 0)
+    flag("--random_rotation N  also on images turned by up to N degrees", 0)
+    flag("--random_color PERCENT  also on so much more or less color and contrast", 0)
+    flag("--distortions_per_image COUNT  variants of an image by these flags", 8)
+    flag("--ray_address ADDRESS  compute on a Ray cluster: auto, host:port, or local")
+    flag("--ray_shared_files  its machines find the images at the same paths")
 
 
 def add_training_flags(parser: Parser) -> None:
     flag = flags_of(parser, "head")
-    usual = TrainingSettings()
-    optimizers = "sgd", "momentum", "adam", "rmsprop"
-    weights = "balanced: all classes count alike, even with --train_batch_size -1"
-    flag("--head", "logistic: at once, often a little better", usual.head, choices=("softmax", "logistic"))
-    flag("--how_many_training_steps N", "how many steps to train", usual.how_many_training_steps, COUNT)
-    flag("--learning_rate X", "how far a step goes (0.01; 0.001 for adam and rmsprop)", None, RATE)
-    flag("--train_batch_size N", "images a step looks at; -1 for all", usual.train_batch_size, COUNT_OR_ALL)
-    flag("--validation_batch_size N", "images to validate on; -1 for all", usual.validation_batch_size, COUNT_OR_ALL)
-    flag("--eval_step_interval N", "steps between validations", usual.eval_step_interval, COUNT)
-    flag("--random_seed N", "two runs with the same number give the same", None, WHOLE)
-    flag("--hidden_units N,N", "also train hidden layers of these sizes, as in 512,256", None, whole_numbers)
-    flag("--dropout X", "share of a hidden layer to leave out at each step", None, SHARE)
-    flag("--batch_norm", "normalise the hidden layers over each batch")
-    flag("--optimizer", "how a step is made from the gradient", usual.optimizer, choices=optimizers)
-    flag("--class_weights", weights, usual.class_weights, choices=("none", "balanced"))
-    flag("--coarse_training_steps N", "steps on --coarse_image_dir", usual.coarse_training_steps, COUNT)
-    flag("--coarse_learning_rate X", "how far each of them goes (as --learning_rate)", None, RATE)
-    flag("--refine_training_steps N", "later steps, on --image_dir", usual.refine_training_steps, COUNT)
-    flag("--refine_learning_rate X", "how far each of them goes (less)", None, RATE)
-    flag("--rehearsal X", "share of coarse images in the later steps", usual.rehearsal, SHARE)
+    flag("--head softmax|logistic  logistic: at once, often a little better")
+    flag("--how_many_training_steps COUNT  how many steps to train")
+    flag("--learning_rate X  how far a step goes; 0.001 for adam and rmsprop")
+    flag("--train_batch_size COUNT|-1  images a step looks at; -1 for all")
+    flag("--validation_batch_size COUNT|-1  images to validate on; -1 for all")
+    flag("--eval_step_interval COUNT  steps between validations")
+    flag("--random_seed N  two runs with the same number give the same")
+    flag("--hidden_units N,N  train hidden layers of such sizes", kind=whole_numbers)
+    flag("--dropout SHARE  of a hidden layer, left out at each step")
+    flag("--batch_norm  normalise the hidden layers over each batch")
+    flag("--optimizer sgd|momentum|adam|rmsprop  how a step follows from the gradient")
+    flag("--class_weights none|balanced  balanced: all classes count alike")
+    flag("--coarse_training_steps COUNT  steps on --coarse_image_dir")
+    flag("--coarse_learning_rate X  how far each of them goes; see --learning_rate")
+    flag("--refine_training_steps COUNT  later steps, on --image_dir")
+    flag("--refine_learning_rate X  how far each of them goes, usually less")
+    flag("--rehearsal SHARE  of coarse images in the later steps")
+    parser.set_defaults(**vars(TrainingSettings()))
 
     flag = flags_of(parser, "report and export")
-    levels = "DEBUG", "INFO", "WARN", "ERROR", "FATAL"
-    flag("--output_graph FILE", "the trained classifier", at_home("output_graph.pb"))
-    flag("--output_labels FILE", "its classes (output_labels.txt; ants_labels.txt for ants.pb)", None)
-    flag("--output_report FILE", "the report (output_report.html; ants_report.html for ants.pb)", None)
-    flag("--no_report", "no cross-validation and no report")
-    flag("--coverage X", "share of right answers that predict.py shall be sure of", 0.93, number(float, 0.5, 1))
-    flag("--test_batch_size N", "images of the final test; -1 for all", -1, COUNT_OR_ALL)
-    flag("--print_misclassified_test_images", "list the test images that were named wrongly")
-    flag("--summaries_dir DIR", "log of all steps, also for TensorBoard", at_home("retrain_logs"))
-    flag("--logging_verbosity", "how much to print", "INFO", str.upper, choices=levels)
-    flag("--final_tensor_name NAME", "name of the graph's output", "final_result")
-    flag("--saved_model_dir DIR", "also write the classifier as a SavedModel")
-    flag("--checkpoint_path FILE", "also write the head as a TensorFlow checkpoint")
-    flag("--intermediate_output_graphs_dir DIR", "for classifiers of earlier steps (intermediate_graph)")
-    flag("--intermediate_store_frequency N", "steps between those; 0 for none", 0, WHOLE)
+    flag("--output_graph FILE  the trained classifier", at_home("output_graph.pb"))
+    flag("--output_labels FILE  its classes; ants_labels.txt for ants.pb")
+    flag("--output_report FILE  the report; ants_report.html for ants.pb")
+    flag("--no_report  no cross-validation and no report")
+    flag("--coverage SHARE  of right answers to be given", 0.93, number(float, 0.5, 1))
+    flag("--test_batch_size COUNT|-1  images of the final test; -1 for all", -1)
+    flag("--print_misclassified_test_images  list the test images named wrongly")
+    flag("--summaries_dir DIR  logs, also for TensorBoard", at_home("retrain_logs"))
+    flag("--logging_verbosity DEBUG|INFO|WARN|ERROR|FATAL  how much to print", "INFO", str.upper)
+    flag("--final_tensor_name NAME  name of the graph's output", "final_result")
+    flag("--saved_model_dir DIR  also write the classifier as a SavedModel")
+    flag("--checkpoint_path FILE  also write the head as a TensorFlow checkpoint")
+    flag("--intermediate_output_graphs_dir DIR  of earlier steps (intermediate_graph)")
+    flag("--intermediate_store_frequency N  steps between them; 0 for none", 0)
 
 
 def build_parser() -> Parser:
     """Return the parser of the command line, with a group of flags for each room."""
-    parser = Parser(prog="retrain.py", usage="python retrain.py [flags]", description=EXAMPLES, add_help=False)
+    usage = "python retrain.py [flags]"
+    parser = Parser("retrain.py", usage, __doc__, add_help=False, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.allow_abbrev, parser.meant = False, MEANT
-    add_data_flags(parser)
-    add_network_flags(parser)
+    parser.meant = MEANT
+    add_feature_flags(parser)
     add_training_flags(parser)
     purpose = "show this; `--help all` shows every flag"
     parser.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], metavar="all", help=purpose)
@@ -422,53 +404,50 @@ def build_parser() -> Parser:
 
 
 def check_flags(parser: Parser, flags: Flags) -> None:
-    """End with a sentence for flags that contradict each other, where going on would do harm or mislead."""
+    """End with a sentence for flags that contradict each other."""
+    error = parser.error
     if flags.testing_percentage + flags.validation_percentage > 99:
-        parser.error("--testing_percentage and --validation_percentage together leave nothing to train on")
+        error("--testing_percentage and --validation_percentage together leave nothing to train on")
     if flags.split_file and (flags.validation_dir or flags.test_dir):
-        parser.error("--split_file says what every image does; leave out --validation_dir and --test_dir")
+        error("--split_file says what every image does; leave out --validation_dir and --test_dir")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", flags.final_tensor_name, re.ASCII):
-        parser.error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a TensorFlow graph")
-    local = "crawl", "validation_dir", "test_dir", "coarse_image_dir", "split_file", "write_split_file", "quantize"
-    if is_store_url(flags.image_dir) and (not flags.ray_address or any(vars(flags)[name] for name in local)):
-        told = f"an object store is read by a Ray cluster; add --ray_address, and leave out --{', --'.join(local)}"
-        parser.error(f"--image_dir: {told}")
+        error(f"--final_tensor_name: {flags.final_tensor_name!r} can't name a node of a graph")
+    local = ("crawl", "split_file", "write_split_file", "quantize", *SPLIT_OF)
+    if is_store_url(flags.image_dir) and (not flags.ray_address or paths_of(flags, *local)):
+        remedy = f"add --ray_address, and leave out --{', --'.join(local)}"
+        error(f"--image_dir: an object store is read by a Ray cluster; {remedy}")
     if flags.ray_address.startswith("ray://"):
-        parser.error("--ray_address: give host:port of the cluster's head, and run the command on one of its machines")
+        error("--ray_address: give host:port of the cluster's head, and run on one of its machines")
     if flags.crawl_only and not flags.crawl:
-        parser.error("--crawl_only: there is nothing to crawl without --crawl")
+        error("--crawl_only: there is nothing to crawl without --crawl")
     if flags.tfhub_module and flags.architecture != "auto":
-        parser.error("--tfhub_module and --architecture both name a base model; leave one of them out")
+        error("--tfhub_module and --architecture both name a base model; leave one of them out")
     if flags.bottleneck_layer and flags.architecture != "vgg16":
-        parser.error("--bottleneck_layer: only --architecture vgg16 has layers to choose from")
+        error("--bottleneck_layer: only --architecture vgg16 has layers to choose from")
     if not flags.hidden_units and (flags.dropout or flags.batch_norm):
-        parser.error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
+        error("--dropout and --batch_norm are of the hidden layers; name those with --hidden_units")
     if flags.head == "logistic" and (flags.hidden_units or flags.optimizer != "sgd"):
-        parser.error("--head logistic has neither hidden layers, two stages nor an optimizer; leave it out, or them")
+        error("--head logistic has neither hidden layers, stages nor an optimizer; leave it out")
 
 
 def parse_flags(arguments: Sequence[str] | None) -> Flags:
-    """Return the parsed command line; a wrong one ends with a sentence on stderr and exit code 2."""
+    """Return the parsed command line; a wrong one ends with a sentence and exit code 2."""
     parser = build_parser()
     flags = parser.parse_args(arguments)
-    for name in ("image_dir", "model_dir", "bottleneck_dir", "summaries_dir", "output_graph"):
-        if not vars(flags)[name].strip():  # as of a variable of the shell that is not set
+    for name, value in vars(flags).items():
+        if value == "" and parser.get_default(name):  # as of an unset variable of the shell
             parser.error(f"--{name}: it needs a name")
-    if flags.crawl and flags.image_dir == parser.get_default("image_dir"):
-        flags.image_dir = flags.crawl_dir or at_home("crawled")  # data/ holds the drawings that come along
-    files, two_stages = OutputFiles(flags.output_graph), bool(flags.coarse_image_dir)
-    rate = 0.001 if flags.optimizer in ("adam", "rmsprop") else 0.01
-    defaults = {
-        "output_labels": str(files.labels),
-        "output_report": str(files.report),
-        "learning_rate": rate,
-        "coarse_learning_rate": rate,
-        "hidden_units": (256,) if two_stages else (),  # as published for VGG16's fc2
-        "dropout": 0.4 if two_stages else 0.0,
-    }
-    for name, value in defaults.items():
-        if vars(flags)[name] in (None, ""):
-            setattr(flags, name, value)
+    # The defaults that follow from other flags.
+    if flags.crawl:  # data/ holds the drawings that come along
+        parser.set_defaults(image_dir=flags.crawl_dir or at_home("crawled"))
+    if flags.optimizer in ("adam", "rmsprop"):
+        parser.set_defaults(learning_rate=0.001, coarse_learning_rate=0.001)
+    if flags.coarse_image_dir:  # as published for VGG16's fc2
+        parser.set_defaults(hidden_units=(256,), dropout=0.4)
+    flags = parser.parse_args(arguments)
+    files = OutputFiles(flags.output_graph)
+    flags.output_labels = flags.output_labels or str(files.labels)
+    flags.output_report = flags.output_report or str(files.report)
     check_flags(parser, flags)
     return flags
 
@@ -479,20 +458,22 @@ def paths_of(flags: Flags, *names: str) -> dict[str, str]:
 
 
 def find_class_folders(flags: Flags) -> None:
-    """Let the flags name train/, val/ and test/ where the --image_dir holds those rather than class folders."""
+    """Let the flags name train/, val/ and test/ where --image_dir holds those and no classes."""
+    flag_of = {"train": "image_dir", "val": "validation_dir", "test": "test_dir"}
     folders = {}
     for folder in sorted(Path(flags.image_dir).glob("*")):
         known = re.match("train|val|test", folder.name.lower())
-        if known and any(path.is_dir() for path in folder.glob("*")):  # for a class may well be called `train`
-            folders[FLAG_OF[known[0]]] = str(folder)
+        if known and any(path.is_dir() for path in folder.glob("*")):  # or it is a class
+            folders[flag_of[known[0]]] = str(folder)
     if len(folders) > 1 and "image_dir" in folders and not flags.split_file:
         folders |= paths_of(flags, "validation_dir", "test_dir")
         vars(flags).update(folders)
-        log.info("This run uses %s.", ", ".join(f"--{name} {folder}" for name, folder in folders.items()))
+        used = ", ".join(f"--{name} {folder}" for name, folder in folders.items())
+        log.info("This run uses %s.", used)
 
 
 def check_outputs(flags: Flags) -> None:
-    """Raise UserError, before the long work, for an output that can't be written or lies among the images."""
+    """Raise UserError for an output that can't be written or lies among the images."""
     for name, path in paths_of(flags, *OUTPUTS.split()).items():
         is_folder = name.endswith("_dir")
         check_writable(name, Path(path), is_folder)
@@ -501,7 +482,8 @@ def check_outputs(flags: Flags) -> None:
             place = place.parent.parent  # files beside the class folders are not read
         for other, folder in paths_of(flags, "image_dir", *SPLIT_OF).items():
             if place.is_relative_to(Path(folder).resolve()):
-                raise UserError(f"--{name} {path}: it lies in what --{other} names; name another place.")
+                wrong = f"it lies in what --{other} names; name another place"
+                raise UserError(f"--{name} {path}: {wrong}.")
 
 
 def from_flags(kind: type, flags: Flags) -> Any:
@@ -526,12 +508,12 @@ class Image:
     path: Path | UPath  # the latter in an object store
     label: str
     split: str = "training"  # or another of SPLITS, or "coarse": stage one of two
-    place: str = ""  # of those from elsewhere than image_dir: a folder of their own below bottleneck_dir, with a slash
-    stamp: tuple[int, int] = (0, 0)  # when it was listed: size, and time of change or what else tells of a change
+    place: str = ""  # if not from image_dir: a folder below bottleneck_dir, with a slash at its end
+    stamp: tuple[int, int] = (0, 0)  # size, and time of change or what else tells of a change
 
     @property
     def key(self) -> str:
-        """`<class folder>/<file name>`: what identifies the image, wherever its image_dir lies."""
+        """`<class folder>/<file name>`: what identifies the image, wherever its folder lies."""
         return f"{self.path.parent.name}/{self.path.name}"
 
 
@@ -542,25 +524,25 @@ def shown(url: str) -> str:
 
 def stamp_of(path: Path) -> tuple[int, int]:
     """Return the size in bytes and the time of change in nanoseconds since 1970."""
-    try:
+    with suppress(OSError):  # reading it will tell why
         now = path.stat()
-    except OSError:
-        return 0, 0  # reading it will tell why
-    return now.st_size, now.st_mtime_ns
+        return now.st_size, now.st_mtime_ns
+    return 0, 0
 
 
 def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]:
-    """Return (path, stamp, or None for a folder) of what a folder holds, by name, but for what is hidden."""
+    """Return (path, stamp, or None for a folder) of what a folder holds unhidden, by name."""
     if is_store_url(str(folder)):
-        entries = store_entries(str(folder))
+        entries = list(store_entries(str(folder)))
     else:
-        entries = [(path, None if path.is_dir() else stamp_of(path)) for path in Path(folder).iterdir()]
-    return sorted((entry for entry in entries if not is_hidden(entry[0])), key=lambda entry: entry[0].name)
+        paths = Path(folder).iterdir()
+        entries = [(path, None if path.is_dir() else stamp_of(path)) for path in paths]
+    entries.sort(key=lambda entry: entry[0].name)
+    return [entry for entry in entries if not is_hidden(entry[0])]
 
 
-def store_entries(url: str) -> list:
-    """Return the like of a folder in an object store. Raises UserError for one that can't be listed."""
-    entries = []
+def store_entries(url: str) -> Iterator[tuple]:
+    """Yield the like for a folder in an object store. Raises UserError if it can't be listed."""
     try:
         from upath import UPath
 
@@ -569,24 +551,24 @@ def store_entries(url: str) -> list:
             name = told["name"].strip("/")
             lasting = [told[key] for key in sorted(told) if key not in ACCESS_TIMES]
             stamp = told["size"] or 0, zlib.crc32(repr(lasting).encode())
-            if name != store.path.strip("/"):  # some stores keep an empty object for the folder
-                entries.append((store / name.rpartition("/")[2], None if told["type"] == "directory" else stamp))
+            if name != store.path.strip("/"):  # some stores list the folder itself, too
+                path = store / name.rpartition("/")[2]
+                yield path, None if told["type"] == "directory" else stamp
     except Exception as error:  # stores have errors of their own
         why = first_line(error).replace(url, shown(url))
         remedy = f"the package for it may be missing: {INSTALL} -r requirements-ray.txt"
         raise UserError(f"{shown(url)} could not be listed ({why}); {remedy}.") from error
-    return entries
 
 
 def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
-    """Return every file of every class folder in `image_dir`, by name; decoding tells whether it is an image.
+    """Return the files of all class folders in `image_dir`, by name; not all need be images.
 
-    Raises UserError, by the name of the flag, for a folder from which no classifier could be trained.
+    Raises UserError, by the name of the flag, for a folder from which no classifier can be trained.
     """
     given = f"{flag} {shown(image_dir)}"
     if not is_store_url(image_dir) and not os.path.isdir(image_dir):
-        where = os.path.abspath(image_dir)
-        raise UserError(f"{given}: there is no such folder (looked for {where}); an archive has to be unpacked first.")
+        given += f": there is no such folder (looked for {os.path.abspath(image_dir)})"
+        raise UserError(f"{given}; an archive has to be unpacked first.")
     images, unread = [], []
     folder_of: dict[str, str] = {}
     for folder, is_file in entries_of(image_dir):
@@ -595,56 +577,60 @@ def list_images(image_dir: str, flag: str = "--image_dir") -> list[Image]:
             continue
         label = label_of(folder.name)
         if label in folder_of:
-            both = f"the folders {folder_of[label]!r} and {folder.name!r} both give the label {label!r}"
-            raise UserError(f"{given}: {both}; rename or merge one of them.")
+            both = f"{folder_of[label]!r} and {folder.name!r} both give the label {label!r}"
+            raise UserError(f"{given}: the folders {both}; rename or merge one of them.")
         folder_of[label] = folder.name
-        for path, stamp in entries_of(folder):
-            if stamp:
-                images.append(Image(path, label, stamp=stamp))
-            else:
-                unread.append(path)
+        entries = entries_of(folder)
+        images += [Image(path, label, stamp=stamp) for path, stamp in entries if stamp]
+        unread += [path for path, stamp in entries if not stamp]
     if unread:
         told = "Only the files directly in a class's folder are read; not read: %d, such as %s."
         log.warning(told, len(unread), unread[0])
     if len(folder_of) < 2:
-        told = f"a classifier needs the folders of two classes or more, and it holds {', '.join(folder_of) or 'none'}"
-        raise UserError(f"{given}: {told}; make one for each class, or name the folder above if it is that of one.")
+        given += ": a classifier needs the folders of two classes or more, and it holds "
+        given += ", ".join(folder_of) or "none"
+        raise UserError(f"{given}; add others, or name the folder above if it is that of one.")
     check_classes(given, images, folder_of)
     return images
 
 
 def check_classes(given: str, images: Iterable[Image], labels: Iterable[str]) -> None:
-    """Raise UserError for a class without images; given: the flag that names them, and its value."""
+    """Raise UserError for a class without images; given: the flag of theirs, and its value."""
     present = {image.label for image in images}
     missing = ", ".join(repr(label) for label in labels if label not in present)
     if missing:
-        raise UserError(f"{given}: no usable images of {missing} to train on; add some, or remove the class.")
+        given += f": no usable images of {missing} to train on"
+        raise UserError(f"{given}; add some, or remove the class.")
 
 
 def read_table(path: str, flag: str) -> list[tuple[int, list[str]]]:
-    """Return (line, cells) of a table with tabs between its cells, without empty lines and those that begin with #."""
+    """Return (line, cells) of a table of tabs, without empty lines and those that begin with #."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = list(enumerate(csv.reader(file, delimiter="\t"), 1))
+            rows = list(enumerate(csv.reader(file, "excel-tab"), 1))
     except (OSError, csv.Error) as error:
-        raise UserError(f"{flag} {path}: it can't be read ({error}); name the right file.") from error
+        raise UserError(f"{flag} {path}: it can't be read ({error}); name another.") from error
     return [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
 
 
 def named_in(path: str, flag: str, images: Sequence[Image]) -> dict[Image, list[str]]:
-    """Return for each image the cells of the line that names it, or []. Raises UserError if none names any."""
+    """Return the images that a table names, with the cells of its line. Raises UserError."""
     rows = read_table(path, flag)
-    cells_of: dict[str, list[str]] = {}
+    cells_of = {}
     for _, cells in rows:
         name = printable(cells[0].strip())
         # A backslash parts folders on Windows, but also begins an escaped character.
         for spelled in (name.replace("\\", "/"), name):
             cells_of["/".join(spelled.split("/")[-2:])] = cells
-    named = {image: cells_of.get(printable(image.key), []) for image in images}
-    count = sum(map(bool, named.values()))
-    if rows and not count:
-        raise UserError(f"{flag} {path}: it names none of the images; a line is `class folder/file name`.")
-    log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), count)
+    named = {}
+    for image in images:
+        key = printable(image.key)
+        if key in cells_of:
+            named[image] = cells_of[key]
+    if rows and not named:
+        told = "it names none of the images; a line is `class folder/file name`"
+        raise UserError(f"{flag} {path}: {told}.")
+    log.info("Lines of %s: %d; images that they name: %d.", path, len(rows), len(named))
     return named
 
 
@@ -652,33 +638,33 @@ def leave_out(images: Sequence[Image], path: str) -> list[Image]:
     """Return the images that the list of --exclude doesn't name. Raises UserError."""
     named = named_in(path, "--exclude", images)
     log.info("They are left out. If right ones are among them, the accuracy comes out too high.")
-    return [image for image, cells in named.items() if not cells]
+    return [image for image in images if image not in named]
 
 
 def relabel(images: Sequence[Image], path: str) -> list[Image]:
-    """Return the images, those in the list of --relabel with the label in its second column. Raises UserError."""
+    """Return the images, with the labels in the second column of --relabel. Raises UserError."""
     labels = {image.label.strip(): image.label for image in images}
-    relabelled = []
+    relabelled = {}
     for image, cells in named_in(path, "--relabel", images).items():
-        if cells:
-            label = label_of("".join(cells[1:2])).strip()
-            if label not in labels:
-                raise UserError(f"--relabel {path}: it gives {image.key} {label!r}, no class; write one behind a tab.")
-            image = replace(image, label=labels[label])
-        relabelled.append(image)
-    return relabelled
+        label = label_of("".join(cells[1:2])).strip()
+        if label not in labels:
+            wrong = f"it gives {image.key} {label!r}, no class; write one behind a tab"
+            raise UserError(f"--relabel {path}: {wrong}.")
+        relabelled[image] = replace(image, label=labels[label])
+    return [relabelled.get(image, image) for image in images]
 
 
 def place_of(folder: Path) -> str:
-    """Return the folder below bottleneck_dir for images of another folder than image_dir, of the same names perhaps."""
+    """Return Image.place of the images of a folder, whose names may be those of others."""
     where = os.path.realpath(folder)
     return f"{os.path.basename(where)}-{sha1_of(where)[:8]}/"
 
 
 def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[Image]:
-    """Return the images that a split file names, in its order, with their splits; images: all of image_dir.
+    """Return the images that a split file names, in its order, with their splits.
 
-    It is a table of tabs: path (from image_dir, or absolute), label, and one of SPLITS. Raises UserError for odd lines.
+    A table of tabs: path (absolute, or from image_dir, which holds `images`), label, one of SPLITS.
+    Raises UserError for odd lines.
     """
     true_folder = functools.cache(os.path.realpath)
 
@@ -693,30 +679,31 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
         if row == SPLIT_COLUMNS:
             continue
         if len(row) != 3 or row[2] not in SPLITS:
-            raise UserError(f"{given} is not: path, label and training, validation or testing, with tabs between.")
-        name, label, split = row
-        where = place(os.path.join(image_dir, name))
+            columns = "path, label and training, validation or testing"
+            raise UserError(f"{given} is not: {columns}, with tabs between.")
+        where, label = place(os.path.join(image_dir, row[0])), label_of(row[1])
+        given += f": {printable(row[0])}"
         if where in named:
-            raise UserError(f"{given}: {printable(name)} is named twice; remove one of the lines.")
+            raise UserError(f"{given} is named twice; remove one of the lines.")
         image = known.get(where)
         if not image:
             file = Path(where)
-            image = Image(file, label_of(label), place=place_of(file.parent.parent), stamp=stamp_of(file))
-        if label_of(label) != image.label or image.label not in labels or not image.path.is_file():
-            raise UserError(f"{given}: {printable(name)} is no image of the class {label!r}; correct the line.")
-        named[where] = replace(image, split=split)
-    left_out = known.keys() - named.keys()
+            image = Image(file, label, place=place_of(file.parent.parent), stamp=stamp_of(file))
+        if label != image.label or label not in labels or not image.path.is_file():
+            raise UserError(f"{given} is no image of the class {label!r}; correct the line.")
+        named[where] = replace(image, split=row[2])
+    left_out = len(known.keys() - named.keys())
     if left_out:
-        log.warning("%d images of %s are not in %s, and are left out.", len(left_out), image_dir, path)
+        log.warning("%d images of %s are not in %s, and are left out.", left_out, image_dir, path)
     training = [image for image in named.values() if image.split == "training"]
     check_classes(f"--split_file {path}", training, sorted(labels))
     return list(named.values())
 
 
 def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> None:
-    """Write what every image is used for, for --split_file; paths as seen from image_dir, with forward slashes."""
+    """Write a table for --split_file, with paths as seen from image_dir, and forward slashes."""
     with whole_file(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", "") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer = csv.writer(file, "excel-tab", lineterminator="\n")
         writer.writerow(SPLIT_COLUMNS)
         for image in images:
             where = Path(os.path.relpath(str(image.path), image_dir)).as_posix()
@@ -724,16 +711,16 @@ def write_split_file(path: Path, image_dir: str, images: Sequence[Image]) -> Non
 
 
 def stem_of(key: str) -> str:
-    """Return `<class folder>/<file name up to _nohash_>`, which names near-identical images alike."""
+    """Return `<class folder>/<file name up to _nohash_>`: what belongs together has the same."""
     folder, _, name = key.partition("/")
     return f"{folder}/{name.partition('_nohash_')[0]}"
 
 
 def assign_splits(images: Sequence[Image], testing: int, validation: int) -> list[Image]:
-    """Return the images with their split, by the classic rule, from the hash of their stem: a place from 0 to 100.
+    """Return the images with their split, by the classic rule: a stem's hash is a place, 0 to 100.
 
-    A class with nothing to test or to validate with lends the nearest of its training images while it keeps some; one
-    with nothing to train on takes back the furthest.
+    A class with nothing to test or to validate with lends the nearest of its training images while
+    it keeps some; one with nothing to train on takes back the furthest.
     """
     splits: dict[str, dict[float, str]] = defaultdict(dict)  # by label and place
     places = {}
@@ -744,23 +731,24 @@ def assign_splits(images: Sequence[Image], testing: int, validation: int) -> lis
             split = "validation"
         elif place < validation + testing:
             split = "testing"
-        splits[image.label][place], places[image] = split, place
+        splits[image.label][place] = split
+        places[image] = place
     for split_at in splits.values():
         if "training" not in split_at.values():
             split_at[max(split_at)] = "training"
         for split, wanted in (("testing", testing), ("validation", validation)):
-            spare = [place for place, its_split in split_at.items() if its_split == "training"]
+            spare = [place for place in split_at if split_at[place] == "training"]
             if wanted and split not in split_at.values() and len(spare) > 1:
                 split_at[min(spare)] = split
     return [replace(image, split=splits[image.label][place]) for image, place in places.items()]
 
 
 def read_anywhere(path: Path | UPath) -> bytes:
-    """Return the content of a file here or in an object store. Raises ImageError for one that can't be read."""
+    """Return the content of a file here or in an object store. Raises ImageError."""
     if isinstance(path, Path):
         return read_bytes(path)
     try:
-        return path.fs.cat_file(path.path, end=MOST_BYTES)  # whole at once, since requests are paid
+        return path.fs.cat_file(path.path, end=MOST_BYTES)  # at once, since requests are paid
     except Exception as error:  # stores have errors of their own
         raise ImageError(f"it can't be read ({first_line(error)})") from None
 
@@ -825,7 +813,7 @@ def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str =
     if architecture in EFFICIENTNETS:
         return efficientnet_recipe(architecture)
     if architecture == "vgg16":
-        return vgg16_recipe(layer or VGG16_LAYERS[0], model_dir)
+        return vgg16_recipe(layer or "avg_pool", model_dir)
     if architecture.startswith("mobilenet"):
         return mobilenet_recipe(architecture, model_dir, model_url, trusted)
     try:

@@ -204,7 +204,7 @@ def test_wrong_flags_get_one_sentence(command, sentence, capsys):
 
 
 def test_crawled_images_do_not_go_among_the_drawn_ones():
-    for more, folder in (("", "crawled"), ("--crawl_dir x", "x"), ("--image_dir photos", "photos")):
+    for more, folder in (("", "crawled"), ("--crawl_dir x", "x"), ("--image_dir data", "data")):
         assert retrain.parse_flags(["--crawl", "names.txt", *more.split()]).image_dir == folder
 
 
