@@ -9,7 +9,8 @@ Every image passes once through a trained network, the base model. The features 
 layer, the bottleneck, are kept as a text file per image. A new layer, the head, is trained on them.
 Both together are written as output_graph.pb, with which predict.py names new images.
 """
-# The rooms of this file come in the order in which an image travels.
+# The rooms of this file come in the order in which an image travels: common ground, flags, images, base model,
+# bottlenecks, cluster, head, near duplicates, diagnostics, report, export, crawl, main.
 
 from __future__ import annotations
 
@@ -1923,6 +1924,23 @@ def train_head(
     return head_now(), history
 
 
+def fit_temperature(logits: Array, classes: Array) -> float:
+    """Return by what to divide held-out logits [rows, classes] so that probabilities are as often right as they say.
+
+    Guo et al. 2017. No image counts as certain (after Platt 1999), lest a few without a mistake make it boast.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    doubt = 1 / (len(classes) + 2)
+    wanted = (1 - doubt) * logits[np.arange(len(classes)), classes].mean() + doubt * logits.mean()
+
+    def loss(scale: float) -> float:  # of the temperature's inverse, for which it is convex
+        return float(logsumexp(logits * np.float32(scale), axis=1).mean() - scale * wanted)
+
+    return 1 / float(minimize_scalar(loss, bounds=(0.05, 20)).x)
+
+
 def write_summaries(history: Sequence[Scores], folder: Path) -> None:
     """Write the history for TensorBoard, into `folder`/train and `folder`/validation, in place of an earlier run's."""
     from tensorboardX import SummaryWriter
@@ -2073,7 +2091,6 @@ ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the 
 CUE_ALARM, CUE_BINS, CUE_ROWS = 0.75, 8, 20  # of a class, or chance alone tells it apart
 TINY, NEARLY_BLACK, BLURRED = 64, 0.06, 0.05  # pixels; brightness and contrast; of the median sharpness
 SMALL, LARGE_SHARE = 100, 0.3  # images of which none can be spared; of a class in one scene
-EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
 
 
 @dataclass(frozen=True)
@@ -2139,12 +2156,6 @@ class HeldOut:
         """Return how many of some of the rows, bool [n], are named rightly."""
         divisor = 1.0 if self.source == "test" else CROSS_VALIDATED
         return Proportion.of(self.right[some], self.groups[some], divisor)
-
-    def recall(self, c: int) -> Proportion:
-        return self.share(self.classes == c)
-
-    def precision(self, c: int) -> Proportion:
-        return self.share(self.predicted == c)
 
     def cooled(self, temperature: float) -> HeldOut:
         """Return it as heads with their logits divided by a number would have done it, see Head.cooled."""
@@ -2298,60 +2309,6 @@ def expected_gain(sizes: Sequence[int], right: Sequence[Array], effective: float
     return float(middle - error), float(min(middle + error, mistakes[-1]))
 
 
-# ... how sure it is, and what is unknown to it
-
-
-def fit_temperature(logits: Array, classes: Array) -> float:
-    """Return by what to divide held-out logits [rows, classes] so that probabilities are as often right as they say.
-
-    Guo et al. 2017. No image counts as certain (after Platt 1999), lest a few without a mistake make it boast.
-    """
-    from scipy.optimize import minimize_scalar
-    from scipy.special import logsumexp
-
-    doubt = 1 / (len(classes) + 2)
-    wanted = (1 - doubt) * logits[np.arange(len(classes)), classes].mean() + doubt * logits.mean()
-
-    def loss(scale: float) -> float:  # of the temperature's inverse, for which it is convex
-        return float(logsumexp(logits * np.float32(scale), axis=1).mean() - scale * wanted)
-
-    return 1 / float(minimize_scalar(loss, bounds=(0.05, 20)).x)
-
-
-def find_exemplars(directions: Array, classes: Array) -> Array:
-    """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
-    from scipy.cluster.vq import kmeans2
-
-    present, middles = np.unique(classes), []
-    most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a cluster without an image does no harm
-        for c in present:
-            rows = directions[classes == c]
-            count = min(most, len(rows))
-            middles.append(kmeans2(rows, count, minit="points", rng=0)[0])
-    return unit(np.concatenate(middles)).astype(np.float16)
-
-
-def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
-    """Return what is familiar to a head, with limits, found on images held out, that leave `coverage` of them named.
-
-    features: float32 [rows, n]. Likeness tells other things far better than the score does, and has most of the rest.
-    """
-    directions, likeness = unit(features), np.zeros(len(features))
-    for fold in np.unique(validated.folds):
-        out = validated.folds == fold
-        exemplars = find_exemplars(directions[~out], validated.classes[~out])
-        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
-    exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
-    least_similarity, least_score = -1.0, 0.0
-    if unnamed:
-        least_similarity = float(np.quantile(likeness, 0.8 * unnamed))
-        least_score = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
-    text = base64.b64encode(exemplars.tobytes()).decode("ascii")
-    return Familiar(least_score, least_similarity, exemplars.shape, text, coverage)
-
-
 # ... which images are wrong
 
 
@@ -2447,7 +2404,7 @@ def findings(found: Diagnostics) -> Iterator[str]:
     if not found.validated:
         yield "There is no cross-validation: too few images."
     if judged:
-        recalls = [(judged.recall(c), label) for c, label in enumerate(labels)]
+        recalls = [(judged.share(judged.classes == c), label) for c, label in enumerate(labels)]
         usual = judged.accuracy.value - 1e-9
         behind = sorted((recall.value, label) for recall, label in recalls if recall.high < usual)
         if behind:
@@ -2524,7 +2481,11 @@ def report_as_json(found: Diagnostics) -> dict:
         if not held_out:
             return None
         classes = [
-            {"label": label, "recall": held_out.recall(c), "precision": held_out.precision(c)}
+            {
+                "label": label,
+                "recall": held_out.share(held_out.classes == c),
+                "precision": held_out.share(held_out.predicted == c),
+            }
             for c, label in enumerate(labels)
         ]
         counts = held_out.confusion
@@ -2613,8 +2574,9 @@ def report_page(found: Diagnostics, about: dict[str, str]) -> str:
         # The worst first; those without an image last.
         page["classes"] = np.lexsort((right / np.maximum(own, 1), own == 0))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(REPORT_TEMPLATE.read_text("utf-8"), globals())  # it calls functions of ours
-    return template.render(page)
+    for function in (printable, findings, drawn, draw_learning_curve, draw_training, draw_calibration):
+        environment.globals[function.__name__] = function
+    return environment.from_string(REPORT_TEMPLATE.read_text("utf-8")).render(page)
 
 
 def images_of_cells(judged: HeldOut, images: Sequence[Image]) -> dict[str, list]:
@@ -2724,8 +2686,44 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
 
 
 # ======================================================================================================================
-# Export: the trained graph in its formats
+# Export: the trained graph in its formats, and what it is familiar with
 # ======================================================================================================================
+
+EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
+
+
+def find_exemplars(directions: Array, classes: Array) -> Array:
+    """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
+    from scipy.cluster.vq import kmeans2
+
+    present, middles = np.unique(classes), []
+    most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a cluster without an image does no harm
+        for c in present:
+            rows = directions[classes == c]
+            count = min(most, len(rows))
+            middles.append(kmeans2(rows, count, minit="points", rng=0)[0])
+    return unit(np.concatenate(middles)).astype(np.float16)
+
+
+def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
+    """Return what is familiar to a head, with limits, found on images held out, that leave `coverage` of them named.
+
+    features: float32 [rows, n]. Likeness tells other things far better than the score does, and has most of the rest.
+    """
+    directions, likeness = unit(features), np.zeros(len(features))
+    for fold in np.unique(validated.folds):
+        out = validated.folds == fold
+        exemplars = find_exemplars(directions[~out], validated.classes[~out])
+        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
+    exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
+    least_similarity, least_score = -1.0, 0.0
+    if unnamed:
+        least_similarity = float(np.quantile(likeness, 0.8 * unnamed))
+        least_score = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
+    text = base64.b64encode(exemplars.tobytes()).decode("ascii")
+    return Familiar(least_score, least_similarity, exemplars.shape, text, coverage)
 
 
 def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str) -> None:
@@ -3528,7 +3526,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
     gc.set_threshold(100_000, 50, 50)  # what packages make when they are imported is no garbage
-    return exit_code("retrain.py", lambda: run(flags))
+    code = exit_code("retrain.py", lambda: run(flags))
+    for handler in log.handlers:
+        handler.close()
+    return code
 
 
 if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module

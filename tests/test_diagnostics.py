@@ -83,9 +83,10 @@ def test_an_interval_counts_scenes_not_frames():
 def test_recall_precision_and_confusion():
     found = held_out(np.eye(3)[[0, 0, 1, 1]], np.array([0, 0, 0, 1]))
     assert found.confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
-    assert found.recall(0).value == pytest.approx(2 / 3) and found.precision(1).value == 0.5
-    assert found.recall(2).count == found.precision(2).count == 0
-    assert (found.recall(2).low, found.recall(2).high) == (0, 1)
+    recall, precision = ([found.share(named == c) for c in range(3)] for named in (found.classes, found.predicted))
+    assert recall[0].value == pytest.approx(2 / 3) and precision[1].value == 0.5
+    assert recall[2].count == precision[2].count == 0
+    assert (recall[2].low, recall[2].high) == (0, 1)
 
 
 def test_every_row_is_held_out_once_classes_are_spread_and_scenes_stay_whole():
