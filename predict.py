@@ -352,32 +352,26 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
 
     As TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale.
     """
+    height, width, _ = pixels.shape
 
     def neighbours(source: int, target: int) -> tuple[Array, Array, Array]:
-        place = np.arange(target, dtype=np.float32) * (np.float32(source) / np.float32(target))
-        low = place.astype(np.intp)
-        return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
+        place = np.arange(target, dtype=np.float32) * np.float32(source / target)
+        low = place.astype(int)
+        return low, np.minimum(low + 1, source - 1), place % 1
 
     def between(start: Array, end: Array, share: Array) -> Array:
-        end -= start
-        end *= share
-        end += start
-        return end
+        return np.subtract(end, start, dtype=np.float32) * share + start
 
-    height, width, _ = pixels.shape
+    def values_of(columns: Array) -> Array:  # to pick single values is faster than pixels of three
+        return (3 * columns[:, None] + np.arange(3)).ravel()
+
     top, bottom, down = neighbours(height, size[0])
     left, right, across = neighbours(width, size[1])
-    # Picked by value rather than by pixel of three, and reckoned in place: twice as fast, to the same bit.
-    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    across = np.repeat(across, 3)
     lines = []
-    for line in (top, bottom):
-        picked = pixels.reshape(height, width * 3).take(line, axis=0)
-        start = picked.take(left, axis=1).astype(np.float32)
-        end = picked.take(right, axis=1).astype(np.float32)
-        lines.append(between(start, end, across))
-    upper, lower = lines
-    return between(upper, lower, down[:, None]).reshape(*size, 3)
+    for rows in (top, bottom):
+        picked = pixels.reshape(height, -1)[rows]
+        lines.append(between(picked[:, values_of(left)], picked[:, values_of(right)], np.repeat(across, 3)))
+    return between(*lines, down[:, None]).reshape(*size, 3)
 
 
 # ======================================================================================================================
