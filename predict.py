@@ -359,19 +359,19 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
         low = place.astype(int)
         return low, np.minimum(low + 1, source - 1), place % 1
 
-    def between(start: Array, end: Array, share: Array) -> Array:
-        return np.subtract(end, start, dtype=np.float32) * share + start
-
     def values_of(columns: Array) -> Array:  # to pick single values is faster than pixels of three
         return (3 * columns[:, None] + np.arange(3)).ravel()
 
+    def between(start: Array, end: Array, share: Array) -> Array:
+        return np.subtract(end, start, dtype=np.float32) * share + start
+
+    def lines(rows: Array) -> Array:
+        picked = pixels.reshape(height, -1)[rows]
+        return between(picked[:, values_of(left)], picked[:, values_of(right)], np.repeat(across, 3))
+
     top, bottom, down = neighbours(height, size[0])
     left, right, across = neighbours(width, size[1])
-    lines = []
-    for rows in (top, bottom):
-        picked = pixels.reshape(height, -1)[rows]
-        lines.append(between(picked[:, values_of(left)], picked[:, values_of(right)], np.repeat(across, 3)))
-    return between(*lines, down[:, None]).reshape(*size, 3)
+    return between(lines(top), lines(bottom), down[:, None]).reshape(*size, 3)
 
 
 # ======================================================================================================================
@@ -454,41 +454,23 @@ def read_graph(path: Path, trusted: bool = False) -> GraphDef:
     return graph
 
 
-def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
-    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, with batch normalisation folded away."""
-    tf = import_tensorflow()
-    from tensorflow.python.tools.optimize_for_inference_lib import optimize_for_inference
-
-    folded = optimize_for_inference(graph, ["DecodeJpeg/contents"], outputs, tf.string.as_datatype_enum)
-    folded.versions.producer = max(graph.versions.producer, 21)  # which any TensorFlow reads
-    return folded
-
-
-def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> Any:
-    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a list of outputs."""
-    tf = import_tensorflow()
-    wanted = [f"{name}:0" for name in outputs]
-    nodes = {node.name: node for node in graph.node}
-    size = tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)
-    return tf.compat.v1.wrap_function(
-        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
-        [tf.TensorSpec([batch, *size, 3], tf.float32)],
-    )
-
-
 class GraphModel:
     """A trained graph of ours or of the classic script's, run by TensorFlow as a LiteModel is by LiteRT."""
 
     def __init__(self, path: Path, trusted: bool):
         graph = read_graph(path, trusted)
+        tf = import_tensorflow()
         with telling_of_damage(path, f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"):
             softmax = [node.name for node in graph.node if node.op == "Softmax"][-1]
-            graph = fold_batch_norm(graph, softmax, BOTTLENECK_NODE)
-            self.network = graph_function(graph, softmax, BOTTLENECK_NODE)
-        self.input_size = tuple(self.network.inputs[0].shape[1:3])
+            with tf.Graph().as_default() as imported:
+                tf.import_graph_def(graph, name="")
+            tensors = [imported.get_tensor_by_name(f"{name}:0") for name in (RESIZED_NODE, softmax, BOTTLENECK_NODE)]
+            self.input, *self.outputs = tensors
+            self.input_size = tuple(self.input.shape[1:3])
+        self.session = tf.compat.v1.Session(graph=imported)
 
     def __call__(self, pixels: Array) -> list[Array]:
-        return [output.numpy()[0] for output in self.network(pixels[None])]
+        return [output[0] for output in self.session.run(self.outputs, {self.input: pixels[None]})]
 
 
 class OutputFiles:

@@ -79,8 +79,6 @@ from predict import (
     decode_image,
     exit_code,
     first_line,
-    fold_batch_norm,
-    graph_function,
     import_tensorflow,
     is_hidden,
     label_of,
@@ -892,6 +890,16 @@ def download(url: str) -> bytes:
         return b"".join(progress_bar("Download", megabytes or None, "MB", iterable=blocks))
 
 
+def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
+    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, with batch normalisation folded away."""
+    tf = import_tensorflow()
+    from tensorflow.python.tools.optimize_for_inference_lib import optimize_for_inference
+
+    folded = optimize_for_inference(graph, ["DecodeJpeg/contents"], outputs, tf.string.as_datatype_enum)
+    folded.versions.producer = max(graph.versions.producer, 21)  # which any TensorFlow reads
+    return folded
+
+
 def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
     """Return the recipe of Inception-v3, made fit for any batch. Raises UserError if its graph is not available."""
     path = find_graph(GRAPH_FILE, ARCHIVE_FILE, INCEPTION_URLS, model_url, model_dir)
@@ -1129,6 +1137,18 @@ def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
         (made,) = tf.import_graph_def(frozen.graph.as_graph_def(), given, [frozen.outputs[0].name], name="network")
         tf.reshape(made, [-1, features.shape[1]], BOTTLENECK_NODE)
     return graph.as_graph_def()
+
+
+def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> Any:
+    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a list of outputs."""
+    tf = import_tensorflow()
+    wanted = [f"{name}:0" for name in outputs]
+    nodes = {node.name: node for node in graph.node}
+    size = tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)
+    return tf.compat.v1.wrap_function(
+        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
+        [tf.TensorSpec([batch, *size, 3], tf.float32)],
+    )
 
 
 def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable | None = None) -> BaseModel:
