@@ -381,22 +381,20 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
 GraphDef = Any  # TensorFlow's, which is loaded where it is first needed
 RESIZED_NODE, BOTTLENECK_NODE = "ResizeBilinear", "pool_3/_reshape"
 
-# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations
-# only, which compute. They were picked by hand: TensorFlow calls even ReadFile stateless.
+# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold only these
+# operations, of image networks, which compute. They were picked by hand: TensorFlow calls even ReadFile stateless.
 PURE_OPS = """
-Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
-BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast CheckNumerics ClipByValue Concat
-ConcatV2 Const Conv2D Conv2DBackpropInput DecodeJpeg DecodePng DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum
-Elu EnsureShape Equal Erf Erfc Exp ExpandDims Expm1 ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
-FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather
-GatherNd GatherV2 Greater GreaterEqual Identity IdentityN If L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax
-LogicalAnd LogicalNot LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mul Neg NoOp
-NotEqual OneHot OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
-RandomStandardNormal RandomUniform Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic
-ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Size Slice Softmax
-Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall
-StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniformV2 StopGradient StridedSlice Sub Sum Switch Tanh Tile
-Transpose TruncatedNormal Unpack Where ZerosLike
+Abs Add AddN AddV2 All ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchNormWithGlobalNormalization BatchToSpaceND
+BiasAdd BroadcastTo Cast CheckNumerics ClipByValue Concat ConcatV2 Const Conv2D DecodeJpeg DepthToSpace
+DepthwiseConv2dNative Div Einsum Elu EnsureShape Equal Erf Erfc Exp ExpandDims ExtractImagePatches
+FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2
+FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual Identity IdentityN If L2Loss LRN LeakyRelu Less LessEqual
+LogicalAnd LogicalNot MatMul Max MaxPool Maximum Mean Merge Min Minimum MirrorPad Mul Neg NoOp NotEqual OnesLike Pack
+Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow Prod RandomUniform Range Rank RealDiv Relu Relu6
+Reshape ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor Roll Rsqrt Select SelectV2 Shape ShapeN Sigmoid
+Slice Softmax Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
+StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniformV2 StopGradient StridedSlice Sub
+Sum Switch Tanh Tile Transpose TruncatedNormal Unpack ZerosLike
 """
 
 
