@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import collections
 import concurrent.futures
 import csv
 import difflib
-import functools
 import glob
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -32,10 +29,11 @@ import sys
 import threading
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -202,15 +200,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def number(kind: type, low: float, high: float = math.inf, also: float | None = None) -> Callable:
+def number(kind: type, low: float, high: float = sys.maxsize, also: float | None = None) -> Callable:
     """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
-    allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+    allowed = f"{low} or more" if high == sys.maxsize else f"{low} to {high}"
     if also is not None:
         allowed += f", or {also}"
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value == also or (low <= value <= high and value < math.inf):
+        if value == also or low <= value <= high:
             return value
         raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
 
@@ -257,18 +255,16 @@ class Reading:
     exact_decode: bool = False  # of very large photographs, too
 
 
-def is_hidden(path: Any) -> bool:
-    """Tell whether a file or folder is none of the user's images by its name alone."""
-    return path.name.startswith(".") or path.name.lower() in NOT_IMAGES
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is none of the user's images by its name."""
+    return name.startswith(".") or name.lower() in NOT_IMAGES
 
 
 def label_of(folder: str) -> str:
     """Return a folder's label: its name in lower case, every run of other than letters and digits as one space."""
-    label = ""
-    for letter in folder.lower():
-        is_mark = unicodedata.category(letter)[0] == "M"  # as parts of letters have it in many alphabets
-        label += letter if letter.isalnum() or is_mark else " "
-    return re.sub(" +", " ", label)
+    # Marks, too, are parts of letters in many alphabets: L, M and N.
+    letters = (letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folder.lower())
+    return re.sub(" +", " ", "".join(letters))
 
 
 def read_bytes(path: Any) -> bytes:
@@ -484,6 +480,15 @@ class OutputFiles:
         self.labels = Path(f"{stem}_labels.txt")
         self.report = Path(f"{stem}_report.html")
 
+    def read_facts(self) -> dict:
+        """Return what retrain.py noted about the graph, or {} if that is another's."""
+        try:
+            facts = json.loads(self.facts.read_text("utf-8"))
+            known = facts["graph_sha256"], facts["lite_sha256"]
+            return facts if sha256_of(self.graph if self.graph.is_file() else self.lite) in known else {}
+        except Exception:  # there is no such file, or one that is none of ours
+            return {}
+
 
 def unit(features: Array) -> Array:
     """Return vectors [..., n] brought to length 1."""
@@ -500,7 +505,7 @@ class Familiar:
     exemplars_float16: str  # in base64
     coverage: float  # the share of right answers that these limits leave
 
-    @functools.cached_property
+    @cached_property
     def exemplars(self) -> Array:
         values = np.frombuffer(base64.b64decode(self.exemplars_float16), np.float16)
         return values.reshape(self.exemplars_shape).astype(np.float32)
@@ -527,21 +532,16 @@ class Classifier:
     def __init__(self, graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False):
         """Open a graph (or .tflite) for so many images; labels: a file in place of those of the training, or ""."""
         files = OutputFiles(graph)
-        facts = read_facts(files)
+        facts = files.read_facts()
         names = Path(labels or files.labels)
-        if labels and not names.is_file():
-            raise UserError(f"--labels {labels}: there is no such file; name one with a class in each line.")
         if not facts and not (files.graph.is_file() and names.is_file()):
             needed = f"there is no such file, or neither {files.facts} nor {names} that belongs to it"
             raise UserError(f"--graph {graph}: {needed}; train first with retrain.sh.")
         self.labels: list[str] = facts.get("labels", [])
         if labels or not facts:
-            lines = names.read_text("utf-8-sig", "replace").splitlines()
-            self.labels = [line for line in lines if line]
+            self.labels = [line for line in names.read_text("utf-8-sig", "replace").splitlines() if line]
         self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
-        self.familiar = None
-        if facts.get("familiar"):
-            self.familiar = Familiar(**facts["familiar"])
+        self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
             cores = core_count(cpu_threads)
             count = min(cores, images)
@@ -549,17 +549,6 @@ class Classifier:
         else:
             self.models = [GraphModel(files.graph, trusted)]
         self.input_size = self.models[0].input_size
-
-
-def read_facts(files: OutputFiles) -> dict:
-    """Return what retrain.py noted about the graph, or {} if that is another's."""
-    path = files.graph if files.graph.is_file() else files.lite
-    try:
-        facts = json.loads(files.facts.read_text("utf-8"))
-        known = facts["graph_sha256"], facts["lite_sha256"]
-        return facts if sha256_of(path) in known else {}
-    except Exception:  # there is no such file, or one that is none of ours
-        return {}
 
 
 # ======================================================================================================================
@@ -588,7 +577,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
             if not match.is_dir():
                 found.append(match)
             for path in sorted(match.rglob("*")):
-                inside = map(Path, path.relative_to(match).parts)
+                inside = path.relative_to(match).parts
                 if path.is_file() and not any(map(is_hidden, inside)):
                     found.append(path)
     if not any(path.is_file() for path in found):
@@ -637,9 +626,9 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
 
 def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
-    counts = collections.Counter(each.outcome for each in predictions)
-    told = [f"{printable(outcome)} {count:,}" for outcome, count in counts.most_common()]
-    print(f"{len(predictions):,} images: {', '.join(told)}.", flush=True)
+    counts = Counter(each.outcome for each in predictions).most_common()
+    told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
+    print(f"{len(predictions):,} images: {told}.", flush=True)
     classes = {label_of(label) for label in labels}
     right = []
     for each in predictions:
@@ -676,17 +665,11 @@ def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str
 
 
 def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None:
-    entries = [
-        {
-            "image": str(prediction.path),
-            "predictions": [{"label": label, "score": score} for label, score in prediction.scores[:top_k]],
-            "unsure": bool(prediction.reason),
-            "reason": prediction.reason,
-            "likeness": prediction.likeness,
-            "error": prediction.error or None,
-        }
-        for prediction in predictions
-    ]
+    entries = []
+    for each in predictions:
+        named = [{"label": label, "score": score} for label, score in each.scores[:top_k]]
+        doubt = {"unsure": bool(each.reason), "reason": each.reason, "likeness": each.likeness}
+        entries.append({"image": str(each.path), "predictions": named, **doubt, "error": each.error or None})
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
@@ -707,7 +690,7 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
     doubt = gradio.Textbox(label="Doubt", placeholder="None")
     page = gradio.Interface(name, image, [scores, doubt], title="predict.py", live=True, flagging_mode="never")
     fonts = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])  # none from elsewhere
-    local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False}
+    local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False}
     _, address, _ = page.launch(**local, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts)
     print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
     threading.Event().wait()
@@ -715,13 +698,13 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    outputs = [name for name in ("csv", "json", "sort_into") if vars(flags)[name]]
-    for name in outputs:
-        check_writable(name, Path(vars(flags)[name]), name == "sort_into")
     paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
-    for name in outputs:
-        if Path(vars(flags)[name]).resolve() in [path.resolve() for path in paths]:
-            raise UserError(f"--{name} {vars(flags)[name]}: it is one of the images; name another place.")
+    known = [path.resolve() for path in paths]
+    outputs = {name: Path(vars(flags)[name]) for name in ("csv", "json", "sort_into") if vars(flags)[name]}
+    for name, path in outputs.items():
+        check_writable(name, path, name == "sort_into")
+        if path.resolve() in known:
+            raise UserError(f"--{name} {path}: it is one of the images; name another place.")
     classifier = Classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
     if flags.page:
         serve_page(classifier, flags.top_k)
@@ -740,7 +723,7 @@ def run(flags: argparse.Namespace) -> int:
         if predictions and len(paths) > 1:
             print_summary(predictions, classifier.labels)
     if outputs:
-        print(f"Wrote {printable(', '.join(vars(flags)[name] for name in outputs))}.")
+        print(f"Wrote {printable(', '.join(map(str, outputs.values())))}.")
     return int(any(prediction.error for prediction in predictions))
 
 

@@ -553,7 +553,7 @@ def entries_of(folder: Any) -> list[tuple[Path | UPath, tuple[int, int] | None]]
         entries = store_entries(str(folder))
     else:
         entries = [(path, None if path.is_dir() else stamp_of(path)) for path in Path(folder).iterdir()]
-    return sorted((entry for entry in entries if not is_hidden(entry[0])), key=lambda entry: entry[0].name)
+    return sorted((entry for entry in entries if not is_hidden(entry[0].name)), key=lambda entry: entry[0].name)
 
 
 def store_entries(url: str) -> list:
@@ -3268,7 +3268,7 @@ class ClassFolder:
                 if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
                     looks[int(entry["looks"], 16)] = path.name
                     kept.add(path / entry["file"])
-        there = {each for each in path.iterdir() if not is_hidden(each)}
+        there = {each for each in path.iterdir() if not is_hidden(each.name)}
         self.count = len(there & kept)
         for stranger in there - kept:  # the user's own images, which no download may double
             with suppress(OSError, ImageError):  # no image
