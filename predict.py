@@ -96,8 +96,6 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         message = f"error: {error}"
     except OSError as error:
         message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
-    except MemoryError:
-        message = "error: there is not enough memory for so many images, or for such large ones."
     except ImportError as error:
         message = f"error: {error}; install it with: {INSTALL} {error.name}, or all with -r requirements.txt"
     print(f"{program}: {printable(message)}", file=sys.stderr)
@@ -151,14 +149,12 @@ def sha256_of(path: Path) -> str:
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves."""
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(2), "w") as stderr:
         os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        try:
+            yield
+        finally:
+            os.dup2(stderr.fileno(), 2)
 
 
 def import_tensorflow() -> Any:
@@ -350,23 +346,22 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
     """
     height, width, _ = pixels.shape
 
-    def neighbours(source: int, target: int) -> tuple[Array, Array, Array]:
+    def neighbours(source: int, target: int, values: int) -> tuple[Array, Array, Array]:
         place = np.arange(target, dtype=np.float32) * np.float32(source / target)
         low = place.astype(int)
-        return low, np.minimum(low + 1, source - 1), place % 1
-
-    def values_of(columns: Array) -> Array:  # to pick single values is faster than pixels of three
-        return (3 * columns[:, None] + np.arange(3)).ravel()
+        both = np.stack([low, np.minimum(low + 1, source - 1)])
+        first, second = (both[..., None] * values + np.arange(values)).reshape(2, -1)
+        return first, second, np.repeat(place % 1, values)
 
     def between(start: Array, end: Array, share: Array) -> Array:
         return np.subtract(end, start, dtype=np.float32) * share + start
 
     def lines(rows: Array) -> Array:
-        picked = pixels.reshape(height, -1)[rows]
-        return between(picked[:, values_of(left)], picked[:, values_of(right)], np.repeat(across, 3))
+        picked = pixels.reshape(height, width * 3)[rows]
+        return between(picked[:, left], picked[:, right], across)
 
-    top, bottom, down = neighbours(height, size[0])
-    left, right, across = neighbours(width, size[1])
+    top, bottom, down = neighbours(height, size[0], 1)
+    left, right, across = neighbours(width, size[1], 3)  # value by value, which is faster than pixel by pixel
     return between(lines(top), lines(bottom), down[:, None]).reshape(*size, 3)
 
 
@@ -374,7 +369,6 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
 # The classifier: a graph for LiteRT or TensorFlow, its labels, and what it is familiar with
 # ======================================================================================================================
 
-GraphDef = Any  # TensorFlow's, which is loaded where it is first needed
 RESIZED_NODE, BOTTLENECK_NODE = "ResizeBilinear", "pool_3/_reshape"
 
 # A graph is a program: it could read and write files, or call Python. One of somebody else's may hold only these
@@ -400,7 +394,7 @@ def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[No
     try:
         yield
     except Exception as error:  # of TensorFlow, of protobuf
-        raise UserError(f"{path} is {fault} ({printable(first_line(error))}).") from error
+        raise UserError(f"{path} is {fault} ({first_line(error)}).") from error
 
 
 class LiteModel:
@@ -422,7 +416,7 @@ class LiteModel:
         return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
 
 
-def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
+def check_ops(graph: Any, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     from tensorflow.python.framework import op_def_registry
 
@@ -438,7 +432,7 @@ def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
             raise UserError(f"{path}: {told}; if you trust whoever made it, add --trust_model.")
 
 
-def read_graph(path: Path, trusted: bool = False) -> GraphDef:
+def read_graph(path: Path, trusted: bool = False) -> Any:
     """Return the GraphDef of a file. Raises UserError for none, and, unless trusted, for one that may do harm."""
     graph = import_tensorflow().compat.v1.GraphDef()
     with telling_of_damage(path, "no TensorFlow graph, or not a whole one"):
@@ -471,8 +465,7 @@ class OutputFiles:
     """Where a graph, x.pb, and what belongs to it lie: the same for LiteRT, x.tflite, and x.json, which ties them."""
 
     def __init__(self, graph: str | Path):
-        graph = Path(graph)  # without a slash at its end
-        stem = str(graph).removesuffix(".pb").removesuffix(".tflite")
+        stem = str(Path(graph)).removesuffix(".pb").removesuffix(".tflite")
         self.graph = Path(f"{stem}.pb" if str(graph).endswith(".tflite") else graph)
         self.lite = Path(f"{stem}.tflite")
         self.facts = Path(f"{stem}.json")
@@ -589,25 +582,22 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Yield what each image is taken for, in the order of `paths`. Raises UserError if the labels are too few."""
     labels = classifier.labels
-    familiar = classifier.familiar
-    size = classifier.input_size
 
     def name(model: Callable, path: Path) -> Prediction:
         try:
-            pixels = read_image(path, classifier.reading, size)
+            pixels = read_image(path, classifier.reading, classifier.input_size)
         except ImageError as error:
             return Prediction(path, "not read", [], str(error))
-        probabilities, *features = model(resize_bilinear(pixels, size))
+        probabilities, *features = model(resize_bilinear(pixels, classifier.input_size))
         if len(probabilities) != len(labels):
             raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
         rounded = [round(score, 6) for score in probabilities.tolist()]
         scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
-        if not familiar:
+        if not classifier.familiar:
             return Prediction(path, scores[0][0], scores)
-        likeness = float(familiar.likeness(features[0]))
-        reason = familiar.reason(likeness, scores)
-        outcome = "unsure" if reason else scores[0][0]
-        return Prediction(path, outcome, scores, "", reason, min(1.0, round(likeness, 6)))
+        likeness = float(classifier.familiar.likeness(features[0]))
+        reason = classifier.familiar.reason(likeness, scores)
+        return Prediction(path, "unsure" if reason else scores[0][0], scores, "", reason, min(1.0, round(likeness, 6)))
 
     return on_all_cores([partial(name, model) for model in classifier.models], paths)
 
@@ -674,10 +664,12 @@ def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None
         temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
-def serve_page(classifier: Classifier, top_k: int) -> None:
+def serve_page(flags: argparse.Namespace) -> None:
     """Open a page that names what is dropped, pasted or photographed there; only this machine can reach it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
     import gradio
+
+    classifier = Classifier(flags.graph, flags.labels, 1, flags.cpu_threads, flags.trust_model)
 
     def name(file: str | None) -> tuple[dict[str, float], str]:
         if file is None:
@@ -686,7 +678,7 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
         return dict(prediction.scores), prediction.error or prediction.reason
 
     image = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image")
-    scores = gradio.Label(num_top_classes=top_k, label="What it is")
+    scores = gradio.Label(num_top_classes=flags.top_k, label="What it is")
     doubt = gradio.Textbox(label="Doubt", placeholder="None")
     page = gradio.Interface(name, image, [scores, doubt], title="predict.py", live=True, flagging_mode="never")
     fonts = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])  # none from elsewhere
@@ -698,16 +690,14 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
+    paths = find_images(flags.images + flags.image or [at_home("test_images")])
     known = [path.resolve() for path in paths]
     outputs = {name: Path(vars(flags)[name]) for name in ("csv", "json", "sort_into") if vars(flags)[name]}
     for name, path in outputs.items():
         check_writable(name, path, name == "sort_into")
         if path.resolve() in known:
             raise UserError(f"--{name} {path}: it is one of the images; name another place.")
-    classifier = Classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
-    if flags.page:
-        serve_page(classifier, flags.top_k)
+    classifier = Classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions: list[Prediction] = []
     try:
         for prediction in predict(classifier, paths):
@@ -745,7 +735,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--cpu_threads", metavar="N", type=number(int, 0), default=0, help="cores to use (default: all)")
     flag("--trust_model", action="store_true", help="run a .pb even if it could write files")
     flags = parser.parse_intermixed_args(arguments)
-    return exit_code("predict.py", lambda: run(flags))
+    return exit_code("predict.py", partial(serve_page if flags.page else run, flags))
 
 
 if __name__ == "__main__":
