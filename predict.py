@@ -187,7 +187,7 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split()[2].partition("=")[0]
             name = wrong.lstrip("-").replace("-", "_")
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
-            meant = self.meant.get(name, "".join(near))
+            meant = self.meant.get(name, *near)
             if Path(wrong).is_dir():  # no flag, but what one was forgotten before
                 meant = f"--image_dir {wrong}"
             message = f"{wrong} is no flag of this command"
@@ -532,7 +532,7 @@ class Classifier:
             raise UserError(f"--graph {graph}: {needed}; train first with retrain.sh.")
         self.labels: list[str] = facts.get("labels", [])
         if labels or not facts:
-            self.labels = [line for line in names.read_text("utf-8-sig", "replace").splitlines() if line]
+            self.labels = names.read_text("utf-8-sig", "replace").strip("\r\n").splitlines()
         self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
         self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
@@ -567,11 +567,9 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in map(Path, matches or [pattern]):
-            if not match.is_dir():
-                found.append(match)
-            for path in sorted(match.rglob("*")):
+            for path in [match, *sorted(match.rglob("*"))]:
                 inside = path.relative_to(match).parts
-                if path.is_file() and not any(map(is_hidden, inside)):
+                if not path.is_dir() and not any(map(is_hidden, inside)):
                     found.append(path)
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
