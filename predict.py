@@ -452,8 +452,8 @@ class GraphModel:
             softmax = [node.name for node in graph.node if node.op == "Softmax"][-1]
             with tf.Graph().as_default() as imported:
                 tf.import_graph_def(graph, name="")
-            tensors = [imported.get_tensor_by_name(f"{name}:0") for name in (RESIZED_NODE, softmax, BOTTLENECK_NODE)]
-            self.input, *self.outputs = tensors
+            names = RESIZED_NODE, softmax, BOTTLENECK_NODE
+            self.input, *self.outputs = (imported.get_tensor_by_name(f"{name}:0") for name in names)
             self.input_size = tuple(self.input.shape[1:3])
         self.session = tf.compat.v1.Session(graph=imported)
 
@@ -595,7 +595,8 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
             return Prediction(path, scores[0][0], scores)
         likeness = float(classifier.familiar.likeness(features[0]))
         reason = classifier.familiar.reason(likeness, scores)
-        return Prediction(path, "unsure" if reason else scores[0][0], scores, "", reason, min(1.0, round(likeness, 6)))
+        outcome = "unsure" if reason else scores[0][0]
+        return Prediction(path, outcome, scores, "", reason, min(1.0, round(likeness, 6)))
 
     return on_all_cores([partial(name, model) for model in classifier.models], paths)
 
@@ -675,9 +676,9 @@ def serve_page(flags: argparse.Namespace) -> None:
         (prediction,) = predict(classifier, [Path(file)])
         return dict(prediction.scores), prediction.error or prediction.reason
 
-    image = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image")
+    image = gradio.Image(type="filepath", image_mode=None, label="An image")
     scores = gradio.Label(num_top_classes=flags.top_k, label="What it is")
-    doubt = gradio.Textbox(label="Doubt", placeholder="None")
+    doubt = gradio.Textbox(label="Doubt")
     page = gradio.Interface(name, image, [scores, doubt], title="predict.py", live=True, flagging_mode="never")
     fonts = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])  # none from elsewhere
     local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False}
@@ -690,7 +691,8 @@ def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
     paths = find_images(flags.images + flags.image or [at_home("test_images")])
     known = [path.resolve() for path in paths]
-    outputs = {name: Path(vars(flags)[name]) for name in ("csv", "json", "sort_into") if vars(flags)[name]}
+    asked = {"csv": flags.csv, "json": flags.json, "sort_into": flags.sort_into}
+    outputs = {name: Path(path) for name, path in asked.items() if path}
     for name, path in outputs.items():
         check_writable(name, path, name == "sort_into")
         if path.resolve() in known:
