@@ -891,11 +891,34 @@ def download(url: str) -> bytes:
 
 
 def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
-    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, with batch normalisation folded away."""
-    tf = import_tensorflow()
-    from tensorflow.python.tools.optimize_for_inference_lib import optimize_for_inference
+    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, with batch normalisation folded away.
 
-    folded = optimize_for_inference(graph, ["DecodeJpeg/contents"], outputs, tf.string.as_datatype_enum)
+    In half a second: TensorFlow's own way, optimize_for_inference, multiplies in Python, and takes 45.
+    """
+    tf = import_tensorflow()
+    from tensorflow.python.framework.graph_util_impl import extract_sub_graph, remove_training_nodes
+
+    def become(node: Any, op: str, kind: str, *inputs: str) -> None:  # of the same name, and the same kind of values
+        node.CopyFrom(type(node)(op=op, name=node.name, input=inputs, attr={kind: node.attr[kind]}))
+
+    graph = remove_training_nodes(graph, outputs)
+    inputs = {node.name: node.input for node in graph.node}
+    tensors = {node.name: node.attr["value"].tensor for node in graph.node if node.op == "Const"}
+    for node in graph.node:
+        if node.op == "BatchNormWithGlobalNormalization":
+            convolution, *parts = node.input
+            mean, variance, beta, gamma = (tf.make_ndarray(tensors[part]) for part in parts)
+            scale = 1 / np.sqrt(variance + node.attr["variance_epsilon"].f)
+            if node.attr["scale_after_normalization"].b:
+                scale *= gamma
+            kernel = tensors[inputs[convolution][1]]
+            kernel.CopyFrom(tf.make_tensor_proto(tf.make_ndarray(kernel) * scale))
+            biases = parts[0]  # in the place of the mean
+            tensors[biases].CopyFrom(tf.make_tensor_proto(beta - mean * scale))
+            become(node, "BiasAdd", "T", convolution, biases)
+        elif node.name == "DecodeJpeg/contents":  # a constant in the release
+            become(node, "Placeholder", "dtype")
+    folded = extract_sub_graph(graph, outputs)
     folded.versions.producer = max(graph.versions.producer, 21)  # which any TensorFlow reads
     return folded
 
