@@ -196,9 +196,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def number(kind: type, low: float, high: float = sys.maxsize, also: float | None = None) -> Callable:
+def number(kind: type, low: float, high: float = sys.float_info.max, also: float | None = None) -> Callable:
     """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
-    allowed = f"{low} or more" if high == sys.maxsize else f"{low} to {high}"
+    allowed = f"{low} or more" if high == sys.float_info.max else f"{low} to {high}"
     if also is not None:
         allowed += f", or {also}"
 
