@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import collections
 import concurrent.futures
 import csv
 import difflib
-import functools
 import glob
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -32,10 +29,11 @@ import sys
 import threading
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,8 +96,6 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         message = f"error: {error}"
     except OSError as error:
         message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
-    except MemoryError:
-        message = "error: there is not enough memory for so many images, or for such large ones."
     except ImportError as error:
         message = f"error: {error}; install it with: {INSTALL} {error.name}, or all with -r requirements.txt"
     print(f"{program}: {printable(message)}", file=sys.stderr)
@@ -153,14 +149,12 @@ def sha256_of(path: Path) -> str:
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Keep what native code prints off stderr, where TensorFlow and LiteRT announce themselves."""
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(2), "w") as stderr:
         os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        try:
+            yield
+        finally:
+            os.dup2(stderr.fileno(), 2)
 
 
 def import_tensorflow() -> Any:
@@ -193,7 +187,7 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split()[2].partition("=")[0]
             name = wrong.lstrip("-").replace("-", "_")
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
-            meant = self.meant.get(name, "".join(near))
+            meant = self.meant.get(name, *near)
             if Path(wrong).is_dir():  # no flag, but what one was forgotten before
                 meant = f"--image_dir {wrong}"
             message = f"{wrong} is no flag of this command"
@@ -202,15 +196,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def number(kind: type, low: float, high: float = math.inf, also: float | None = None) -> Callable:
+def number(kind: type, low: float, high: float = sys.float_info.max, also: float | None = None) -> Callable:
     """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
-    allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+    allowed = f"{low} or more" if high == sys.float_info.max else f"{low} to {high}"
     if also is not None:
         allowed += f", or {also}"
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value == also or (low <= value <= high and value < math.inf):
+        if value == also or low <= value <= high:
             return value
         raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
 
@@ -257,18 +251,16 @@ class Reading:
     exact_decode: bool = False  # of very large photographs, too
 
 
-def is_hidden(path: Any) -> bool:
-    """Tell whether a file or folder is none of the user's images by its name alone."""
-    return path.name.startswith(".") or path.name.lower() in NOT_IMAGES
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is none of the user's images by its name."""
+    return name.startswith(".") or name.lower() in NOT_IMAGES
 
 
 def label_of(folder: str) -> str:
     """Return a folder's label: its name in lower case, every run of other than letters and digits as one space."""
-    label = ""
-    for letter in folder.lower():
-        is_mark = unicodedata.category(letter)[0] == "M"  # as parts of letters have it in many alphabets
-        label += letter if letter.isalnum() or is_mark else " "
-    return re.sub(" +", " ", label)
+    # Marks, too, are parts of letters in many alphabets: L, M and N.
+    letters = (letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folder.lower())
+    return re.sub(" +", " ", "".join(letters))
 
 
 def read_bytes(path: Any) -> bytes:
@@ -352,57 +344,47 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
 
     As TensorFlow 1's ResizeBilinear with align_corners false: the source of output x is x * scale.
     """
+    height, width, _ = pixels.shape
 
-    def neighbours(source: int, target: int) -> tuple[Array, Array, Array]:
-        place = np.arange(target, dtype=np.float32) * (np.float32(source) / np.float32(target))
-        low = place.astype(np.intp)
-        return low, np.minimum(low + 1, source - 1), place - low.astype(np.float32)
+    def neighbours(source: int, target: int, values: int) -> tuple[Array, Array, Array]:
+        place = np.arange(target, dtype=np.float32) * np.float32(source / target)
+        low = place.astype(int)
+        both = np.stack([low, np.minimum(low + 1, source - 1)])
+        first, second = (both[..., None] * values + np.arange(values)).reshape(2, -1)
+        return first, second, np.repeat(place % 1, values)
 
     def between(start: Array, end: Array, share: Array) -> Array:
-        end -= start
-        end *= share
-        end += start
-        return end
+        return np.subtract(end, start, dtype=np.float32) * share + start
 
-    height, width, _ = pixels.shape
-    top, bottom, down = neighbours(height, size[0])
-    left, right, across = neighbours(width, size[1])
-    # Picked by value rather than by pixel of three, and reckoned in place: twice as fast, to the same bit.
-    left, right = ((3 * at[:, None] + np.arange(3)).ravel() for at in (left, right))
-    across = np.repeat(across, 3)
-    lines = []
-    for line in (top, bottom):
-        picked = pixels.reshape(height, width * 3).take(line, axis=0)
-        start = picked.take(left, axis=1).astype(np.float32)
-        end = picked.take(right, axis=1).astype(np.float32)
-        lines.append(between(start, end, across))
-    upper, lower = lines
-    return between(upper, lower, down[:, None]).reshape(*size, 3)
+    def lines(rows: Array) -> Array:
+        picked = pixels.reshape(height, width * 3)[rows]
+        return between(picked[:, left], picked[:, right], across)
+
+    top, bottom, down = neighbours(height, size[0], 1)
+    left, right, across = neighbours(width, size[1], 3)  # value by value, which is faster than pixel by pixel
+    return between(lines(top), lines(bottom), down[:, None]).reshape(*size, 3)
 
 
 # ======================================================================================================================
 # The classifier: a graph for LiteRT or TensorFlow, its labels, and what it is familiar with
 # ======================================================================================================================
 
-GraphDef = Any  # TensorFlow's, which is loaded where it is first needed
 RESIZED_NODE, BOTTLENECK_NODE = "ResizeBilinear", "pool_3/_reshape"
 
-# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold these operations
-# only, which compute. They were picked by hand: TensorFlow calls even ReadFile stateless.
+# A graph is a program: it could read and write files, or call Python. One of somebody else's may hold only these
+# operations, of image networks, which compute. They were picked by hand: TensorFlow calls even ReadFile stateless.
 PURE_OPS = """
-Abs Add AddN AddV2 All Any ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchMatMulV3
-BatchNormWithGlobalNormalization BatchToSpaceND Betainc BiasAdd BroadcastTo Cast CheckNumerics ClipByValue Concat
-ConcatV2 Const Conv2D Conv2DBackpropInput DecodeJpeg DecodePng DepthToSpace DepthwiseConv2dNative Div DivNoNan Einsum
-Elu EnsureShape Equal Erf Erfc Exp ExpandDims Expm1 ExtractImagePatches FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
-FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather
-GatherNd GatherV2 Greater GreaterEqual Identity IdentityN If L2Loss LRN LeakyRelu Less LessEqual Log Log1p LogSoftmax
-LogicalAnd LogicalNot LogicalOr MatMul Max MaxPool MaxPoolV2 Maximum Mean Merge Min Minimum MirrorPad Mul Neg NoOp
-NotEqual OneHot OnesLike Pack Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow PreventGradient Prod
-RandomStandardNormal RandomUniform Range Rank RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic
-ResizeBilinear ResizeNearestNeighbor Roll Round Rsqrt Select SelectV2 Selu Shape ShapeN Sigmoid Size Slice Softmax
-Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze StatefulPartitionedCall
-StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniformV2 StopGradient StridedSlice Sub Sum Switch Tanh Tile
-Transpose TruncatedNormal Unpack Where ZerosLike
+Abs Add AddN AddV2 All ArgMax Assert AvgPool BatchMatMul BatchMatMulV2 BatchNormWithGlobalNormalization BatchToSpaceND
+BiasAdd BroadcastTo Cast CheckNumerics ClipByValue Concat ConcatV2 Const Conv2D DecodeJpeg DepthToSpace
+DepthwiseConv2dNative Div Einsum Elu EnsureShape Equal Erf Erfc Exp ExpandDims ExtractImagePatches
+FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod FusedBatchNorm FusedBatchNormV2
+FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual Identity IdentityN If L2Loss LRN LeakyRelu Less LessEqual
+LogicalAnd LogicalNot MatMul Max MaxPool Maximum Mean Merge Min Minimum MirrorPad Mul Neg NoOp NotEqual OnesLike Pack
+Pad PadV2 PartitionedCall Placeholder PlaceholderWithDefault Pow Prod RandomUniform Range Rank RealDiv Relu Relu6
+Reshape ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor Roll Rsqrt Select SelectV2 Shape ShapeN Sigmoid
+Slice Softmax Softplus SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
+StatefulPartitionedCall StatelessIf StatelessRandomGetKeyCounter StatelessRandomUniformV2 StopGradient StridedSlice Sub
+Sum Switch Tanh Tile Transpose TruncatedNormal Unpack ZerosLike
 """
 
 
@@ -412,7 +394,7 @@ def telling_of_damage(path: Path, fault: str = "a damaged graph") -> Iterator[No
     try:
         yield
     except Exception as error:  # of TensorFlow, of protobuf
-        raise UserError(f"{path} is {fault} ({printable(first_line(error))}).") from error
+        raise UserError(f"{path} is {fault} ({first_line(error)}).") from error
 
 
 class LiteModel:
@@ -434,7 +416,7 @@ class LiteModel:
         return [self.interpreter.get_tensor(output["index"])[0] for output in self.outputs]
 
 
-def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
+def check_ops(graph: Any, path: Path, also: str = "") -> None:
     """Raise UserError if a GraphDef, or a function in it, holds an operation that is neither in PURE_OPS nor `also`."""
     from tensorflow.python.framework import op_def_registry
 
@@ -450,7 +432,7 @@ def check_ops(graph: GraphDef, path: Path, also: str = "") -> None:
             raise UserError(f"{path}: {told}; if you trust whoever made it, add --trust_model.")
 
 
-def read_graph(path: Path, trusted: bool = False) -> GraphDef:
+def read_graph(path: Path, trusted: bool = False) -> Any:
     """Return the GraphDef of a file. Raises UserError for none, and, unless trusted, for one that may do harm."""
     graph = import_tensorflow().compat.v1.GraphDef()
     with telling_of_damage(path, "no TensorFlow graph, or not a whole one"):
@@ -460,55 +442,45 @@ def read_graph(path: Path, trusted: bool = False) -> GraphDef:
     return graph
 
 
-def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
-    """Return what a GraphDef of the Inception-v3 kind needs for its outputs, with batch normalisation folded away."""
-    tf = import_tensorflow()
-    from tensorflow.python.tools.optimize_for_inference_lib import optimize_for_inference
-
-    folded = optimize_for_inference(graph, ["DecodeJpeg/contents"], outputs, tf.string.as_datatype_enum)
-    folded.versions.producer = max(graph.versions.producer, 21)  # which any TensorFlow reads
-    return folded
-
-
-def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> Any:
-    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a list of outputs."""
-    tf = import_tensorflow()
-    wanted = [f"{name}:0" for name in outputs]
-    nodes = {node.name: node for node in graph.node}
-    size = tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)
-    return tf.compat.v1.wrap_function(
-        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
-        [tf.TensorSpec([batch, *size, 3], tf.float32)],
-    )
-
-
 class GraphModel:
     """A trained graph of ours or of the classic script's, run by TensorFlow as a LiteModel is by LiteRT."""
 
     def __init__(self, path: Path, trusted: bool):
         graph = read_graph(path, trusted)
+        tf = import_tensorflow()
         with telling_of_damage(path, f"no graph of retrain.py's kind, from {RESIZED_NODE!r} to a softmax"):
             softmax = [node.name for node in graph.node if node.op == "Softmax"][-1]
-            graph = fold_batch_norm(graph, softmax, BOTTLENECK_NODE)
-            self.network = graph_function(graph, softmax, BOTTLENECK_NODE)
-        self.input_size = tuple(self.network.inputs[0].shape[1:3])
+            with tf.Graph().as_default() as imported:
+                tf.import_graph_def(graph, name="")
+            names = RESIZED_NODE, softmax, BOTTLENECK_NODE
+            self.input, *self.outputs = (imported.get_tensor_by_name(f"{name}:0") for name in names)
+            self.input_size = tuple(self.input.shape[1:3])
+        self.session = tf.compat.v1.Session(graph=imported)
 
     def __call__(self, pixels: Array) -> list[Array]:
-        return [output.numpy()[0] for output in self.network(pixels[None])]
+        return [output[0] for output in self.session.run(self.outputs, {self.input: pixels[None]})]
 
 
 class OutputFiles:
     """Where a graph, x.pb, and what belongs to it lie: the same for LiteRT, x.tflite, and x.json, which ties them."""
 
     def __init__(self, graph: str | Path):
-        graph = Path(graph)  # without a slash at its end
-        stem = str(graph).removesuffix(".pb").removesuffix(".tflite")
+        stem = str(Path(graph)).removesuffix(".pb").removesuffix(".tflite")
         self.graph = Path(f"{stem}.pb" if str(graph).endswith(".tflite") else graph)
         self.lite = Path(f"{stem}.tflite")
         self.facts = Path(f"{stem}.json")
         stem = stem.removesuffix("_graph")  # output_labels.txt for output_graph.pb, ants_labels.txt for ants.pb
         self.labels = Path(f"{stem}_labels.txt")
         self.report = Path(f"{stem}_report.html")
+
+    def read_facts(self) -> dict:
+        """Return what retrain.py noted about the graph, or {} if that is another's."""
+        try:
+            facts = json.loads(self.facts.read_text("utf-8"))
+            known = facts["graph_sha256"], facts["lite_sha256"]
+            return facts if sha256_of(self.graph if self.graph.is_file() else self.lite) in known else {}
+        except Exception:  # there is no such file, or one that is none of ours
+            return {}
 
 
 def unit(features: Array) -> Array:
@@ -526,7 +498,7 @@ class Familiar:
     exemplars_float16: str  # in base64
     coverage: float  # the share of right answers that these limits leave
 
-    @functools.cached_property
+    @cached_property
     def exemplars(self) -> Array:
         values = np.frombuffer(base64.b64decode(self.exemplars_float16), np.float16)
         return values.reshape(self.exemplars_shape).astype(np.float32)
@@ -553,21 +525,16 @@ class Classifier:
     def __init__(self, graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False):
         """Open a graph (or .tflite) for so many images; labels: a file in place of those of the training, or ""."""
         files = OutputFiles(graph)
-        facts = read_facts(files)
+        facts = files.read_facts()
         names = Path(labels or files.labels)
-        if labels and not names.is_file():
-            raise UserError(f"--labels {labels}: there is no such file; name one with a class in each line.")
         if not facts and not (files.graph.is_file() and names.is_file()):
             needed = f"there is no such file, or neither {files.facts} nor {names} that belongs to it"
             raise UserError(f"--graph {graph}: {needed}; train first with retrain.sh.")
         self.labels: list[str] = facts.get("labels", [])
         if labels or not facts:
-            lines = names.read_text("utf-8-sig", "replace").splitlines()
-            self.labels = [line for line in lines if line]
+            self.labels = names.read_text("utf-8-sig", "replace").strip("\r\n").splitlines()
         self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
-        self.familiar = None
-        if facts.get("familiar"):
-            self.familiar = Familiar(**facts["familiar"])
+        self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
             cores = core_count(cpu_threads)
             count = min(cores, images)
@@ -575,17 +542,6 @@ class Classifier:
         else:
             self.models = [GraphModel(files.graph, trusted)]
         self.input_size = self.models[0].input_size
-
-
-def read_facts(files: OutputFiles) -> dict:
-    """Return what retrain.py noted about the graph, or {} if that is another's."""
-    path = files.graph if files.graph.is_file() else files.lite
-    try:
-        facts = json.loads(files.facts.read_text("utf-8"))
-        known = facts["graph_sha256"], facts["lite_sha256"]
-        return facts if sha256_of(path) in known else {}
-    except Exception:  # there is no such file, or one that is none of ours
-        return {}
 
 
 # ======================================================================================================================
@@ -611,11 +567,9 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in map(Path, matches or [pattern]):
-            if not match.is_dir():
-                found.append(match)
-            for path in sorted(match.rglob("*")):
-                inside = map(Path, path.relative_to(match).parts)
-                if path.is_file() and not any(map(is_hidden, inside)):
+            for path in [match, *sorted(match.rglob("*"))]:
+                inside = path.relative_to(match).parts
+                if not path.is_dir() and not any(map(is_hidden, inside)):
                     found.append(path)
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
@@ -626,23 +580,21 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Yield what each image is taken for, in the order of `paths`. Raises UserError if the labels are too few."""
     labels = classifier.labels
-    familiar = classifier.familiar
-    size = classifier.input_size
 
     def name(model: Callable, path: Path) -> Prediction:
         try:
-            pixels = read_image(path, classifier.reading, size)
+            pixels = read_image(path, classifier.reading, classifier.input_size)
         except ImageError as error:
             return Prediction(path, "not read", [], str(error))
-        probabilities, *features = model(resize_bilinear(pixels, size))
+        probabilities, *features = model(resize_bilinear(pixels, classifier.input_size))
         if len(probabilities) != len(labels):
             raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
         rounded = [round(score, 6) for score in probabilities.tolist()]
         scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
-        if not familiar:
+        if not classifier.familiar:
             return Prediction(path, scores[0][0], scores)
-        likeness = float(familiar.likeness(features[0]))
-        reason = familiar.reason(likeness, scores)
+        likeness = float(classifier.familiar.likeness(features[0]))
+        reason = classifier.familiar.reason(likeness, scores)
         outcome = "unsure" if reason else scores[0][0]
         return Prediction(path, outcome, scores, "", reason, min(1.0, round(likeness, 6)))
 
@@ -663,9 +615,9 @@ def print_prediction(prediction: Prediction, top_k: int, headed: bool) -> None:
 
 def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
-    counts = collections.Counter(each.outcome for each in predictions)
-    told = [f"{printable(outcome)} {count:,}" for outcome, count in counts.most_common()]
-    print(f"{len(predictions):,} images: {', '.join(told)}.", flush=True)
+    counts = Counter(each.outcome for each in predictions).most_common()
+    told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
+    print(f"{len(predictions):,} images: {told}.", flush=True)
     classes = {label_of(label) for label in labels}
     right = []
     for each in predictions:
@@ -702,25 +654,21 @@ def write_csv(path: str, predictions: Sequence[Prediction], labels: Sequence[str
 
 
 def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None:
-    entries = [
-        {
-            "image": str(prediction.path),
-            "predictions": [{"label": label, "score": score} for label, score in prediction.scores[:top_k]],
-            "unsure": bool(prediction.reason),
-            "reason": prediction.reason,
-            "likeness": prediction.likeness,
-            "error": prediction.error or None,
-        }
-        for prediction in predictions
-    ]
+    entries = []
+    for each in predictions:
+        named = [{"label": label, "score": score} for label, score in each.scores[:top_k]]
+        doubt = {"unsure": bool(each.reason), "reason": each.reason, "likeness": each.likeness}
+        entries.append({"image": str(each.path), "predictions": named, **doubt, "error": each.error or None})
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
-def serve_page(classifier: Classifier, top_k: int) -> None:
+def serve_page(flags: argparse.Namespace) -> None:
     """Open a page that names what is dropped, pasted or photographed there; only this machine can reach it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
     import gradio
+
+    classifier = Classifier(flags.graph, flags.labels, 1, flags.cpu_threads, flags.trust_model)
 
     def name(file: str | None) -> tuple[dict[str, float], str]:
         if file is None:
@@ -728,12 +676,12 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
         (prediction,) = predict(classifier, [Path(file)])
         return dict(prediction.scores), prediction.error or prediction.reason
 
-    image = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="An image")
-    scores = gradio.Label(num_top_classes=top_k, label="What it is")
-    doubt = gradio.Textbox(label="Doubt", placeholder="None")
+    image = gradio.Image(type="filepath", image_mode=None, label="An image")
+    scores = gradio.Label(num_top_classes=flags.top_k, label="What it is")
+    doubt = gradio.Textbox(label="Doubt")
     page = gradio.Interface(name, image, [scores, doubt], title="predict.py", live=True, flagging_mode="never")
     fonts = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])  # none from elsewhere
-    local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False}
+    local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False}
     _, address, _ = page.launch(**local, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts)
     print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
     threading.Event().wait()
@@ -741,16 +689,15 @@ def serve_page(classifier: Classifier, top_k: int) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
-    outputs = [name for name in ("csv", "json", "sort_into") if vars(flags)[name]]
-    for name in outputs:
-        check_writable(name, Path(vars(flags)[name]), name == "sort_into")
-    paths = [] if flags.page else find_images(flags.images + flags.image or [at_home("test_images")])
-    for name in outputs:
-        if Path(vars(flags)[name]).resolve() in [path.resolve() for path in paths]:
-            raise UserError(f"--{name} {vars(flags)[name]}: it is one of the images; name another place.")
-    classifier = Classifier(flags.graph, flags.labels, len(paths) or 1, flags.cpu_threads, flags.trust_model)
-    if flags.page:
-        serve_page(classifier, flags.top_k)
+    paths = find_images(flags.images + flags.image or [at_home("test_images")])
+    known = [path.resolve() for path in paths]
+    asked = {"csv": flags.csv, "json": flags.json, "sort_into": flags.sort_into}
+    outputs = {name: Path(path) for name, path in asked.items() if path}
+    for name, path in outputs.items():
+        check_writable(name, path, name == "sort_into")
+        if path.resolve() in known:
+            raise UserError(f"--{name} {path}: it is one of the images; name another place.")
+    classifier = Classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions: list[Prediction] = []
     try:
         for prediction in predict(classifier, paths):
@@ -766,7 +713,7 @@ def run(flags: argparse.Namespace) -> int:
         if predictions and len(paths) > 1:
             print_summary(predictions, classifier.labels)
     if outputs:
-        print(f"Wrote {printable(', '.join(vars(flags)[name] for name in outputs))}.")
+        print(f"Wrote {printable(', '.join(map(str, outputs.values())))}.")
     return int(any(prediction.error for prediction in predictions))
 
 
@@ -788,7 +735,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--cpu_threads", metavar="N", type=number(int, 0), default=0, help="cores to use (default: all)")
     flag("--trust_model", action="store_true", help="run a .pb even if it could write files")
     flags = parser.parse_intermixed_args(arguments)
-    return exit_code("predict.py", lambda: run(flags))
+    return exit_code("predict.py", partial(serve_page if flags.page else run, flags))
 
 
 if __name__ == "__main__":

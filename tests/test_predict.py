@@ -113,7 +113,7 @@ def test_files_folders_and_globs(folder, asked, found):
     [
         (["--graph", "no.pb"], "no.pb: there is no such file"),
         (["--graph", "lone.tflite"], "or neither lone.json nor lone_labels.txt that belongs to it"),
-        (["--labels", "no.txt"], "--labels no.txt: there is no such file"),
+        (["--labels", "no.txt"], "no.txt: No such file or directory"),
         (["--labels", "few.txt"], "--labels: there are 2 for the 3 classes"),
         (["--graph", "words.pb", "--labels", "output_labels.txt"], "words.pb"),
         (["--graph", "red.jpg"], "nor red.jpg_labels.txt"),
