@@ -263,7 +263,6 @@ def ways_of(name: str, base: retrain.BaseModel, small: retrain.BaseModel, images
 @contextlib.contextmanager
 def cluster(nodes: int, cpus: int = 1) -> Iterator[None]:
     """Be connected to a cluster of so many nodes of so many processors each, beside a head without any."""
-    retrain.import_ray()
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 500 << 20})

@@ -51,7 +51,6 @@ def s3():
 def cluster(s3):
     """A cluster of a head without processors, where the command runs, and a node of one processor."""
     pytest.importorskip("ray", reason=NEEDS_RAY)
-    retrain.import_ray()
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": 200 << 20, "include_dashboard": False}
