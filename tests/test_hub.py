@@ -131,21 +131,13 @@ def test_operators_that_litert_lacks_are_run_by_tensorflow(tf, train, image_dir,
     "make, flags, said",
     [
         (lambda tf, net: net.mkdir(), (), "net is no SavedModel (SavedModel file does not exist"),
-        (
-            lambda tf, net: save_call(tf, net, tf.identity, tf.TensorSpec([None], tf.string)),
-            (),
-            "(it takes no images, nor does",
-        ),
+        (lambda tf, net: save_call(tf, net, tf.identity, tf.TensorSpec([None], tf.string)), (), "(it takes no images"),
         (
             lambda tf, net: save_call(tf, net, tf.identity, tf.TensorSpec([None, 8, 8, 3])),
             (),
             "it gives float32 (None, 8, 8, 3)",
         ),
-        (
-            lambda tf, net: tf.saved_model.save(tf.Module(), str(net)),
-            (),
-            "(it takes no images, nor does a signature default or",
-        ),
+        (lambda tf, net: tf.saved_model.save(tf.Module(), str(net)), (), "nor does a signature default or"),
         (MAKERS["TF2, any size"], (), "it takes images of any size; name one with --image_size)."),
     ],
     ids=["empty", "text", "maps", "silent", "any size"],
