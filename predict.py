@@ -15,7 +15,6 @@ import argparse
 import base64
 import concurrent.futures
 import csv
-import difflib
 import glob
 import hashlib
 import io
@@ -35,7 +34,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Where every default lies, wherever the scripts are started from.
 HOME = Path(os.environ.get("RETRAIN_HOME") or Path(__file__).resolve().parent)
@@ -63,7 +62,7 @@ except ImportError as missing:
 sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 
 # ======================================================================================================================
-# Common ground: errors, whole files, all cores, flags
+# Common ground: errors, whole files, all cores
 # ======================================================================================================================
 
 Array = np.ndarray
@@ -119,11 +118,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def core_count(at_most: int = 0) -> int:
-    """Return how many cores this process may use, but at most so many, unless 0."""
+    """Return how many cores this process may use, but at most so many, if any."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
         cores = len(os.sched_getaffinity(0))
-    return min(cores, at_most or cores)
+    return min(cores, at_most) if at_most > 0 else cores
 
 
 def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator:
@@ -177,54 +176,9 @@ def printable(text: object) -> str:
     return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistyped flag with the one that was probably meant."""
-
-    meant: dict[str, str] = {}  # our flag for what users of other programs type (without its dashes)
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized"):
-            wrong = message.split()[2].partition("=")[0]
-            name = wrong.lstrip("-").replace("-", "_")
-            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
-            meant = self.meant.get(name, *near)
-            if Path(wrong).is_dir():  # no flag, but what one was forgotten before
-                meant = f"--image_dir {wrong}"
-            message = f"{wrong} is no flag of this command"
-            if meant:
-                message += f"; did you mean {meant}?"
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def number(kind: type, low: float, high: float = sys.float_info.max, also: float | None = None) -> Callable:
-    """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
-    allowed = f"{low} or more" if high == sys.float_info.max else f"{low} to {high}"
-    if also is not None:
-        allowed += f", or {also}"
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if value == also or low <= value <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
-
-    parse.__name__ = "whole number" if kind is int else "number"  # for argparse, whose words begin with "invalid"
-    return parse
-
-
 def at_home(name: str) -> str:
     """Return the path of a file or folder that lies beside the scripts, as short as can be."""
     return name if Path.cwd() == HOME else str(HOME / name)
-
-
-def check_writable(name: str, path: Path, is_folder: bool) -> None:
-    """Raise UserError if a file or folder, by the name of its flag, can't be written."""
-    places = [path.absolute(), *path.absolute().parents][not is_folder :]
-    place = next((place for place in places if place.exists()), path)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--{name} {path}: {place} is no folder that can be written to; name another place.")
-    if not is_folder and path.exists() and not path.is_file():  # a device, too, would be replaced
-        raise UserError(f"--{name} {path}: what lies there is no file; name another place.")
 
 
 # ======================================================================================================================
@@ -694,9 +648,9 @@ def run(flags: argparse.Namespace) -> int:
     asked = {"csv": flags.csv, "json": flags.json, "sort_into": flags.sort_into}
     outputs = {name: Path(path) for name, path in asked.items() if path}
     for name, path in outputs.items():
-        check_writable(name, path, name == "sort_into")
-        if path.resolve() in known:
-            raise UserError(f"--{name} {path}: it is one of the images; name another place.")
+        is_right = path.is_dir() if name == "sort_into" else path.is_file()
+        if path.resolve() in known or (path.exists() and not is_right):
+            raise UserError(f"--{name} {path}: what lies there must not be written over; name another place.")
     classifier = Classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions: list[Prediction] = []
     try:
@@ -719,7 +673,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser("predict.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
     flag = parser.add_argument
     images = "files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
     flag("images", nargs="*", metavar="FILE", help=images)
@@ -728,11 +682,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--json", metavar="FILE", help="also write a list for programs")
     flag("--sort_into", metavar="DIR", help="copy each image into DIR/<its class>, or DIR/unsure")
     flag("--page", action="store_true", help="open a page to drop images on")
-    flag("--top_k", metavar="N", type=number(int, 1), default=5, help="classes to print for each image (5)")
+    flag("--top_k", metavar="N", type=int, default=5, help="classes to print for each image (5)")
     graph = at_home("output_graph.pb")
     flag("--graph", metavar="FILE", default=graph, help="the trained classifier, .pb or .tflite")
     flag("--labels", metavar="FILE", default="", help="other names for its classes, a line each")
-    flag("--cpu_threads", metavar="N", type=number(int, 0), default=0, help="cores to use (default: all)")
+    flag("--cpu_threads", metavar="N", type=int, default=0, help="cores to use (default: all)")
     flag("--trust_model", action="store_true", help="run a .pb even if it could write files")
     flags = parser.parse_intermixed_args(arguments)
     return exit_code("predict.py", partial(serve_page if flags.page else run, flags))

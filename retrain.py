@@ -21,6 +21,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import difflib
 import functools
 import gc
 import hashlib
@@ -54,7 +55,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 # First of all packages: it says what is missing, or goes on with the Python of retrain.sh.
 from predict import (
@@ -67,12 +68,10 @@ from predict import (
     ImageError,
     LiteModel,
     OutputFiles,
-    Parser,
     Reading,
     UserError,
     at_home,
     check_ops,
-    check_writable,
     core_count,
     decode_image,
     exit_code,
@@ -80,7 +79,6 @@ from predict import (
     import_tensorflow,
     is_hidden,
     label_of,
-    number,
     on_all_cores,
     printable,
     quiet_stderr,
@@ -215,6 +213,24 @@ ARCHITECTURES += [name + side for name in MOBILENETS for side in ("224", "192", 
 SPLIT_OF = {"validation_dir": "validation", "test_dir": "testing", "coarse_image_dir": "coarse"}
 OUTPUTS = "output_graph output_labels output_report write_split_file checkpoint_path "
 OUTPUTS += "bottleneck_dir summaries_dir saved_model_dir intermediate_output_graphs_dir"
+
+
+def number(kind: type, low: float, high: float = sys.float_info.max, also: float | None = None) -> Callable:
+    """Return an argparse type: an int or float from low to high, or `also` (such as -1 for 'all')."""
+    allowed = f"{low} or more" if high == sys.float_info.max else f"{low} to {high}"
+    if also is not None:
+        allowed += f", or {also}"
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if value == also or low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
+
+    parse.__name__ = "whole number" if kind is int else "number"  # for argparse, whose words begin with "invalid"
+    return parse
+
+
 # What a flag takes, by the word for it in the help; any other word stands for text.
 KINDS = {
     "N": number(int, 0),
@@ -225,6 +241,25 @@ KINDS = {
     "SHARE": number(float, 0, 0.99),
 }
 Flags = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistyped flag with the one that was probably meant."""
+
+    meant: dict[str, str] = {}  # our flag for what users of other programs type (without its dashes)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized"):
+            wrong = message.split()[2].partition("=")[0]
+            name = wrong.lstrip("-").replace("-", "_")
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
+            meant = self.meant.get(name, *near)
+            if Path(wrong).is_dir():  # no flag, but what one was forgotten before
+                meant = f"--image_dir {wrong}"
+            message = f"{wrong} is no flag of this command"
+            if meant:
+                message += f"; did you mean {meant}?"
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 class Help(argparse.Action):
@@ -468,6 +503,16 @@ def find_class_folders(flags: Flags) -> None:
         vars(flags).update(folders)
         used = ", ".join(f"--{name} {folder}" for name, folder in folders.items())
         log.info("This run uses %s.", used)
+
+
+def check_writable(name: str, path: Path, is_folder: bool) -> None:
+    """Raise UserError if a file or folder, by the name of its flag, can't be written."""
+    places = [path.absolute(), *path.absolute().parents][not is_folder :]
+    place = next((place for place in places if place.exists()), path)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--{name} {path}: {place} is no folder that can be written to; name another place.")
+    if not is_folder and path.exists() and not path.is_file():  # a device, too, would be replaced
+        raise UserError(f"--{name} {path}: what lies there is no file; name another place.")
 
 
 def check_outputs(flags: Flags) -> None:
