@@ -255,8 +255,10 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
         else:
             pixels = np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError:
-        remedy = "" if "HEIF" in FORMATS else f"; HEIC needs pi-heif: {INSTALL} pi-heif"
-        raise ImageError(f"not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format{remedy}") from None
+        told = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
+        if "HEIF" not in FORMATS:
+            told += f"; HEIC needs pi-heif: {INSTALL} pi-heif"
+        raise ImageError(told) from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
     except Exception as error:  # decoders raise many kinds of errors on damaged data
@@ -282,7 +284,7 @@ def decode_jpeg(data: bytes, image: PIL.Image.Image, scale: int) -> Array:
     space = "CMYK" if image.mode == "CMYK" else "RGB"
     try:
         pixels = simplejpeg.decode_jpeg(data, space, fastdct=True, min_height=height, min_width=width)
-    except ValueError:  # Pillow forgives blemishes, such as stray bytes between two markers; it is a few levels off
+    except ValueError:  # Pillow forgives blemishes, and is a few levels off
         image.draft("RGB", (width, height))
         return np.asarray(image.convert("RGB"))
     if space == "CMYK":
@@ -447,7 +449,7 @@ class Familiar:
     """What tells an image like those of the training from another, as output_graph.json holds it."""
 
     least_score: float
-    least_similarity: float  # least cosine with an exemplar, the middle of a cluster of the training's bottlenecks
+    least_similarity: float  # cosine with an exemplar: the middle of a cluster of the training's features
     exemplars_shape: Sequence[int]  # [k, n]
     exemplars_float16: str  # in base64
     coverage: float  # the share of right answers that these limits leave
@@ -476,7 +478,7 @@ class Classifier:
     A model is a function from pixels float32 [*input_size, 3] to [probabilities float32 [classes], features [n]].
     """
 
-    def __init__(self, graph: str, labels: str = "", images: int = 1000, cpu_threads: int = 0, trusted: bool = False):
+    def __init__(self, graph: str, labels: str = "", images: int = 99, threads: int = 0, trusted: bool = False):
         """Open a graph (or .tflite) for so many images; labels: a file in place of those of the training, or ""."""
         files = OutputFiles(graph)
         facts = files.read_facts()
@@ -490,7 +492,7 @@ class Classifier:
         self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
         self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
-            cores = core_count(cpu_threads)
+            cores = core_count(threads)
             count = min(cores, images)
             self.models: list = [LiteModel(files.lite, cores // count) for _ in range(count)]
         else:
@@ -541,8 +543,9 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         except ImageError as error:
             return Prediction(path, "not read", [], str(error))
         probabilities, *features = model(resize_bilinear(pixels, classifier.input_size))
-        if len(probabilities) != len(labels):
-            raise UserError(f"--labels: there are {len(labels)} for the {len(probabilities)} classes of the graph.")
+        count = len(probabilities)
+        if len(labels) != count:
+            raise UserError(f"--labels: there are {len(labels)} for the {count} classes of the graph.")
         rounded = [round(score, 6) for score in probabilities.tolist()]
         scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
         if not classifier.familiar:
@@ -571,7 +574,7 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
     """Print how many images were taken for each class, and how many rightly where folders are named like classes."""
     counts = Counter(each.outcome for each in predictions).most_common()
     told = ", ".join(f"{printable(outcome)} {count:,}" for outcome, count in counts)
-    print(f"{len(predictions):,} images: {told}.", flush=True)
+    print(f"{len(predictions):,} images: {told}.")
     classes = {label_of(label) for label in labels}
     right = []
     for each in predictions:
@@ -579,7 +582,7 @@ def print_summary(predictions: Sequence[Prediction], labels: Sequence[str]) -> N
         if each.scores and folder in classes:
             right.append(folder == label_of(each.scores[0][0]))
     if right:
-        print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.", flush=True)
+        print(f"Accuracy on the {len(right):,} in folders named like classes: {np.mean(right):.1%}.")
 
 
 def sort_into(folder: str, prediction: Prediction) -> None:
@@ -614,12 +617,13 @@ def write_json(path: str, predictions: Sequence[Prediction], top_k: int) -> None
         doubt = {"unsure": bool(each.reason), "reason": each.reason, "likeness": each.likeness}
         entries.append({"image": str(each.path), "predictions": named, **doubt, "error": each.error or None})
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+        text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, "utf-8", "backslashreplace")
 
 
 def serve_page(flags: argparse.Namespace) -> None:
     """Open a page that names what is dropped, pasted or photographed there; only this machine can reach it."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before it is imported
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # before the import
     import gradio
 
     classifier = Classifier(flags.graph, flags.labels, 1, flags.cpu_threads, flags.trust_model)
@@ -672,8 +676,8 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("predict.py", description=__doc__, **layout)
     flag = parser.add_argument
     images = "files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
     flag("images", nargs="*", metavar="FILE", help=images)
