@@ -2228,7 +2228,7 @@ class Diagnostics:
     groups: Array  # int [images]: the same number for all that show one scene
     pairs: list[NearDuplicate]  # most alike first
     validated: HeldOut | None = None  # the cross-validation; None for too few images
-    test: HeldOut | None = None  # without the `test_duplicates`, whose groups have training or validation images
+    test: HeldOut | None = None  # without the `test_duplicates`, whose groups have other images
     test_duplicates: int = 0
     classic_accuracy: float | None = None  # of all test images
     curve: LearningCurve | None = None
@@ -2363,8 +2363,9 @@ def of_bad_quality(cues: Array, classes: Sequence[int]) -> list[Doubt]:
     """Return the images that are tiny, nearly black or blurred; cues: float32 [images, 5]; classes: [images]."""
     brightness, contrast, sharpness, width, height = cues.T
     usual = np.nanmedian(sharpness) if np.isfinite(sharpness).any() else 0
-    found = [sharpness < BLURRED * usual, brightness + contrast < NEARLY_BLACK, np.minimum(width, height) < TINY]
-    reasons = np.select(found, ["blurred", "nearly black", "tiny"], "").tolist()
+    is_black, is_tiny = brightness + contrast < NEARLY_BLACK, np.minimum(width, height) < TINY
+    found = {"blurred": sharpness < BLURRED * usual, "nearly black": is_black, "tiny": is_tiny}
+    reasons = np.select(list(found.values()), list(found), "").tolist()
     return [Doubt(row, classes[row], 0.0, 0.0, reason) for row, reason in enumerate(reasons) if reason]
 
 
@@ -2462,10 +2463,8 @@ def findings(found: Diagnostics) -> Iterator[str]:
     if large:
         yield f"Each of one scene only: {', '.join(large[:3])}; images of others would teach more."
     if found.cue:
-        told = (
-            f"{found.cue.capitalize()} alone tells a class from the others ({found.cue_accuracy:.0%} right, by chance"
-        )
-        yield f"{told} 50%): it may have been photographed under other circumstances, and those may be what is learnt."
+        told = f"alone tells a class from the others ({found.cue_accuracy:.0%} right, by chance 50%)"
+        yield f"{found.cue.capitalize()} {told}: was it photographed under other circumstances?"
     if found.pairs:
         across = sum(found.classes[pair.first] != found.classes[pair.second] for pair in found.pairs)
         yield f"Pairs of images that show the same: {len(found.pairs)}, {across} of them in two classes."
