@@ -246,19 +246,16 @@ Flags = argparse.Namespace
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistyped flag with the one that was probably meant."""
 
-    meant: dict[str, str] = {}  # our flag for what users of other programs type (without its dashes)
-
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
             wrong = message.split()[2].partition("=")[0]
             name = wrong.lstrip("-").replace("-", "_")
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, n=1)
-            meant = self.meant.get(name, *near)
-            if Path(wrong).is_dir():  # no flag, but what one was forgotten before
+            meant = MEANT.get(name, *near)
+            if Path(wrong).is_dir():  # what the flag was forgotten before
                 meant = f"--image_dir {wrong}"
             message = f"{wrong} is no flag of this command"
-            if meant:
-                message += f"; did you mean {meant}?"
+            message += f"; did you mean {meant}?" if meant else ""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -303,8 +300,7 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 def architecture(text: str) -> str:
     base, quantized, _ = text.partition("_quantized")  # as the classic script's MobileNets may end
     if quantized:
-        remedy = f"what {text} did is done by --architecture {base} --quantize"
-        raise argparse.ArgumentTypeError(remedy)
+        raise argparse.ArgumentTypeError(f"say --architecture {base} --quantize in place of {text}")
     return text
 
 
@@ -428,7 +424,6 @@ def build_parser() -> Parser:
     usage = "python retrain.py [flags]"
     parser = Parser("retrain.py", usage, __doc__, add_help=False, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.meant = MEANT
     add_feature_flags(parser)
     add_training_flags(parser)
     purpose = "show this; `--help all` shows every flag"

@@ -183,7 +183,7 @@ def test_classic_flags_are_all_there_with_their_defaults():
         ("--final_tensor_name a:b", "'a:b' can't name a node"),
         ("--output_graph=", "--output_graph: it needs a name"),
         ("--summaries_dir=", "--summaries_dir: it needs a name"),
-        ("--architecture mobilenet_1.0_224_quantized", "is done by --architecture mobilenet_1.0_224 --quantize"),
+        ("--architecture mobilenet_1.0_224_quantized", "say --architecture mobilenet_1.0_224 --quantize in place of"),
         ("--crawl_only", "there is nothing to crawl without --crawl"),
         ("--ray_address ray://x:10001", "give host:port of the cluster's head"),
         ("--architecture alexnet", "argument --architecture: invalid choice: 'alexnet'"),
