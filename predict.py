@@ -677,7 +677,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("predict.py", description=__doc__, **layout)
+    parser = argparse.ArgumentParser("predict.py", "predict.py [flags] [FILE ...]", __doc__, **layout)
     flag = parser.add_argument
     images = "files, folders or patterns such as 'a*.jpg' (default: the folder test_images)"
     flag("images", nargs="*", metavar="FILE", help=images)
