@@ -1645,11 +1645,10 @@ def extract_on_cluster(
 
 # Hidden layers are given features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
 FEATURE_POWER = 256
-LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smaller the weights; chosen by measurement
+LOGISTIC_C = 0.01  # of --head logistic: the smaller, the smaller the weights; chosen by measurement
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Some images: their rows, int [rows], in a matrix float32 [images, n] that all splits share, and classes."""
 
     matrix: Array
@@ -1661,8 +1660,7 @@ class Rows:
         return self.matrix[self.rows[batch]]
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """The usable images of --image_dir, and what they are used for."""
 
     images: list[Image]
@@ -1676,8 +1674,7 @@ class Dataset:
     coarse: Rows | None  # of stage one, if there are two; classes of its own come behind those of `labels`
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """The softmax layer, and fully-connected layers with a ReLU before it, if any."""
 
     weights: Array  # float32 [n, classes]
@@ -1686,9 +1683,13 @@ class Head:
 
     def variables(self) -> dict[str, Array]:
         """Return all its numbers, under the classic script's names where that has them."""
-        named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
+        named = {
+            "final_training_ops/weights/final_weights": self.weights,
+            "final_training_ops/biases/final_biases": self.biases,
+        }
         for i, (weights, biases) in enumerate(self.hidden):
-            named |= {f"hidden_{i}/weights": weights, f"hidden_{i}/biases": biases}
+            layer = f"final_training_ops/hidden_{i}"
+            named |= {f"{layer}/weights": weights, f"{layer}/biases": biases}
         return named
 
     def logits(self, features: Array) -> Array:
@@ -1703,8 +1704,7 @@ class Head:
 
     def cooled(self, temperature: float) -> Head:
         """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
-        divisor = np.float32(temperature)
-        return replace(self, weights=self.weights / divisor, biases=self.biases / divisor)
+        return Head(self.weights / temperature, self.biases / temperature, self.hidden)
 
 
 def softmax(logits: Array) -> Array:
@@ -1733,21 +1733,20 @@ class TrainingSettings:
     coarse_training_steps: int = 300
     coarse_learning_rate: float = 0.01
     refine_training_steps: int = 300
-    refine_learning_rate: float | None = None
+    refine_learning_rate: float = 0  # 0: gently
     rehearsal: float = 0.5
 
     def stages(self, same_classes: bool) -> tuple[TrainingSettings, TrainingSettings]:
-        rate = self.refine_learning_rate
-        if rate is None:  # gently, to keep what stage one knows; a new output layer has all to learn
-            rate = self.coarse_learning_rate * (0.3 if same_classes else 1)
+        first = self.coarse_learning_rate
+        # Gently, to keep what stage one knows; but a new output layer has all to learn.
+        second = self.refine_learning_rate or first * (0.3 if same_classes else 1)
         one, two = self.coarse_training_steps, self.refine_training_steps
-        coarse = replace(self, learning_rate=self.coarse_learning_rate, how_many_training_steps=one)
+        coarse = replace(self, learning_rate=first, how_many_training_steps=one)
         # Batch normalisation stays as stage one left it, folded into the layers.
-        return coarse, replace(self, learning_rate=rate, how_many_training_steps=two, batch_norm=False)
+        return coarse, replace(self, learning_rate=second, how_many_training_steps=two, batch_norm=False)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     step: int
     split: str
     accuracy: float
@@ -1758,9 +1757,8 @@ def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores
     """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if they are infinite."""
     classes = rows.classes[batch]
     probabilities = head.probabilities(rows.features(batch))
-    for values in (probabilities, *head.variables().values()):
-        if not np.isfinite(values).all():
-            raise UserError(f"The training diverged by step {step}; try a smaller --learning_rate.")
+    if not np.isfinite(probabilities).all():
+        raise UserError(f"The training diverged by step {step}; try a smaller --learning_rate.")
     own = probabilities[np.arange(len(batch)), classes]
     cross_entropy = -np.log(np.maximum(own, 1e-30)).mean()
     accuracy = (probabilities.argmax(axis=1) == classes).mean()
@@ -1787,25 +1785,22 @@ def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iter
         yield by_class[starts[drawn] + chance.integers(counts[drawn])]
 
 
-def training_batches(
-    rows: Rows, class_count: int, settings: TrainingSettings, chance: np.random.Generator
-) -> Iterator[tuple]:
+def training_batches(rows: Rows, settings: TrainingSettings, chance: np.random.Generator) -> Iterator[tuple]:
     """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], weights [batch]."""
-    weights = np.ones(class_count, np.float32)
+    weights = np.ones(len(rows.classes), np.float32)
     if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches balance the classes
-        counts = np.maximum(np.bincount(rows.classes, minlength=class_count), 1)
-        weights = (len(rows.classes) / (class_count * counts)).astype(np.float32)
+        weights /= np.bincount(rows.classes)[rows.classes]
+        weights /= weights.mean()
     for batch in draw_batches(rows.classes, settings.train_batch_size, chance):
-        classes = rows.classes[batch]
-        yield batch, rows.features(batch), classes, weights[classes]
+        yield batch, rows.features(batch), rows.classes[batch], weights[batch]
 
 
 def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Iterator[tuple]:
     """Yield the batches of both together; the known ones make up a share of the loss, whatever their size."""
     for (batch, *ours), (_, *theirs) in zip(new, known, strict=True):
         count = len(ours[2]) + len(theirs[2])
-        ours[2] *= np.float32((1 - share) * count / len(ours[2]))
-        theirs[2] *= np.float32(share * count / len(theirs[2]))
+        ours[2] *= (1 - share) * count / len(ours[2])
+        theirs[2] *= share * count / len(theirs[2])
         yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
 
 
@@ -1825,7 +1820,7 @@ def softmax_learner(
         nonlocal head
         error = head.probabilities(features)  # [batch, classes]
         error[np.arange(len(classes)), classes] -= 1
-        error *= counts[:, None] * (np.float32(learning_rate) / np.float32(len(classes)))
+        error *= counts[:, None] * (learning_rate / len(classes))
         head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
 
     return learn, lambda: head
@@ -1839,11 +1834,10 @@ def keras_learner(
     start: the weights [inputs, outputs] and biases [outputs] that the first layers begin with; the others are random.
     """
     keras = import_tensorflow().keras
-    layers = keras.layers
+    layers, optimizers = keras.layers, keras.optimizers
     seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
-    sample = training.features(slice(None, None, 1 + len(training.rows) // 8192)).astype(np.float64)
-    power = (sample**2).sum()
-    scale = math.sqrt(FEATURE_POWER * len(sample) / power) if power else 1.0
+    sample = training.features(slice(None, None, 1 + len(training.rows) // 8192))
+    scale = math.sqrt(FEATURE_POWER * len(sample) / np.square(sample, dtype=np.float64).sum())
     dense = [
         layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
         for units in (*settings.hidden_units, class_count)
@@ -1854,12 +1848,10 @@ def keras_learner(
         if settings.batch_norm:
             model.add(layers.BatchNormalization())
         model.add(layers.ReLU())
-        if settings.dropout:
-            model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
+        model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
     model.add(dense[-1])
-    for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
-        layer.set_weights([weights if i else weights / np.float32(scale), biases])
-    optimizers = keras.optimizers
+    for layer, (weights, biases) in zip(dense, start, strict=False):
+        layer.set_weights([weights / scale if layer is dense[0] else weights, biases])
     momentum = partial(optimizers.SGD, momentum=0.9)
     kinds = {"sgd": optimizers.SGD, "momentum": momentum, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
     optimizer = kinds[settings.optimizer](settings.learning_rate)
@@ -1867,16 +1859,17 @@ def keras_learner(
 
     def head_now() -> Head:
         """Fold scale and normalisation into the dense layers."""
-        folded: list[tuple[Array, Array]] = []
+        folded: list = []
         for layer in model.layers:
-            if isinstance(layer, layers.Dense):
-                weights, biases = layer.get_weights()
-                folded.append((weights if folded else weights * np.float32(scale), biases))
-            if isinstance(layer, layers.BatchNormalization):
-                gamma, beta, mean, variance = layer.get_weights()
-                gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
+            values = layer.get_weights()
+            if layer in dense:
+                folded.append(values)
+            elif isinstance(layer, layers.BatchNormalization):
+                gamma, beta, mean, variance = values
+                gain = gamma / np.sqrt(variance + layer.epsilon)
                 weights, biases = folded[-1]
-                folded[-1] = weights * gain, (biases - mean) * gain + beta
+                folded[-1] = [weights * gain, (biases - mean) * gain + beta]
+        folded[0][0] = folded[0][0] * scale
         *hidden, (weights, biases) = folded
         return Head(weights, biases, tuple(hidden))
 
@@ -1891,18 +1884,17 @@ def train_logistic(training: Rows, validation: Rows, class_count: int, settings:
     classes = np.concatenate([training.classes, validation.classes])
     mean = features.mean(axis=0)
     features -= mean
-    scale = np.sqrt(np.square(features).mean()) or np.float32(1)
+    scale = features.std() or 1
     balance = "balanced" if settings.class_weights == "balanced" else None
     model = LogisticRegression(C=LOGISTIC_C, max_iter=1000, class_weight=balance)
     model.fit(features / scale, classes)
-    slopes, offsets = model.coef_, model.intercept_  # [classes, n], [classes]
-    if len(model.classes_) == 2:  # where scikit-learn gives the second class's logit less the first's
-        slopes = np.concatenate([-slopes, slopes]) / 2
-        offsets = np.concatenate([-offsets, offsets]) / 2
-    weights = np.zeros((features.shape[1], class_count))
+    # Of two classes, scikit-learn gives the second's logit, where the first's is 0.
+    fitted = model.classes_[-len(model.coef_) :]
+    weights = np.zeros((len(mean), class_count))
+    weights[:, fitted] = model.coef_.T / scale
     biases = np.full(class_count, -100.0)  # a class without a row is never answered
-    weights[:, model.classes_] = slopes.T / scale
-    biases[model.classes_] = offsets
+    biases[model.classes_] = 0
+    biases[fitted] = model.intercept_
     biases -= mean @ weights
     return Head(weights.astype(np.float32), biases.astype(np.float32))
 
@@ -1923,7 +1915,7 @@ def train_head(
     coarse: its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over. Raises
     UserError when the training diverges.
     """
-    interval, steps, history = settings.eval_step_interval, settings.how_many_training_steps, []
+    interval, steps = settings.eval_step_interval, settings.how_many_training_steps
     if settings.head == "logistic":
         head = train_logistic(training, validation, class_count, settings)
         return head, [score(head, training, np.arange(len(training.rows)), 0, "train")] if interval else []
@@ -1935,23 +1927,22 @@ def train_head(
         learn, head_now = keras_learner(training, class_count, settings, start)
     else:
         learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, chance)
-    batches = training_batches(training, class_count, settings, chance)
+    batches = training_batches(training, settings, chance)
     if coarse:
-        batches = rehearsed(batches, training_batches(coarse, class_count, settings, chance), settings.rehearsal)
+        batches = rehearsed(batches, training_batches(coarse, settings, chance), settings.rehearsal)
     # With random numbers of its own, so that evaluating more often doesn't change what is learnt.
     validated = draw_batches(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
-    shows_bar = interval > 0 and sys.stderr.isatty()  # off a terminal, the classic lines tell
-    with progress_bar("Training", steps, "step", disable=not shows_bar) as bar:
-        for step in range(steps):
-            batch, *learnt = next(batches)
-            learn(*learnt)
-            if interval and (step % interval == 0 or step == steps - 1):
-                history.append(score(head_now(), training, batch, step, "train"))
-                if len(validation.rows):
-                    history.append(score(head_now(), validation, next(validated), step, "validation"))
-            if step and settings.intermediate_store_frequency and step % settings.intermediate_store_frequency == 0:
-                after_step(step, head_now())
-            bar.update()
+    every, history = settings.intermediate_store_frequency, []
+    shows_no_bar = not interval or not sys.stderr.isatty()  # off a terminal, the classic lines tell
+    for step in progress_bar("Training", steps, "step", iterable=range(steps), disable=shows_no_bar):
+        batch, *learnt = next(batches)
+        learn(*learnt)
+        if interval and (step % interval == 0 or step == steps - 1):
+            history.append(score(head_now(), training, batch, step, "train"))
+            if len(validation.rows):
+                history.append(score(head_now(), validation, next(validated), step, "validation"))
+        if every and step and step % every == 0:
+            after_step(step, head_now())
     return head_now(), history
 
 
@@ -1989,13 +1980,12 @@ def write_summaries(history: Sequence[Scores], folder: Path) -> None:
 def write_checkpoint(head: Head, path: Path) -> None:
     """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
     tf, variables = import_tensorflow(), head.variables()
-    names = sorted(variables)
     path.parent.mkdir(parents=True, exist_ok=True)
     tf.raw_ops.SaveV2(
         prefix=str(path),
-        tensor_names=[f"final_training_ops/{name}" for name in names],
-        shape_and_slices=[""] * len(names),
-        tensors=[variables[name] for name in names],
+        tensor_names=[*variables],
+        shape_and_slices=[""] * len(variables),
+        tensors=[*variables.values()],
     )
     tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
@@ -2766,7 +2756,7 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     from tensorboardX.proto.attr_value_pb2 import AttrValue
     from tensorboardX.proto.graph_pb2 import GraphDef
 
-    graph, scope, float32 = GraphDef(), "final_training_ops", AttrValue(type="DT_FLOAT")
+    graph, float32 = GraphDef(), AttrValue(type="DT_FLOAT")
 
     def add(op: str, name: str, *inputs: str, **attributes: AttrValue) -> str:
         graph.node.add(op=op, name=name, input=inputs, attr=attributes or {"T": float32})
@@ -2775,17 +2765,18 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     for name, values in head.variables().items():
         shape = {"dim": [{"size": size} for size in values.shape]}
         tensor = {"dtype": "DT_FLOAT", "tensor_shape": shape, "tensor_content": values.tobytes()}
-        add("Const", f"{scope}/{name}", dtype=float32, value=AttrValue(tensor=tensor))
+        add("Const", name, dtype=float32, value=AttrValue(tensor=tensor))
     last = "input/BottleneckInputPlaceholder"
     shape = {"dim": [{"size": -1}, {"size": base.bottleneck_size}]}
     add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=AttrValue(shape=shape))
     for i in range(len(head.hidden)):
-        layer = f"{scope}/hidden_{i}"
+        layer = f"final_training_ops/hidden_{i}"
         last = add("MatMul", f"{layer}/Wx_plus_b/MatMul", last, f"{layer}/weights")
         last = add("BiasAdd", f"{layer}/Wx_plus_b/add", last, f"{layer}/biases")
         last = add("Relu", f"{layer}/Relu", last)
-    last = add("MatMul", f"{scope}/Wx_plus_b/MatMul", last, f"{scope}/weights/final_weights")
-    last = add("BiasAdd", f"{scope}/Wx_plus_b/add", last, f"{scope}/biases/final_biases")
+    layer = "final_training_ops"
+    last = add("MatMul", f"{layer}/Wx_plus_b/MatMul", last, f"{layer}/weights/final_weights")
+    last = add("BiasAdd", f"{layer}/Wx_plus_b/add", last, f"{layer}/biases/final_biases")
     add("Softmax", final_tensor_name, last)
     shutil.copyfile(base.graph_path, path)
     with open(path, "ab") as file:

@@ -65,7 +65,7 @@ def test_stage_two_rehearses_what_stage_one_knows(base):
 def test_rehearsed_rows_count_by_their_share(size):
     few, many, random = separable(2), separable(40), np.random.default_rng(0)
     settings = TrainingSettings(train_batch_size=size)
-    sources = [retrain.training_batches(rows, 3, settings, random) for rows in (few, many)]
+    sources = [retrain.training_batches(rows, settings, random) for rows in (few, many)]
     batch, features, classes, weights = next(retrain.rehearsed(*sources, 0.25))
     assert len(features) == len(classes) == len(weights) == (126 if size == -1 else 200)
     np.testing.assert_array_equal(features[: len(batch)], few.matrix[batch])
