@@ -1643,13 +1643,13 @@ def extract_on_cluster(
 # Head: a softmax layer, trained by gradient descent
 # ======================================================================================================================
 
-# Hidden layers are given features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
+# Hidden layers get features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
 FEATURE_POWER = 256
 LOGISTIC_C = 0.01  # of --head logistic: the smaller, the smaller the weights; chosen by measurement
 
 
 class Rows(NamedTuple):
-    """Some images: their rows, int [rows], in a matrix float32 [images, n] that all splits share, and classes."""
+    """Some images: their rows, int [rows], in a matrix float32 [images, n] of all, and their classes."""
 
     matrix: Array
     rows: Array
@@ -1683,13 +1683,10 @@ class Head(NamedTuple):
 
     def variables(self) -> dict[str, Array]:
         """Return all its numbers, under the classic script's names where that has them."""
-        named = {
-            "final_training_ops/weights/final_weights": self.weights,
-            "final_training_ops/biases/final_biases": self.biases,
-        }
+        scope = "final_training_ops"
+        named = {f"{scope}/weights/final_weights": self.weights, f"{scope}/biases/final_biases": self.biases}
         for i, (weights, biases) in enumerate(self.hidden):
-            layer = f"final_training_ops/hidden_{i}"
-            named |= {f"{layer}/weights": weights, f"{layer}/biases": biases}
+            named |= {f"{scope}/hidden_{i}/weights": weights, f"{scope}/hidden_{i}/biases": biases}
         return named
 
     def logits(self, features: Array) -> Array:
@@ -1703,7 +1700,7 @@ class Head(NamedTuple):
         return softmax(self.logits(features))
 
     def cooled(self, temperature: float) -> Head:
-        """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
+        """Return the head with its logits divided by a number: just as right, surer (below 1) or less sure."""
         return Head(self.weights / temperature, self.biases / temperature, self.hidden)
 
 
@@ -1715,7 +1712,7 @@ def softmax(logits: Array) -> Array:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What the head is, and how it is trained: the flags of the room, by their names and with their defaults."""
+    """What the head is, and how it is trained: the flags of the room, with their names and defaults."""
 
     how_many_training_steps: int = 4000
     learning_rate: float = 0.01
@@ -1754,7 +1751,7 @@ class Scores(NamedTuple):
 
 
 def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores:
-    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if they are infinite."""
+    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError for infinite ones."""
     classes = rows.classes[batch]
     probabilities = head.probabilities(rows.features(batch))
     if not np.isfinite(probabilities).all():
@@ -1768,7 +1765,7 @@ def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores
         step_log.info("%s Cross entropy = %f", line, cross_entropy)
     else:
         step_log.info("%s Validation accuracy = %.1f%% (N=%d)", line, accuracy * 100, len(batch))
-    return Scores(step, split, float(accuracy), float(cross_entropy))
+    return Scores(step, split, accuracy, float(cross_entropy))
 
 
 def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iterator[Array]:
@@ -1788,7 +1785,7 @@ def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iter
 def training_batches(rows: Rows, settings: TrainingSettings, chance: np.random.Generator) -> Iterator[tuple]:
     """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], weights [batch]."""
     weights = np.ones(len(rows.classes), np.float32)
-    if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches balance the classes
+    if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches are balanced
         weights /= np.bincount(rows.classes)[rows.classes]
         weights /= weights.mean()
     for batch in draw_batches(rows.classes, settings.train_batch_size, chance):
@@ -1804,14 +1801,14 @@ def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Ite
         yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
 
 
-def softmax_learner(
-    feature_count: int, class_count: int, learning_rate: float, chance: np.random.Generator
-) -> tuple[Callable, Callable[[], Head]]:
-    """Return two functions: one that learns from a batch as the classic script does, and one that gives the head.
+# Two functions: one learns from a batch, features float32 [batch, n], classes int [batch] and weights [batch]; the
+# other returns the head.
+Learner = tuple[Callable, Callable[[], Head]]
 
-    The first takes features float32 [batch, n], classes int [batch] and weights float32 [batch].
-    """
-    weights = chance.standard_normal((feature_count, class_count), np.float32)
+
+def softmax_learner(training: Rows, class_count: int, settings: TrainingSettings, chance: Any) -> Learner:
+    """Return what learns a softmax layer as the classic script does; chance: a generator of random numbers."""
+    weights = chance.standard_normal((training.matrix.shape[1], class_count), np.float32)
     while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
         weights[outside] = chance.standard_normal(outside.sum(), np.float32)
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
@@ -1820,56 +1817,48 @@ def softmax_learner(
         nonlocal head
         error = head.probabilities(features)  # [batch, classes]
         error[np.arange(len(classes)), classes] -= 1
-        error *= counts[:, None] * (learning_rate / len(classes))
+        error *= counts[:, None] * (settings.learning_rate / len(classes))
         head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
 
     return learn, lambda: head
 
 
-def keras_learner(
-    training: Rows, class_count: int, settings: TrainingSettings, start: Sequence[tuple[Array, Array]]
-) -> tuple[Callable, Callable[[], Head]]:
-    """Return two functions like those of softmax_learner, for a head with hidden layers or another optimizer.
+def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, start: Sequence) -> Learner:
+    """Return what learns a head with hidden layers, or by another optimizer.
 
-    start: the weights [inputs, outputs] and biases [outputs] that the first layers begin with; the others are random.
+    start: the weights [inputs, outputs] and biases [outputs] of the first layers; the others begin at random.
     """
     keras = import_tensorflow().keras
-    layers, optimizers = keras.layers, keras.optimizers
+    layers, optimizers, glorot = keras.layers, keras.optimizers, keras.initializers.GlorotUniform
     seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
     sample = training.features(slice(None, None, 1 + len(training.rows) // 8192))
     scale = math.sqrt(FEATURE_POWER * len(sample) / np.square(sample, dtype=np.float64).sum())
-    dense = [
-        layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
-        for units in (*settings.hidden_units, class_count)
-    ]
     model = keras.Sequential([keras.Input([sample.shape[1]]), layers.Rescaling(scale)])
+    sizes = (*settings.hidden_units, class_count)
+    dense = [layers.Dense(units, kernel_initializer=glorot(next(seeds))) for units in sizes]
+    norms = []
     for layer in dense[:-1]:
         model.add(layer)
         if settings.batch_norm:
-            model.add(layers.BatchNormalization())
+            norms.append(layers.BatchNormalization())
+            model.add(norms[-1])
         model.add(layers.ReLU())
         model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
     model.add(dense[-1])
     for layer, (weights, biases) in zip(dense, start, strict=False):
         layer.set_weights([weights / scale if layer is dense[0] else weights, biases])
+    kinds = {"sgd": optimizers.SGD, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
     momentum = partial(optimizers.SGD, momentum=0.9)
-    kinds = {"sgd": optimizers.SGD, "momentum": momentum, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
-    optimizer = kinds[settings.optimizer](settings.learning_rate)
+    optimizer = kinds.get(settings.optimizer, momentum)(settings.learning_rate)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     def head_now() -> Head:
-        """Fold scale and normalisation into the dense layers."""
-        folded: list = []
-        for layer in model.layers:
-            values = layer.get_weights()
-            if layer in dense:
-                folded.append(values)
-            elif isinstance(layer, layers.BatchNormalization):
-                gamma, beta, mean, variance = values
-                gain = gamma / np.sqrt(variance + layer.epsilon)
-                weights, biases = folded[-1]
-                folded[-1] = [weights * gain, (biases - mean) * gain + beta]
-        folded[0][0] = folded[0][0] * scale
+        folded = [layer.get_weights() for layer in dense]
+        folded[0][0] *= scale
+        for values, norm in zip(folded, norms, strict=False):
+            gamma, beta, mean, variance = norm.get_weights()
+            gain = gamma / np.sqrt(variance + norm.epsilon)
+            values[:] = values[0] * gain, (values[1] - mean) * gain + beta
         *hidden, (weights, biases) = folded
         return Head(weights, biases, tuple(hidden))
 
@@ -1877,7 +1866,7 @@ def keras_learner(
 
 
 def train_logistic(training: Rows, validation: Rows, class_count: int, settings: TrainingSettings) -> Head:
-    """Return the head of a logistic regression on the rows of both; mean and scale of the features are folded in."""
+    """Return the head of a logistic regression on the rows of both, for features as they are."""
     from sklearn.linear_model import LogisticRegression
 
     features = np.concatenate([training.features(), validation.features()])  # [rows, n]
@@ -1909,11 +1898,10 @@ def train_head(
     base: Head | None = None,
     coarse: Rows | None = None,
 ) -> tuple[Head, list[Scores]]:
-    """Train the head that the settings describe, and return it with the scores of each evaluation.
+    """Return the head that the settings describe, and the scores of each evaluation. Raises UserError.
 
-    after_step: is called with the head of each step that is to be stored. base: the head of stage one to go on from;
-    coarse: its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over. Raises
-    UserError when the training diverges.
+    after_step: is called with each head that is to be stored. base: the head of stage one to go on from; coarse:
+    its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over.
     """
     interval, steps = settings.eval_step_interval, settings.how_many_training_steps
     if settings.head == "logistic":
@@ -1926,7 +1914,7 @@ def train_head(
             start.append((base.weights, base.biases))
         learn, head_now = keras_learner(training, class_count, settings, start)
     else:
-        learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, chance)
+        learn, head_now = softmax_learner(training, class_count, settings, chance)
     batches = training_batches(training, settings, chance)
     if coarse:
         batches = rehearsed(batches, training_batches(coarse, settings, chance), settings.rehearsal)
@@ -1947,7 +1935,7 @@ def train_head(
 
 
 def fit_temperature(logits: Array, classes: Array) -> float:
-    """Return by what to divide held-out logits [rows, classes] so that probabilities are as often right as they say.
+    """Return by what to divide held-out logits [rows, classes] to make probabilities right as often as they say.
 
     Guo et al. 2017. No image counts as certain (after Platt 1999), lest a few without a mistake make it boast.
     """
@@ -1964,7 +1952,7 @@ def fit_temperature(logits: Array, classes: Array) -> float:
 
 
 def write_summaries(history: Sequence[Scores], folder: Path) -> None:
-    """Write the history for TensorBoard, into `folder`/train and `folder`/validation, in place of an earlier run's."""
+    """Write the history for TensorBoard into folder/train and folder/validation, in place of an earlier run's."""
     from tensorboardX import SummaryWriter
 
     for split in ("train", "validation"):
@@ -1981,12 +1969,8 @@ def write_checkpoint(head: Head, path: Path) -> None:
     """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
     tf, variables = import_tensorflow(), head.variables()
     path.parent.mkdir(parents=True, exist_ok=True)
-    tf.raw_ops.SaveV2(
-        prefix=str(path),
-        tensor_names=[*variables],
-        shape_and_slices=[""] * len(variables),
-        tensors=[*variables.values()],
-    )
+    whole, values = [""] * len(variables), [*variables.values()]
+    tf.raw_ops.SaveV2(prefix=str(path), tensor_names=[*variables], shape_and_slices=whole, tensors=values)
     tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
 
@@ -2717,27 +2701,25 @@ def find_exemplars(directions: Array, classes: Array) -> Array:
     """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
     from scipy.cluster.vq import kmeans2
 
+    warnings.filterwarnings("ignore", "One of the clusters is empty")  # which does no harm
     present, middles = np.unique(classes), []
     most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a cluster without an image does no harm
-        for c in present:
-            rows = directions[classes == c]
-            count = min(most, len(rows))
-            middles.append(kmeans2(rows, count, minit="points", rng=0)[0])
+    for c in present:
+        rows = directions[classes == c]
+        middles.append(kmeans2(rows, min(most, len(rows)), minit="points", rng=0)[0])
     return unit(np.concatenate(middles)).astype(np.float16)
 
 
 def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
-    """Return what is familiar to a head, with limits, found on images held out, that leave `coverage` of them named.
+    """Return what is familiar to a head, and the limits that leave `coverage` of the images held out named.
 
-    features: float32 [rows, n]. Likeness tells other things far better than the score does, and has most of the rest.
+    features: float32 [rows, n]. Likeness, which tells other things far better than the score, has most of the rest.
     """
     directions, likeness = unit(features), np.zeros(len(features))
     for fold in np.unique(validated.folds):
         out = validated.folds == fold
         exemplars = find_exemplars(directions[~out], validated.classes[~out])
-        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
+        likeness[out] = (directions[out] @ exemplars.T).max(axis=1)
     exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
     least_similarity, least_score = -1.0, 0.0
     if unnamed:
@@ -2750,8 +2732,8 @@ def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Fam
 def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str) -> None:
     """Write the frozen GraphDef from the bytes of an image (`DecodeJpeg/contents:0`) to its probabilities.
 
-    The nodes of the head have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
-    They are a message of their own behind the base model's: protobuf reads two of one type as one.
+    Nodes have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
+    The head is a message of its own behind the base model's: protobuf reads two of one type as one.
     """
     from tensorboardX.proto.attr_value_pb2 import AttrValue
     from tensorboardX.proto.graph_pb2 import GraphDef
@@ -2784,7 +2766,7 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
 
 
 def write_lite(path: Path, lite_path: Path, head: Head) -> None:
-    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n]: the base model's, and the head.
+    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n], the base model's with the head.
 
     The head is added to the network as it was converted, in a second, where converting it again would take ten.
     """
@@ -2794,30 +2776,31 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
     network = model.subgraphs[0]
     (bottleneck,) = network.outputs
-    kinds, dense = schema.BuiltinOptions, len(model.operatorCodes)
-    for code in (schema.BuiltinOperator.FULLY_CONNECTED, schema.BuiltinOperator.SOFTMAX):
-        model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
+    codes, kinds = schema.BuiltinOperator, schema.BuiltinOptions
 
-    def add_tensor(shape: Sequence[int], data: Array | None = None, name: str = "") -> int:
+    def add_tensor(shape: Sequence[int], data: Array | None = None) -> int:
         model.buffers.append(schema.BufferT(data))
-        tensor = schema.TensorT(list(shape), schema.TensorType.FLOAT32, len(model.buffers) - 1, name)
+        tensor = schema.TensorT(shape, schema.TensorType.FLOAT32, len(model.buffers) - 1)
         network.tensors.append(tensor)
         return len(network.tensors) - 1
 
-    def add_constant(values: Array) -> int:
-        return add_tensor(values.shape, np.frombuffer(values.tobytes(), np.uint8))
+    def add_operator(code: int, kind: int, options: Any, inputs: list[int], count: int) -> int:
+        model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
+        output = add_tensor([1, count])
+        operator = schema.OperatorT(len(model.operatorCodes) - 1, inputs, [output], kind, options)
+        network.operators.append(operator)
+        return output
 
     last = bottleneck
     for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
-        inputs = [last, add_constant(weights.T), add_constant(biases)]
-        last = add_tensor([1, len(biases)])
+        inputs = [last]
+        for values in weights.T, biases:
+            inputs.append(add_tensor(values.shape, np.frombuffer(values.tobytes(), np.uint8)))
         options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
-        operator = schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options)
-        network.operators.append(operator)
-    scores = add_tensor([1, len(head.biases)], name="scores")
+        last = add_operator(codes.FULLY_CONNECTED, kinds.FullyConnectedOptions, options, inputs, len(biases))
     options = schema.SoftmaxOptionsT(1.0)
-    operator = schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options)
-    network.operators.append(operator)
+    scores = add_operator(codes.SOFTMAX, kinds.SoftmaxOptions, options, [last], len(head.biases))
+    network.tensors[scores].name = "scores"
     network.outputs = [scores, bottleneck]
     builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -2829,8 +2812,8 @@ def write_outputs(
 ) -> None:
     """Write the graph, its .tflite, its labels, and the facts that tie them together by their SHA-256.
 
-    facts: what predict.py needs beyond the files, to be written as JSON; one is the final_tensor_name. All are written
-    before the first gets its name, so that none replaces its older one if another can't be written.
+    facts: what predict.py needs beyond the files, and the final_tensor_name. All are written before the first gets
+    its name, so that none replaces its older one if another can't be written.
     """
     with contextlib.ExitStack() as stack:  # names are given in the reverse order, to the facts last
         paths = files.facts, files.graph, labels_path
@@ -2852,7 +2835,7 @@ def write_outputs(
 def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) -> None:
     """Write a SavedModel of a trained graph with two signatures, both for a `prediction`, float32 [n, classes].
 
-    `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as that of TF-Hub's retrain.py did;
+    `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as TF-Hub's retrain.py wrote it;
     `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, not turned.
     """
     tf = import_tensorflow()
@@ -2871,8 +2854,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
         return serve(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32))
 
-    signatures = {"serving_default": serve, "image_bytes": serve_bytes}
-    tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
+    tf.saved_model.save(tf.Module(), str(folder), {"serving_default": serve, "image_bytes": serve_bytes})
 
 
 # ======================================================================================================================
