@@ -1751,7 +1751,7 @@ class Scores(NamedTuple):
 
 
 def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores:
-    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError for infinite ones."""
+    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if it diverged."""
     classes = rows.classes[batch]
     probabilities = head.probabilities(rows.features(batch))
     if not np.isfinite(probabilities).all():
@@ -1761,10 +1761,10 @@ def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores
     accuracy = (probabilities.argmax(axis=1) == classes).mean()
     line = f"{datetime.datetime.now()}: Step {step}:"
     if split == "train":
-        step_log.info("%s Train accuracy = %.1f%%", line, accuracy * 100)
-        step_log.info("%s Cross entropy = %f", line, cross_entropy)
+        step_log.info(f"{line} Train accuracy = {accuracy:.1%}")
+        step_log.info(f"{line} Cross entropy = {cross_entropy:f}")
     else:
-        step_log.info("%s Validation accuracy = %.1f%% (N=%d)", line, accuracy * 100, len(batch))
+        step_log.info(f"{line} Validation accuracy = {accuracy:.1%} (N={len(batch)})")
     return Scores(step, split, accuracy, float(cross_entropy))
 
 
@@ -1783,26 +1783,28 @@ def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iter
 
 
 def training_batches(rows: Rows, settings: TrainingSettings, chance: np.random.Generator) -> Iterator[tuple]:
-    """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], weights [batch]."""
+    """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], and weights.
+
+    The weights, float32 [batch], are 1 together.
+    """
     weights = np.ones(len(rows.classes), np.float32)
     if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches are balanced
         weights /= np.bincount(rows.classes)[rows.classes]
         weights /= weights.mean()
     for batch in draw_batches(rows.classes, settings.train_batch_size, chance):
-        yield batch, rows.features(batch), rows.classes[batch], weights[batch]
+        yield batch, rows.features(batch), rows.classes[batch], weights[batch] / len(batch)
 
 
 def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Iterator[tuple]:
     """Yield the batches of both together; the known ones make up a share of the loss, whatever their size."""
     for (batch, *ours), (_, *theirs) in zip(new, known, strict=True):
-        count = len(ours[2]) + len(theirs[2])
-        ours[2] *= (1 - share) * count / len(ours[2])
-        theirs[2] *= share * count / len(theirs[2])
+        ours[2] *= 1 - share
+        theirs[2] *= share
         yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
 
 
-# Two functions: one learns from a batch, features float32 [batch, n], classes int [batch] and weights [batch]; the
-# other returns the head.
+# Two functions: one learns from features float32 [batch, n], classes int [batch] and weights [batch] of 1 together;
+# the other returns the head.
 Learner = tuple[Callable, Callable[[], Head]]
 
 
@@ -1813,11 +1815,11 @@ def softmax_learner(training: Rows, class_count: int, settings: TrainingSettings
         weights[outside] = chance.standard_normal(outside.sum(), np.float32)
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
 
-    def learn(features: Array, classes: Array, counts: Array) -> None:
+    def learn(features: Array, classes: Array, shares: Array) -> None:
         nonlocal head
         error = head.probabilities(features)  # [batch, classes]
         error[np.arange(len(classes)), classes] -= 1
-        error *= counts[:, None] * (settings.learning_rate / len(classes))
+        error *= shares[:, None] * settings.learning_rate
         head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
 
     return learn, lambda: head
@@ -1850,7 +1852,7 @@ def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, 
     kinds = {"sgd": optimizers.SGD, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
     momentum = partial(optimizers.SGD, momentum=0.9)
     optimizer = kinds.get(settings.optimizer, momentum)(settings.learning_rate)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"))
 
     def head_now() -> Head:
         folded = [layer.get_weights() for layer in dense]
@@ -1879,13 +1881,12 @@ def train_logistic(training: Rows, validation: Rows, class_count: int, settings:
     model.fit(features / scale, classes)
     # Of two classes, scikit-learn gives the second's logit, where the first's is 0.
     fitted = model.classes_[-len(model.coef_) :]
-    weights = np.zeros((len(mean), class_count))
+    weights = np.zeros((len(mean), class_count), np.float32)
     weights[:, fitted] = model.coef_.T / scale
-    biases = np.full(class_count, -100.0)  # a class without a row is never answered
+    biases = np.full(class_count, -100, np.float32)  # a class without a row is never answered
     biases[model.classes_] = 0
     biases[fitted] = model.intercept_
-    biases -= mean @ weights
-    return Head(weights.astype(np.float32), biases.astype(np.float32))
+    return Head(weights, biases - mean @ weights)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
@@ -1894,14 +1895,14 @@ def train_head(
     validation: Rows,
     class_count: int,
     settings: TrainingSettings,
-    after_step: Callable[[int, Head], None] = lambda step, head: None,
+    after_step: Callable | None = None,
     base: Head | None = None,
     coarse: Rows | None = None,
 ) -> tuple[Head, list[Scores]]:
     """Return the head that the settings describe, and the scores of each evaluation. Raises UserError.
 
-    after_step: is called with each head that is to be stored. base: the head of stage one to go on from; coarse:
-    its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over.
+    after_step: is called with each step and head that is to be stored. base: the head of stage one to go on from;
+    coarse: its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over.
     """
     interval, steps = settings.eval_step_interval, settings.how_many_training_steps
     if settings.head == "logistic":
@@ -1929,7 +1930,7 @@ def train_head(
             history.append(score(head_now(), training, batch, step, "train"))
             if len(validation.rows):
                 history.append(score(head_now(), validation, next(validated), step, "validation"))
-        if every and step and step % every == 0:
+        if after_step and every and step and step % every == 0:
             after_step(step, head_now())
     return head_now(), history
 
@@ -2713,7 +2714,7 @@ def find_exemplars(directions: Array, classes: Array) -> Array:
 def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
     """Return what is familiar to a head, and the limits that leave `coverage` of the images held out named.
 
-    features: float32 [rows, n]. Likeness, which tells other things far better than the score, has most of the rest.
+    features: float32 [rows, n]. Likeness tells other things far better than the score: it has most of the rest.
     """
     directions, likeness = unit(features), np.zeros(len(features))
     for fold in np.unique(validated.folds):
@@ -2766,9 +2767,9 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
 
 
 def write_lite(path: Path, lite_path: Path, head: Head) -> None:
-    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n], the base model's with the head.
+    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n], converted and headed.
 
-    The head is added to the network as it was converted, in a second, where converting it again would take ten.
+    It is added to the network as it was converted, in a second, where converting it again would take ten.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -2780,8 +2781,7 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
 
     def add_tensor(shape: Sequence[int], data: Array | None = None) -> int:
         model.buffers.append(schema.BufferT(data))
-        tensor = schema.TensorT(shape, schema.TensorType.FLOAT32, len(model.buffers) - 1)
-        network.tensors.append(tensor)
+        network.tensors.append(schema.TensorT(shape, buffer=len(model.buffers) - 1))
         return len(network.tensors) - 1
 
     def add_operator(code: int, kind: int, options: Any, inputs: list[int], count: int) -> int:
@@ -2793,10 +2793,9 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
 
     last = bottleneck
     for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
-        inputs = [last]
-        for values in weights.T, biases:
-            inputs.append(add_tensor(values.shape, np.frombuffer(values.tobytes(), np.uint8)))
+        constants = [add_tensor(values.shape, values.ravel().view(np.uint8)) for values in (weights.T, biases)]
         options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
+        inputs = [last, *constants]
         last = add_operator(codes.FULLY_CONNECTED, kinds.FullyConnectedOptions, options, inputs, len(biases))
     options = schema.SoftmaxOptionsT(1.0)
     scores = add_operator(codes.SOFTMAX, kinds.SoftmaxOptions, options, [last], len(head.biases))
@@ -2812,8 +2811,8 @@ def write_outputs(
 ) -> None:
     """Write the graph, its .tflite, its labels, and the facts that tie them together by their SHA-256.
 
-    facts: what predict.py needs beyond the files, and the final_tensor_name. All are written before the first gets
-    its name, so that none replaces its older one if another can't be written.
+    facts: what predict.py needs beyond the files, and the final_tensor_name. All are written before one
+    gets its name, so that none replaces its older one if another can't be.
     """
     with contextlib.ExitStack() as stack:  # names are given in the reverse order, to the facts last
         paths = files.facts, files.graph, labels_path
@@ -2842,7 +2841,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     network = graph_function(read_graph(graph_path, trusted=True), final_tensor_name)
     size = network.inputs[0].shape[1:3]
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)])
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
     def serve(image: Tensor) -> dict[str, Tensor]:
         return {"prediction": network(image * 255)[0]}
 
