@@ -2731,10 +2731,9 @@ def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Fam
 
 
 def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str) -> None:
-    """Write the frozen GraphDef from the bytes of an image (`DecodeJpeg/contents:0`) to its probabilities.
+    """Write the frozen GraphDef from an image's bytes (`DecodeJpeg/contents:0`) to its probabilities.
 
-    Nodes have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
-    The head is a message of its own behind the base model's: protobuf reads two of one type as one.
+    Its nodes are the classic script's: features can be fed at `input/BottleneckInputPlaceholder:0`.
     """
     from tensorboardX.proto.attr_value_pb2 import AttrValue
     from tensorboardX.proto.graph_pb2 import GraphDef
@@ -2762,14 +2761,14 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     last = add("BiasAdd", f"{layer}/Wx_plus_b/add", last, f"{layer}/biases/final_biases")
     add("Softmax", final_tensor_name, last)
     shutil.copyfile(base.graph_path, path)
-    with open(path, "ab") as file:
+    with open(path, "ab") as file:  # protobuf reads two messages of one type as one
         file.write(graph.SerializeToString(deterministic=True))
 
 
 def write_lite(path: Path, lite_path: Path, head: Head) -> None:
-    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n], converted and headed.
+    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n].
 
-    It is added to the network as it was converted, in a second, where converting it again would take ten.
+    The head is added to the converted network, in a second: converting again would take ten.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -2777,29 +2776,29 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
     network = model.subgraphs[0]
     (bottleneck,) = network.outputs
-    codes, kinds = schema.BuiltinOperator, schema.BuiltinOptions
+    kinds, dense = schema.BuiltinOptions, len(model.operatorCodes)
+    for code in (schema.BuiltinOperator.FULLY_CONNECTED, schema.BuiltinOperator.SOFTMAX):
+        model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
 
     def add_tensor(shape: Sequence[int], data: Array | None = None) -> int:
         model.buffers.append(schema.BufferT(data))
         network.tensors.append(schema.TensorT(shape, buffer=len(model.buffers) - 1))
         return len(network.tensors) - 1
 
-    def add_operator(code: int, kind: int, options: Any, inputs: list[int], count: int) -> int:
-        model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
-        output = add_tensor([1, count])
-        operator = schema.OperatorT(len(model.operatorCodes) - 1, inputs, [output], kind, options)
-        network.operators.append(operator)
-        return output
-
     last = bottleneck
-    for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
-        constants = [add_tensor(values.shape, values.ravel().view(np.uint8)) for values in (weights.T, biases)]
+    for i, layer in enumerate([*head.hidden, (head.weights, head.biases)]):
+        inputs = [last]
+        for values in layer:
+            inputs.append(add_tensor(values.T.shape, values.T.ravel().view(np.uint8)))
+        last = add_tensor([1, layer[1].size])
         options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
-        inputs = [last, *constants]
-        last = add_operator(codes.FULLY_CONNECTED, kinds.FullyConnectedOptions, options, inputs, len(biases))
-    options = schema.SoftmaxOptionsT(1.0)
-    scores = add_operator(codes.SOFTMAX, kinds.SoftmaxOptions, options, [last], len(head.biases))
+        operator = schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options)
+        network.operators.append(operator)
+    scores = add_tensor([1, head.biases.size])
     network.tensors[scores].name = "scores"
+    options = schema.SoftmaxOptionsT(1.0)
+    operator = schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options)
+    network.operators.append(operator)
     network.outputs = [scores, bottleneck]
     builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -2842,7 +2841,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     size = network.inputs[0].shape[1:3]
 
     @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
-    def serve(image: Tensor) -> dict[str, Tensor]:
+    def serve(image: Tensor) -> dict:
         return {"prediction": network(image * 255)[0]}
 
     def decoded(data: Tensor) -> Tensor:
@@ -2850,7 +2849,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
+    def serve_bytes(image_bytes: Tensor) -> dict:
         return serve(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32))
 
     tf.saved_model.save(tf.Module(), str(folder), {"serving_default": serve, "image_bytes": serve_bytes})
