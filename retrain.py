@@ -1695,10 +1695,6 @@ class Head(NamedTuple):
             features = np.maximum(features @ weights + biases, 0)
         return features @ self.weights + self.biases
 
-    def probabilities(self, features: Array) -> Array:
-        """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
-        return softmax(self.logits(features))
-
     def cooled(self, temperature: float) -> Head:
         """Return the head with its logits divided by a number: just as right, surer (below 1) or less sure."""
         return Head(self.weights / temperature, self.biases / temperature, self.hidden)
@@ -1753,7 +1749,7 @@ class Scores(NamedTuple):
 def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores:
     """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if it diverged."""
     classes = rows.classes[batch]
-    probabilities = head.probabilities(rows.features(batch))
+    probabilities = softmax(head.logits(rows.features(batch)))
     if not np.isfinite(probabilities).all():
         raise UserError(f"The training diverged by step {step}; try a smaller --learning_rate.")
     own = probabilities[np.arange(len(batch)), classes]
@@ -1817,7 +1813,7 @@ def softmax_learner(training: Rows, class_count: int, settings: TrainingSettings
 
     def learn(features: Array, classes: Array, shares: Array) -> None:
         nonlocal head
-        error = head.probabilities(features)  # [batch, classes]
+        error = softmax(head.logits(features))  # [batch, classes]
         error[np.arange(len(classes)), classes] -= 1
         error *= shares[:, None] * settings.learning_rate
         head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
@@ -1831,7 +1827,7 @@ def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, 
     start: the weights [inputs, outputs] and biases [outputs] of the first layers; the others begin at random.
     """
     keras = import_tensorflow().keras
-    layers, optimizers, glorot = keras.layers, keras.optimizers, keras.initializers.GlorotUniform
+    layers, glorot = keras.layers, keras.initializers.GlorotUniform
     seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
     sample = training.features(slice(None, None, 1 + len(training.rows) // 8192))
     scale = math.sqrt(FEATURE_POWER * len(sample) / np.square(sample, dtype=np.float64).sum())
@@ -1849,9 +1845,11 @@ def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, 
     model.add(dense[-1])
     for layer, (weights, biases) in zip(dense, start, strict=False):
         layer.set_weights([weights / scale if layer is dense[0] else weights, biases])
-    kinds = {"sgd": optimizers.SGD, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
-    momentum = partial(optimizers.SGD, momentum=0.9)
-    optimizer = kinds.get(settings.optimizer, momentum)(settings.learning_rate)
+    if settings.optimizer == "momentum":
+        optimizer = keras.optimizers.SGD(momentum=0.9)
+    else:
+        optimizer = keras.optimizers.get(settings.optimizer)
+    optimizer.learning_rate = settings.learning_rate
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"))
 
     def head_now() -> Head:
