@@ -2696,31 +2696,25 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
 EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
 
 
-def find_exemplars(directions: Array, classes: Array) -> Array:
-    """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
-    from scipy.cluster.vq import kmeans2
-
-    warnings.filterwarnings("ignore", "One of the clusters is empty")  # which does no harm
-    present, middles = np.unique(classes), []
-    most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
-    for c in present:
-        rows = directions[classes == c]
-        middles.append(kmeans2(rows, min(most, len(rows)), minit="points", rng=0)[0])
-    return unit(np.concatenate(middles)).astype(np.float16)
-
-
 def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
     """Return what is familiar to a head, and the limits that leave `coverage` of the images held out named.
 
     features: float32 [rows, n]. Likeness tells other things far better than the score: it has most of the rest.
     """
+    from scipy.cluster.vq import kmeans2
+
+    warnings.filterwarnings("ignore", "One of the clusters is empty")  # which does no harm
     directions, likeness = unit(features), np.zeros(len(features))
-    for fold in np.unique(validated.folds):
-        out = validated.folds == fold
-        exemplars = find_exemplars(directions[~out], validated.classes[~out])
+    for fold in (*np.unique(validated.folds), -1):  # the last holds out none
+        out, middles = validated.folds == fold, []
+        present = np.unique(validated.classes[~out])
+        most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
+        for c in present:
+            own = directions[~out & (validated.classes == c)]
+            middles.append(kmeans2(own, min(most, len(own)), minit="points", rng=0)[0])
+        exemplars = unit(np.concatenate(middles)).astype(np.float16)
         likeness[out] = (directions[out] @ exemplars.T).max(axis=1)
-    exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
-    least_similarity, least_score = -1.0, 0.0
+    unnamed, least_similarity, least_score = 1 - coverage, -1.0, 0.0
     if unnamed:
         least_similarity = float(np.quantile(likeness, 0.8 * unnamed))
         least_score = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
@@ -2773,7 +2767,7 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
 
     model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
     network = model.subgraphs[0]
-    (bottleneck,) = network.outputs
+    (last,) = network.outputs
     kinds, dense = schema.BuiltinOptions, len(model.operatorCodes)
     for code in (schema.BuiltinOperator.FULLY_CONNECTED, schema.BuiltinOperator.SOFTMAX):
         model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
@@ -2783,7 +2777,6 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
         network.tensors.append(schema.TensorT(shape, buffer=len(model.buffers) - 1))
         return len(network.tensors) - 1
 
-    last = bottleneck
     for i, layer in enumerate([*head.hidden, (head.weights, head.biases)]):
         inputs = [last]
         for values in layer:
@@ -2797,7 +2790,7 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     options = schema.SoftmaxOptionsT(1.0)
     operator = schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options)
     network.operators.append(operator)
-    network.outputs = [scores, bottleneck]
+    network.outputs = [scores, *network.outputs]
     builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
