@@ -2697,7 +2697,7 @@ EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
 
 
 def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
-    """Return what is familiar to a head, and the limits that leave `coverage` of the images held out named.
+    """Return what is familiar to a head, clusters of each class, and limits that leave `coverage` named.
 
     features: float32 [rows, n]. Likeness tells other things far better than the score: it has most of the rest.
     """
@@ -2705,21 +2705,21 @@ def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Fam
 
     warnings.filterwarnings("ignore", "One of the clusters is empty")  # which does no harm
     directions, likeness = unit(features), np.zeros(len(features))
-    for fold in (*np.unique(validated.folds), -1):  # the last holds out none
+    for fold in (*range(FOLDS), -1):  # the last holds out none
         out, middles = validated.folds == fold, []
         present = np.unique(validated.classes[~out])
-        most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
+        most = min(EXEMPLARS, MOST_EXEMPLARS // len(present)) or 1
         for c in present:
             own = directions[~out & (validated.classes == c)]
             middles.append(kmeans2(own, min(most, len(own)), minit="points", rng=0)[0])
         exemplars = unit(np.concatenate(middles)).astype(np.float16)
         likeness[out] = (directions[out] @ exemplars.T).max(axis=1)
-    unnamed, least_similarity, least_score = 1 - coverage, -1.0, 0.0
+    certainty, similarity, unnamed = 0.0, -1.0, 1 - coverage
     if unnamed:
-        least_similarity = float(np.quantile(likeness, 0.8 * unnamed))
-        least_score = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
-    text = base64.b64encode(exemplars.tobytes()).decode("ascii")
-    return Familiar(least_score, least_similarity, exemplars.shape, text, coverage)
+        certainty = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
+        similarity = float(np.quantile(likeness, 0.8 * unnamed))
+    text = base64.b64encode(exemplars).decode()
+    return Familiar(certainty, similarity, exemplars.shape, text, coverage)
 
 
 def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str) -> None:
@@ -2772,7 +2772,7 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     for code in (schema.BuiltinOperator.FULLY_CONNECTED, schema.BuiltinOperator.SOFTMAX):
         model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
 
-    def add_tensor(shape: Sequence[int], data: Array | None = None) -> int:
+    def add_tensor(shape: Sequence[int], data: Any = None) -> int:
         model.buffers.append(schema.BufferT(data))
         network.tensors.append(schema.TensorT(shape, buffer=len(model.buffers) - 1))
         return len(network.tensors) - 1
@@ -2783,13 +2783,11 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
             inputs.append(add_tensor(values.T.shape, values.T.ravel().view(np.uint8)))
         last = add_tensor([1, layer[1].size])
         options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
-        operator = schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options)
-        network.operators.append(operator)
+        network.operators.append(schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options))
     scores = add_tensor([1, head.biases.size])
     network.tensors[scores].name = "scores"
     options = schema.SoftmaxOptionsT(1.0)
-    operator = schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options)
-    network.operators.append(operator)
+    network.operators.append(schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options))
     network.outputs = [scores, *network.outputs]
     builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
