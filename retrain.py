@@ -1645,7 +1645,8 @@ def extract_on_cluster(
 
 # Hidden layers get features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
 FEATURE_POWER = 256
-LOGISTIC_C = 0.01  # of --head logistic: the smaller, the smaller the weights; chosen by measurement
+LOGISTIC_C = 0.01  # of --head logistic, chosen by measurement
+Chance = np.random.Generator
 
 
 class Rows(NamedTuple):
@@ -1671,7 +1672,7 @@ class Dataset(NamedTuple):
     validation: Rows
     testing: Rows
     known: Rows  # training and validation, without those variants
-    coarse: Rows | None  # of stage one, if there are two; classes of its own come behind those of `labels`
+    coarse: Rows | None  # of stage one; classes of its own come behind those of `labels`
 
 
 class Head(NamedTuple):
@@ -1679,7 +1680,7 @@ class Head(NamedTuple):
 
     weights: Array  # float32 [n, classes]
     biases: Array  # float32 [classes]
-    hidden: tuple[tuple[Array, Array], ...] = ()  # the like of each hidden layer, [n, units] and [units]
+    hidden: tuple[tuple[Array, Array], ...] = ()  # of each hidden layer, [n, units] and [units]
 
     def variables(self) -> dict[str, Array]:
         """Return all its numbers, under the classic script's names where that has them."""
@@ -1747,7 +1748,7 @@ class Scores(NamedTuple):
 
 
 def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores:
-    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if it diverged."""
+    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if not finite."""
     classes = rows.classes[batch]
     probabilities = softmax(head.logits(rows.features(batch)))
     if not np.isfinite(probabilities).all():
@@ -1764,7 +1765,12 @@ def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores
     return Scores(step, split, accuracy, float(cross_entropy))
 
 
-def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iterator[Array]:
+# Two functions: one learns from a batch, features float32 [batch, n], classes int [batch] and weights float32
+# [batch], which are 1 together; the other returns the head.
+Learner = tuple[Callable, Callable[[], Head]]
+
+
+def draw_batches(classes: Array, size: int, chance: Chance) -> Iterator[Array]:
     """Yield batches of rows, int [size], for ever, drawn with replacement: a class first, then one of its rows.
 
     So the classes count alike, however many images each has. A size of -1 gives all rows every time.
@@ -1778,11 +1784,8 @@ def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iter
         yield by_class[starts[drawn] + chance.integers(counts[drawn])]
 
 
-def training_batches(rows: Rows, settings: TrainingSettings, chance: np.random.Generator) -> Iterator[tuple]:
-    """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], and weights.
-
-    The weights, float32 [batch], are 1 together.
-    """
+def training_batches(rows: Rows, settings: TrainingSettings, chance: Chance) -> Iterator[tuple]:
+    """Yield for ever a batch, int [batch], and what a Learner takes of it."""
     weights = np.ones(len(rows.classes), np.float32)
     if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches are balanced
         weights /= np.bincount(rows.classes)[rows.classes]
@@ -1799,15 +1802,10 @@ def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Ite
         yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
 
 
-# Two functions: one learns from features float32 [batch, n], classes int [batch] and weights [batch] of 1 together;
-# the other returns the head.
-Learner = tuple[Callable, Callable[[], Head]]
-
-
-def softmax_learner(training: Rows, class_count: int, settings: TrainingSettings, chance: Any) -> Learner:
-    """Return what learns a softmax layer as the classic script does; chance: a generator of random numbers."""
+def softmax_learner(training: Rows, class_count: int, settings: TrainingSettings, chance: Chance) -> Learner:
+    """Return what learns a softmax layer as the classic script does."""
     weights = chance.standard_normal((training.matrix.shape[1], class_count), np.float32)
-    while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
+    while (outside := np.abs(weights) > 2).any():  # draw again beyond two deviations
         weights[outside] = chance.standard_normal(outside.sum(), np.float32)
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
 
@@ -1828,7 +1826,8 @@ def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, 
     """
     keras = import_tensorflow().keras
     layers, glorot = keras.layers, keras.initializers.GlorotUniform
-    seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
+    seed = settings.random_seed
+    seeds = itertools.repeat(None) if seed is None else itertools.count(seed)
     sample = training.features(slice(None, None, 1 + len(training.rows) // 8192))
     scale = math.sqrt(FEATURE_POWER * len(sample) / np.square(sample, dtype=np.float64).sum())
     model = keras.Sequential([keras.Input([sample.shape[1]]), layers.Rescaling(scale)])
@@ -1887,7 +1886,7 @@ def train_logistic(training: Rows, validation: Rows, class_count: int, settings:
     return Head(weights, biases - mean @ weights)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
+@np.errstate(over="ignore", invalid="ignore")  # too large a learning rate gets a sentence
 def train_head(
     training: Rows,
     validation: Rows,
@@ -1899,7 +1898,7 @@ def train_head(
 ) -> tuple[Head, list[Scores]]:
     """Return the head that the settings describe, and the scores of each evaluation. Raises UserError.
 
-    after_step: is called with each step and head that is to be stored. base: the head of stage one to go on from;
+    after_step: is called with each step and head to be stored. base: the head of stage one to go on from;
     coarse: its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over.
     """
     interval, steps = settings.eval_step_interval, settings.how_many_training_steps
@@ -1934,7 +1933,7 @@ def train_head(
 
 
 def fit_temperature(logits: Array, classes: Array) -> float:
-    """Return by what to divide held-out logits [rows, classes] to make probabilities right as often as they say.
+    """Return by what to divide logits [rows, classes], held out, to be right as often as probabilities say.
 
     Guo et al. 2017. No image counts as certain (after Platt 1999), lest a few without a mistake make it boast.
     """
@@ -1942,7 +1941,8 @@ def fit_temperature(logits: Array, classes: Array) -> float:
     from scipy.special import logsumexp
 
     doubt = 1 / (len(classes) + 2)
-    wanted = (1 - doubt) * logits[np.arange(len(classes)), classes].mean() + doubt * logits.mean()
+    own = logits[np.arange(len(classes)), classes]
+    wanted = (1 - doubt) * own.mean() + doubt * logits.mean()
 
     def loss(scale: float) -> float:  # of the temperature's inverse, for which it is convex
         return float(logsumexp(logits * np.float32(scale), axis=1).mean() - scale * wanted)
@@ -1951,7 +1951,7 @@ def fit_temperature(logits: Array, classes: Array) -> float:
 
 
 def write_summaries(history: Sequence[Scores], folder: Path) -> None:
-    """Write the history for TensorBoard into folder/train and folder/validation, in place of an earlier run's."""
+    """Write the history for TensorBoard, into folder/train and folder/validation in place of an earlier one."""
     from tensorboardX import SummaryWriter
 
     for split in ("train", "validation"):
@@ -2718,7 +2718,7 @@ def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Fam
     if unnamed:
         certainty = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
         similarity = float(np.quantile(likeness, 0.8 * unnamed))
-    text = base64.b64encode(exemplars).decode()
+    text = base64.b64encode(exemplars.tobytes()).decode()
     return Familiar(certainty, similarity, exemplars.shape, text, coverage)
 
 
