@@ -1748,7 +1748,7 @@ class Scores(NamedTuple):
 
 
 def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores:
-    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if not finite."""
+    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if infinite."""
     classes = rows.classes[batch]
     probabilities = softmax(head.logits(rows.features(batch)))
     if not np.isfinite(probabilities).all():
@@ -2705,7 +2705,7 @@ def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Fam
 
     warnings.filterwarnings("ignore", "One of the clusters is empty")  # which does no harm
     directions, likeness = unit(features), np.zeros(len(features))
-    for fold in (*range(FOLDS), -1):  # the last holds out none
+    for fold in range(FOLDS + 1):  # the last holds out none
         out, middles = validated.folds == fold, []
         present = np.unique(validated.classes[~out])
         most = min(EXEMPLARS, MOST_EXEMPLARS // len(present)) or 1
@@ -2789,18 +2789,18 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     options = schema.SoftmaxOptionsT(1.0)
     network.operators.append(schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options))
     network.outputs = [scores, *network.outputs]
-    builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
+    builder = flatbuffers.Builder(lite_path.stat().st_size + 16_000_000)  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
 
 def write_outputs(
-    files: OutputFiles, base: BaseModel, head: Head, labels: Sequence[str], labels_path: Path, facts: dict
+    files: OutputFiles, base: BaseModel, head: Head, labels: list[str], labels_path: Path, facts: dict
 ) -> None:
     """Write the graph, its .tflite, its labels, and the facts that tie them together by their SHA-256.
 
-    facts: what predict.py needs beyond the files, and the final_tensor_name. All are written before one
-    gets its name, so that none replaces its older one if another can't be.
+    facts: what predict.py needs beyond the files, and the final_tensor_name. All are written before one gets its
+    name, so that none replaces its older one if another can't be.
     """
     with contextlib.ExitStack() as stack:  # names are given in the reverse order, to the facts last
         paths = files.facts, files.graph, labels_path
@@ -2812,11 +2812,11 @@ def write_outputs(
             new_lite = stack.enter_context(whole_file(files.lite))
             write_lite(new_lite, base.lite_path, head)
             known["lite_sha256"] = sha256_of(new_lite)
-        new_facts.write_bytes(json.dumps(known, indent=2, ensure_ascii=False).encode() + b"\n")
+        new_facts.write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
     if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
     written = files.graph, files.lite, files.facts, labels_path
-    log.info("Wrote %s.", ", ".join(str(path) for path in written if path.exists()))
+    log.info("Wrote %s.", ", ".join(map(str, filter(Path.exists, written))))
 
 
 def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) -> None:
