@@ -1849,9 +1849,10 @@ def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, 
     else:
         optimizer = keras.optimizers.get(settings.optimizer)
     optimizer.learning_rate = settings.learning_rate
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum"))
 
     def head_now() -> Head:
+        """Fold scale and normalisation into the layers."""
         folded = [layer.get_weights() for layer in dense]
         folded[0][0] *= scale
         for values, norm in zip(folded, norms, strict=False):
