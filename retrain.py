@@ -1638,14 +1638,14 @@ def extract_on_cluster(
 # Head: a softmax layer, trained by gradient descent
 # ======================================================================================================================
 
-# Hidden layers are given features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
+# Hidden layers get features of this mean squared length; VGG16's may be a hundred times longer, and diverge.
 FEATURE_POWER = 256
-LOGISTIC_C = 0.01  # of --head logistic, scikit-learn's C: the smaller, the smaller the weights; chosen by measurement
+LOGISTIC_C = 0.01  # of --head logistic, chosen by measurement
+Chance = np.random.Generator
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some images: their rows, int [rows], in a matrix float32 [images, n] that all splits share, and classes."""
+class Rows(NamedTuple):
+    """Some images: their rows, int [rows], in a matrix float32 [images, n] of all, and their classes."""
 
     matrix: Array
     rows: Array
@@ -1656,8 +1656,7 @@ class Rows:
         return self.matrix[self.rows[batch]]
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """The usable images of --image_dir, and what they are used for."""
 
     images: list[Image]
@@ -1668,22 +1667,22 @@ class Dataset:
     validation: Rows
     testing: Rows
     known: Rows  # training and validation, without those variants
-    coarse: Rows | None  # of stage one, if there are two; classes of its own come behind those of `labels`
+    coarse: Rows | None  # of stage one; classes of its own come behind those of `labels`
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """The softmax layer, and fully-connected layers with a ReLU before it, if any."""
 
     weights: Array  # float32 [n, classes]
     biases: Array  # float32 [classes]
-    hidden: tuple[tuple[Array, Array], ...] = ()  # the like of each hidden layer, [n, units] and [units]
+    hidden: tuple[tuple[Array, Array], ...] = ()  # of each hidden layer, [n, units] and [units]
 
     def variables(self) -> dict[str, Array]:
         """Return all its numbers, under the classic script's names where that has them."""
-        named = {"weights/final_weights": self.weights, "biases/final_biases": self.biases}
+        scope = "final_training_ops"
+        named = {f"{scope}/weights/final_weights": self.weights, f"{scope}/biases/final_biases": self.biases}
         for i, (weights, biases) in enumerate(self.hidden):
-            named |= {f"hidden_{i}/weights": weights, f"hidden_{i}/biases": biases}
+            named |= {f"{scope}/hidden_{i}/weights": weights, f"{scope}/hidden_{i}/biases": biases}
         return named
 
     def logits(self, features: Array) -> Array:
@@ -1692,14 +1691,9 @@ class Head:
             features = np.maximum(features @ weights + biases, 0)
         return features @ self.weights + self.biases
 
-    def probabilities(self, features: Array) -> Array:
-        """Return the probability of each class, float32 [rows, classes], for features [rows, n]."""
-        return softmax(self.logits(features))
-
     def cooled(self, temperature: float) -> Head:
-        """Return the head with its logits divided by a number: of the same classes, surer (below 1) or less sure."""
-        divisor = np.float32(temperature)
-        return replace(self, weights=self.weights / divisor, biases=self.biases / divisor)
+        """Return the head with its logits divided by a number: just as right, surer (below 1) or less sure."""
+        return Head(self.weights / temperature, self.biases / temperature, self.hidden)
 
 
 def softmax(logits: Array) -> Array:
@@ -1710,7 +1704,7 @@ def softmax(logits: Array) -> Array:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What the head is, and how it is trained: the flags of the room, by their names and with their defaults."""
+    """What the head is, and how it is trained: the flags of the room, with their names and defaults."""
 
     how_many_training_steps: int = 4000
     learning_rate: float = 0.01
@@ -1728,21 +1722,20 @@ class TrainingSettings:
     coarse_training_steps: int = 300
     coarse_learning_rate: float = 0.01
     refine_training_steps: int = 300
-    refine_learning_rate: float | None = None
+    refine_learning_rate: float = 0  # 0: gently
     rehearsal: float = 0.5
 
     def stages(self, same_classes: bool) -> tuple[TrainingSettings, TrainingSettings]:
-        rate = self.refine_learning_rate
-        if rate is None:  # gently, to keep what stage one knows; a new output layer has all to learn
-            rate = self.coarse_learning_rate * (0.3 if same_classes else 1)
+        first = self.coarse_learning_rate
+        # Gently, to keep what stage one knows; but a new output layer has all to learn.
+        second = self.refine_learning_rate or first * (0.3 if same_classes else 1)
         one, two = self.coarse_training_steps, self.refine_training_steps
-        coarse = replace(self, learning_rate=self.coarse_learning_rate, how_many_training_steps=one)
+        coarse = replace(self, learning_rate=first, how_many_training_steps=one)
         # Batch normalisation stays as stage one left it, folded into the layers.
-        return coarse, replace(self, learning_rate=rate, how_many_training_steps=two, batch_norm=False)
+        return coarse, replace(self, learning_rate=second, how_many_training_steps=two, batch_norm=False)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     step: int
     split: str
     accuracy: float
@@ -1750,25 +1743,29 @@ class Scores:
 
 
 def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores:
-    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if they are infinite."""
+    """Print the classic lines of a batch, int [batch], and return its scores. Raises UserError if infinite."""
     classes = rows.classes[batch]
-    probabilities = head.probabilities(rows.features(batch))
-    for values in (probabilities, *head.variables().values()):
-        if not np.isfinite(values).all():
-            raise UserError(f"The training diverged by step {step}; try a smaller --learning_rate.")
+    probabilities = softmax(head.logits(rows.features(batch)))
+    if not np.isfinite(probabilities).all():
+        raise UserError(f"The training diverged by step {step}; try a smaller --learning_rate.")
     own = probabilities[np.arange(len(batch)), classes]
     cross_entropy = -np.log(np.maximum(own, 1e-30)).mean()
     accuracy = (probabilities.argmax(axis=1) == classes).mean()
     line = f"{datetime.datetime.now()}: Step {step}:"
     if split == "train":
-        step_log.info("%s Train accuracy = %.1f%%", line, accuracy * 100)
-        step_log.info("%s Cross entropy = %f", line, cross_entropy)
+        step_log.info(f"{line} Train accuracy = {accuracy:.1%}")
+        step_log.info(f"{line} Cross entropy = {cross_entropy:f}")
     else:
-        step_log.info("%s Validation accuracy = %.1f%% (N=%d)", line, accuracy * 100, len(batch))
-    return Scores(step, split, float(accuracy), float(cross_entropy))
+        step_log.info(f"{line} Validation accuracy = {accuracy:.1%} (N={len(batch)})")
+    return Scores(step, split, accuracy, float(cross_entropy))
 
 
-def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iterator[Array]:
+# Two functions: one learns from a batch, features float32 [batch, n], classes int [batch] and weights float32
+# [batch], which are 1 together; the other returns the head.
+Learner = tuple[Callable, Callable[[], Head]]
+
+
+def draw_batches(classes: Array, size: int, chance: Chance) -> Iterator[Array]:
     """Yield batches of rows, int [size], for ever, drawn with replacement: a class first, then one of its rows.
 
     So the classes count alike, however many images each has. A size of -1 gives all rows every time.
@@ -1782,96 +1779,81 @@ def draw_batches(classes: Array, size: int, chance: np.random.Generator) -> Iter
         yield by_class[starts[drawn] + chance.integers(counts[drawn])]
 
 
-def training_batches(
-    rows: Rows, class_count: int, settings: TrainingSettings, chance: np.random.Generator
-) -> Iterator[tuple]:
-    """Yield for ever a batch, int [batch], its features float32 [batch, n], classes int [batch], weights [batch]."""
-    weights = np.ones(class_count, np.float32)
-    if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches balance the classes
-        counts = np.maximum(np.bincount(rows.classes, minlength=class_count), 1)
-        weights = (len(rows.classes) / (class_count * counts)).astype(np.float32)
+def training_batches(rows: Rows, settings: TrainingSettings, chance: Chance) -> Iterator[tuple]:
+    """Yield for ever a batch, int [batch], and what a Learner takes of it."""
+    weights = np.ones(len(rows.classes), np.float32)
+    if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches are balanced
+        weights /= np.bincount(rows.classes)[rows.classes]
+        weights /= weights.mean()
     for batch in draw_batches(rows.classes, settings.train_batch_size, chance):
-        classes = rows.classes[batch]
-        yield batch, rows.features(batch), classes, weights[classes]
+        yield batch, rows.features(batch), rows.classes[batch], weights[batch] / len(batch)
 
 
 def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Iterator[tuple]:
     """Yield the batches of both together; the known ones make up a share of the loss, whatever their size."""
     for (batch, *ours), (_, *theirs) in zip(new, known, strict=True):
-        count = len(ours[2]) + len(theirs[2])
-        ours[2] *= np.float32((1 - share) * count / len(ours[2]))
-        theirs[2] *= np.float32(share * count / len(theirs[2]))
+        ours[2] *= 1 - share
+        theirs[2] *= share
         yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
 
 
-def softmax_learner(
-    feature_count: int, class_count: int, learning_rate: float, chance: np.random.Generator
-) -> tuple[Callable, Callable[[], Head]]:
-    """Return two functions: one that learns from a batch as the classic script does, and one that gives the head.
-
-    The first takes features float32 [batch, n], classes int [batch] and weights float32 [batch].
-    """
-    weights = chance.standard_normal((feature_count, class_count), np.float32)
-    while (outside := np.abs(weights) > 2).any():  # truncated: beyond two deviations it is drawn again
+def softmax_learner(training: Rows, class_count: int, settings: TrainingSettings, chance: Chance) -> Learner:
+    """Return what learns a softmax layer as the classic script does."""
+    weights = chance.standard_normal((training.matrix.shape[1], class_count), np.float32)
+    while (outside := np.abs(weights) > 2).any():  # draw again beyond two deviations
         weights[outside] = chance.standard_normal(outside.sum(), np.float32)
     head = Head(weights * np.float32(0.001), np.zeros(class_count, np.float32))
 
-    def learn(features: Array, classes: Array, counts: Array) -> None:
+    def learn(features: Array, classes: Array, shares: Array) -> None:
         nonlocal head
-        error = head.probabilities(features)  # [batch, classes]
+        error = softmax(head.logits(features))  # [batch, classes]
         error[np.arange(len(classes)), classes] -= 1
-        error *= counts[:, None] * (np.float32(learning_rate) / np.float32(len(classes)))
+        error *= shares[:, None] * settings.learning_rate
         head = Head(head.weights - features.T @ error, head.biases - error.sum(axis=0))
 
     return learn, lambda: head
 
 
-def keras_learner(
-    training: Rows, class_count: int, settings: TrainingSettings, start: Sequence[tuple[Array, Array]]
-) -> tuple[Callable, Callable[[], Head]]:
-    """Return two functions like those of softmax_learner, for a head with hidden layers or another optimizer.
+def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, start: Sequence) -> Learner:
+    """Return what learns a head with hidden layers, or by another optimizer.
 
-    start: the weights [inputs, outputs] and biases [outputs] that the first layers begin with; the others are random.
+    start: the weights [inputs, outputs] and biases [outputs] of the first layers; the others begin at random.
     """
     keras = import_tensorflow().keras
-    layers = keras.layers
-    seeds = itertools.repeat(None) if settings.random_seed is None else itertools.count(settings.random_seed)
-    sample = training.features(slice(None, None, 1 + len(training.rows) // 8192)).astype(np.float64)
-    power = (sample**2).sum()
-    scale = math.sqrt(FEATURE_POWER * len(sample) / power) if power else 1.0
-    dense = [
-        layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)))
-        for units in (*settings.hidden_units, class_count)
-    ]
+    layers, glorot = keras.layers, keras.initializers.GlorotUniform
+    seed = settings.random_seed
+    seeds = itertools.repeat(None) if seed is None else itertools.count(seed)
+    sample = training.features(slice(None, None, 1 + len(training.rows) // 8192))
+    scale = math.sqrt(FEATURE_POWER * len(sample) / np.square(sample, dtype=np.float64).sum())
     model = keras.Sequential([keras.Input([sample.shape[1]]), layers.Rescaling(scale)])
+    sizes = (*settings.hidden_units, class_count)
+    dense = [layers.Dense(units, kernel_initializer=glorot(next(seeds))) for units in sizes]
+    norms = []
     for layer in dense[:-1]:
         model.add(layer)
         if settings.batch_norm:
-            model.add(layers.BatchNormalization())
+            norms.append(layers.BatchNormalization())
+            model.add(norms[-1])
         model.add(layers.ReLU())
-        if settings.dropout:
-            model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
+        model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
     model.add(dense[-1])
-    for i, (layer, (weights, biases)) in enumerate(zip(dense, start, strict=False)):
-        layer.set_weights([weights if i else weights / np.float32(scale), biases])
-    optimizers = keras.optimizers
-    momentum = partial(optimizers.SGD, momentum=0.9)
-    kinds = {"sgd": optimizers.SGD, "momentum": momentum, "adam": optimizers.Adam, "rmsprop": optimizers.RMSprop}
-    optimizer = kinds[settings.optimizer](settings.learning_rate)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for layer, (weights, biases) in zip(dense, start, strict=False):
+        layer.set_weights([weights / scale if layer is dense[0] else weights, biases])
+    if settings.optimizer == "momentum":
+        optimizer = keras.optimizers.SGD(momentum=0.9)
+    else:
+        optimizer = keras.optimizers.get(settings.optimizer)
+    optimizer.learning_rate = settings.learning_rate
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum"))
 
     def head_now() -> Head:
-        """Fold scale and normalisation into the dense layers."""
-        folded: list[tuple[Array, Array]] = []
-        for layer in model.layers:
-            if isinstance(layer, layers.Dense):
-                weights, biases = layer.get_weights()
-                folded.append((weights if folded else weights * np.float32(scale), biases))
-            if isinstance(layer, layers.BatchNormalization):
-                gamma, beta, mean, variance = layer.get_weights()
-                gain = gamma / np.sqrt(variance + np.float32(layer.epsilon))
-                weights, biases = folded[-1]
-                folded[-1] = weights * gain, (biases - mean) * gain + beta
+        """Fold scale and normalisation into the layers."""
+        folded = [layer.get_weights() for layer in dense]
+        folded[0][0] *= scale
+        for values, norm in zip(folded, norms, strict=False):
+            gamma, beta, mean, variance = norm.get_weights()
+            gain = gamma / np.sqrt(variance + norm.epsilon)
+            values[:] = values[0] * gain, (values[1] - mean) * gain + beta
         *hidden, (weights, biases) = folded
         return Head(weights, biases, tuple(hidden))
 
@@ -1879,46 +1861,43 @@ def keras_learner(
 
 
 def train_logistic(training: Rows, validation: Rows, class_count: int, settings: TrainingSettings) -> Head:
-    """Return the head of a logistic regression on the rows of both; mean and scale of the features are folded in."""
+    """Return the head of a logistic regression on the rows of both, for features as they are."""
     from sklearn.linear_model import LogisticRegression
 
     features = np.concatenate([training.features(), validation.features()])  # [rows, n]
     classes = np.concatenate([training.classes, validation.classes])
     mean = features.mean(axis=0)
     features -= mean
-    scale = np.sqrt(np.square(features).mean()) or np.float32(1)
+    scale = features.std() or 1
     balance = "balanced" if settings.class_weights == "balanced" else None
     model = LogisticRegression(C=LOGISTIC_C, max_iter=1000, class_weight=balance)
     model.fit(features / scale, classes)
-    slopes, offsets = model.coef_, model.intercept_  # [classes, n], [classes]
-    if len(model.classes_) == 2:  # where scikit-learn gives the second class's logit less the first's
-        slopes = np.concatenate([-slopes, slopes]) / 2
-        offsets = np.concatenate([-offsets, offsets]) / 2
-    weights = np.zeros((features.shape[1], class_count))
-    biases = np.full(class_count, -100.0)  # a class without a row is never answered
-    weights[:, model.classes_] = slopes.T / scale
-    biases[model.classes_] = offsets
-    biases -= mean @ weights
-    return Head(weights.astype(np.float32), biases.astype(np.float32))
+    # Of two classes, scikit-learn gives the second's logit, where the first's is 0.
+    fitted = model.classes_[-len(model.coef_) :]
+    weights = np.zeros((len(mean), class_count), np.float32)
+    weights[:, fitted] = model.coef_.T / scale
+    biases = np.full(class_count, -100, np.float32)  # a class without a row is never answered
+    biases[model.classes_] = 0
+    biases[fitted] = model.intercept_
+    return Head(weights, biases - mean @ weights)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # a learning rate that is too large is told in a sentence
+@np.errstate(over="ignore", invalid="ignore")  # too large a learning rate gets a sentence
 def train_head(
     training: Rows,
     validation: Rows,
     class_count: int,
     settings: TrainingSettings,
-    after_step: Callable[[int, Head], None] = lambda step, head: None,
+    after_step: Callable | None = None,
     base: Head | None = None,
     coarse: Rows | None = None,
 ) -> tuple[Head, list[Scores]]:
-    """Train the head that the settings describe, and return it with the scores of each evaluation.
+    """Return the head that the settings describe, and the scores of each evaluation. Raises UserError.
 
-    after_step: is called with the head of each step that is to be stored. base: the head of stage one to go on from;
-    coarse: its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over. Raises
-    UserError when the training diverges.
+    after_step: is called with each step and head to be stored. base: the head of stage one to go on from;
+    coarse: its rows, to be rehearsed, or None for other classes: then only hidden layers are carried over.
     """
-    interval, steps, history = settings.eval_step_interval, settings.how_many_training_steps, []
+    interval, steps = settings.eval_step_interval, settings.how_many_training_steps
     if settings.head == "logistic":
         head = train_logistic(training, validation, class_count, settings)
         return head, [score(head, training, np.arange(len(training.rows)), 0, "train")] if interval else []
@@ -1929,29 +1908,28 @@ def train_head(
             start.append((base.weights, base.biases))
         learn, head_now = keras_learner(training, class_count, settings, start)
     else:
-        learn, head_now = softmax_learner(training.matrix.shape[1], class_count, settings.learning_rate, chance)
-    batches = training_batches(training, class_count, settings, chance)
+        learn, head_now = softmax_learner(training, class_count, settings, chance)
+    batches = training_batches(training, settings, chance)
     if coarse:
-        batches = rehearsed(batches, training_batches(coarse, class_count, settings, chance), settings.rehearsal)
+        batches = rehearsed(batches, training_batches(coarse, settings, chance), settings.rehearsal)
     # With random numbers of its own, so that evaluating more often doesn't change what is learnt.
     validated = draw_batches(validation.classes, settings.validation_batch_size, np.random.default_rng(0))
-    shows_bar = interval > 0 and sys.stderr.isatty()  # off a terminal, the classic lines tell
-    with progress_bar("Training", steps, "step", disable=not shows_bar) as bar:
-        for step in range(steps):
-            batch, *learnt = next(batches)
-            learn(*learnt)
-            if interval and (step % interval == 0 or step == steps - 1):
-                history.append(score(head_now(), training, batch, step, "train"))
-                if len(validation.rows):
-                    history.append(score(head_now(), validation, next(validated), step, "validation"))
-            if step and settings.intermediate_store_frequency and step % settings.intermediate_store_frequency == 0:
-                after_step(step, head_now())
-            bar.update()
+    every, history = settings.intermediate_store_frequency, []
+    shows_no_bar = not interval or not sys.stderr.isatty()  # off a terminal, the classic lines tell
+    for step in progress_bar("Training", steps, "step", iterable=range(steps), disable=shows_no_bar):
+        batch, *learnt = next(batches)
+        learn(*learnt)
+        if interval and (step % interval == 0 or step == steps - 1):
+            history.append(score(head_now(), training, batch, step, "train"))
+            if len(validation.rows):
+                history.append(score(head_now(), validation, next(validated), step, "validation"))
+        if after_step and every and step and step % every == 0:
+            after_step(step, head_now())
     return head_now(), history
 
 
 def fit_temperature(logits: Array, classes: Array) -> float:
-    """Return by what to divide held-out logits [rows, classes] so that probabilities are as often right as they say.
+    """Return by what to divide logits [rows, classes], held out, to be right as often as probabilities say.
 
     Guo et al. 2017. No image counts as certain (after Platt 1999), lest a few without a mistake make it boast.
     """
@@ -1959,7 +1937,8 @@ def fit_temperature(logits: Array, classes: Array) -> float:
     from scipy.special import logsumexp
 
     doubt = 1 / (len(classes) + 2)
-    wanted = (1 - doubt) * logits[np.arange(len(classes)), classes].mean() + doubt * logits.mean()
+    own = logits[np.arange(len(classes)), classes]
+    wanted = (1 - doubt) * own.mean() + doubt * logits.mean()
 
     def loss(scale: float) -> float:  # of the temperature's inverse, for which it is convex
         return float(logsumexp(logits * np.float32(scale), axis=1).mean() - scale * wanted)
@@ -1968,7 +1947,7 @@ def fit_temperature(logits: Array, classes: Array) -> float:
 
 
 def write_summaries(history: Sequence[Scores], folder: Path) -> None:
-    """Write the history for TensorBoard, into `folder`/train and `folder`/validation, in place of an earlier run's."""
+    """Write the history for TensorBoard, into folder/train and folder/validation in place of an earlier one."""
     from tensorboardX import SummaryWriter
 
     for split in ("train", "validation"):
@@ -1984,14 +1963,9 @@ def write_summaries(history: Sequence[Scores], folder: Path) -> None:
 def write_checkpoint(head: Head, path: Path) -> None:
     """Write the head as a TensorFlow checkpoint, under the classic script's names of its variables."""
     tf, variables = import_tensorflow(), head.variables()
-    names = sorted(variables)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tf.raw_ops.SaveV2(
-        prefix=str(path),
-        tensor_names=[f"final_training_ops/{name}" for name in names],
-        shape_and_slices=[""] * len(names),
-        tensors=[variables[name] for name in names],
-    )
+    whole, values = [""] * len(variables), [*variables.values()]
+    tf.raw_ops.SaveV2(prefix=str(path), tensor_names=[*variables], shape_and_slices=whole, tensors=values)
     tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
 
@@ -2717,50 +2691,41 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
 EXEMPLARS, MOST_EXEMPLARS = 16, 1024  # of each class, and of all together
 
 
-def find_exemplars(directions: Array, classes: Array) -> Array:
-    """Return the middles of clusters of each class, unit vectors float16 [k, n], of unit vectors [rows, n]."""
+def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
+    """Return what is familiar to a head, clusters of each class, and limits that leave `coverage` named.
+
+    features: float32 [rows, n]. Likeness tells other things far better than the score: it has most of the rest.
+    """
     from scipy.cluster.vq import kmeans2
 
-    present, middles = np.unique(classes), []
-    most = max(1, min(EXEMPLARS, MOST_EXEMPLARS // len(present)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a cluster without an image does no harm
-        for c in present:
-            rows = directions[classes == c]
-            count = min(most, len(rows))
-            middles.append(kmeans2(rows, count, minit="points", rng=0)[0])
-    return unit(np.concatenate(middles)).astype(np.float16)
-
-
-def become_familiar(features: Array, validated: HeldOut, coverage: float) -> Familiar:
-    """Return what is familiar to a head, with limits, found on images held out, that leave `coverage` of them named.
-
-    features: float32 [rows, n]. Likeness tells other things far better than the score does, and has most of the rest.
-    """
+    warnings.filterwarnings("ignore", "One of the clusters is empty")  # which does no harm
     directions, likeness = unit(features), np.zeros(len(features))
-    for fold in np.unique(validated.folds):
-        out = validated.folds == fold
-        exemplars = find_exemplars(directions[~out], validated.classes[~out])
-        likeness[out] = (directions[out] @ exemplars.astype(np.float32).T).max(axis=1)
-    exemplars, unnamed = find_exemplars(directions, validated.classes), 1 - coverage
-    least_similarity, least_score = -1.0, 0.0
+    for fold in range(FOLDS + 1):  # the last holds out none
+        out, middles = validated.folds == fold, []
+        present = np.unique(validated.classes[~out])
+        most = min(EXEMPLARS, MOST_EXEMPLARS // len(present)) or 1
+        for c in present:
+            own = directions[~out & (validated.classes == c)]
+            middles.append(kmeans2(own, min(most, len(own)), minit="points", rng=0)[0])
+        exemplars = unit(np.concatenate(middles)).astype(np.float16)
+        likeness[out] = (directions[out] @ exemplars.T).max(axis=1)
+    certainty, similarity, unnamed = 0.0, -1.0, 1 - coverage
     if unnamed:
-        least_similarity = float(np.quantile(likeness, 0.8 * unnamed))
-        least_score = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
-    text = base64.b64encode(exemplars.tobytes()).decode("ascii")
-    return Familiar(least_score, least_similarity, exemplars.shape, text, coverage)
+        certainty = float(np.quantile(validated.scores.max(axis=1), 0.2 * unnamed))
+        similarity = float(np.quantile(likeness, 0.8 * unnamed))
+    text = base64.b64encode(exemplars.tobytes()).decode()
+    return Familiar(certainty, similarity, exemplars.shape, text, coverage)
 
 
 def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str) -> None:
-    """Write the frozen GraphDef from the bytes of an image (`DecodeJpeg/contents:0`) to its probabilities.
+    """Write the frozen GraphDef from an image's bytes (`DecodeJpeg/contents:0`) to its probabilities.
 
-    The nodes of the head have the classic script's names; features can be fed at `input/BottleneckInputPlaceholder:0`.
-    They are a message of their own behind the base model's: protobuf reads two of one type as one.
+    Its nodes are the classic script's: features can be fed at `input/BottleneckInputPlaceholder:0`.
     """
     from tensorboardX.proto.attr_value_pb2 import AttrValue
     from tensorboardX.proto.graph_pb2 import GraphDef
 
-    graph, scope, float32 = GraphDef(), "final_training_ops", AttrValue(type="DT_FLOAT")
+    graph, float32 = GraphDef(), AttrValue(type="DT_FLOAT")
 
     def add(op: str, name: str, *inputs: str, **attributes: AttrValue) -> str:
         graph.node.add(op=op, name=name, input=inputs, attr=attributes or {"T": float32})
@@ -2769,71 +2734,68 @@ def write_graph(path: Path, base: BaseModel, head: Head, final_tensor_name: str)
     for name, values in head.variables().items():
         shape = {"dim": [{"size": size} for size in values.shape]}
         tensor = {"dtype": "DT_FLOAT", "tensor_shape": shape, "tensor_content": values.tobytes()}
-        add("Const", f"{scope}/{name}", dtype=float32, value=AttrValue(tensor=tensor))
+        add("Const", name, dtype=float32, value=AttrValue(tensor=tensor))
     last = "input/BottleneckInputPlaceholder"
     shape = {"dim": [{"size": -1}, {"size": base.bottleneck_size}]}
     add("PlaceholderWithDefault", last, BOTTLENECK_NODE, dtype=float32, shape=AttrValue(shape=shape))
     for i in range(len(head.hidden)):
-        layer = f"{scope}/hidden_{i}"
+        layer = f"final_training_ops/hidden_{i}"
         last = add("MatMul", f"{layer}/Wx_plus_b/MatMul", last, f"{layer}/weights")
         last = add("BiasAdd", f"{layer}/Wx_plus_b/add", last, f"{layer}/biases")
         last = add("Relu", f"{layer}/Relu", last)
-    last = add("MatMul", f"{scope}/Wx_plus_b/MatMul", last, f"{scope}/weights/final_weights")
-    last = add("BiasAdd", f"{scope}/Wx_plus_b/add", last, f"{scope}/biases/final_biases")
+    layer = "final_training_ops"
+    last = add("MatMul", f"{layer}/Wx_plus_b/MatMul", last, f"{layer}/weights/final_weights")
+    last = add("BiasAdd", f"{layer}/Wx_plus_b/add", last, f"{layer}/biases/final_biases")
     add("Softmax", final_tensor_name, last)
     shutil.copyfile(base.graph_path, path)
-    with open(path, "ab") as file:
+    with open(path, "ab") as file:  # protobuf reads two messages of one type as one
         file.write(graph.SerializeToString(deterministic=True))
 
 
 def write_lite(path: Path, lite_path: Path, head: Head) -> None:
-    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n]: the base model's, and the head.
+    """Write a .tflite from resized pixels to scores [1, classes] and bottleneck [1, n].
 
-    The head is added to the network as it was converted, in a second, where converting it again would take ten.
+    The head is added to the converted network, in a second: converting again would take ten.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
     network = model.subgraphs[0]
-    (bottleneck,) = network.outputs
+    (last,) = network.outputs
     kinds, dense = schema.BuiltinOptions, len(model.operatorCodes)
     for code in (schema.BuiltinOperator.FULLY_CONNECTED, schema.BuiltinOperator.SOFTMAX):
         model.operatorCodes.append(schema.OperatorCodeT(code, builtinCode=code))
 
-    def add_tensor(shape: Sequence[int], data: Array | None = None, name: str = "") -> int:
+    def add_tensor(shape: Sequence[int], data: Any = None) -> int:
         model.buffers.append(schema.BufferT(data))
-        tensor = schema.TensorT(list(shape), schema.TensorType.FLOAT32, len(model.buffers) - 1, name)
-        network.tensors.append(tensor)
+        network.tensors.append(schema.TensorT(shape, buffer=len(model.buffers) - 1))
         return len(network.tensors) - 1
 
-    def add_constant(values: Array) -> int:
-        return add_tensor(values.shape, np.frombuffer(values.tobytes(), np.uint8))
-
-    last = bottleneck
-    for i, (weights, biases) in enumerate([*head.hidden, (head.weights, head.biases)]):
-        inputs = [last, add_constant(weights.T), add_constant(biases)]
-        last = add_tensor([1, len(biases)])
+    for i, layer in enumerate([*head.hidden, (head.weights, head.biases)]):
+        inputs = [last]
+        for values in layer:
+            inputs.append(add_tensor(values.T.shape, values.T.ravel().view(np.uint8)))
+        last = add_tensor([1, layer[1].size])
         options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
-        operator = schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options)
-        network.operators.append(operator)
-    scores = add_tensor([1, len(head.biases)], name="scores")
+        network.operators.append(schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options))
+    scores = add_tensor([1, head.biases.size])
+    network.tensors[scores].name = "scores"
     options = schema.SoftmaxOptionsT(1.0)
-    operator = schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options)
-    network.operators.append(operator)
-    network.outputs = [scores, bottleneck]
-    builder = flatbuffers.Builder(lite_path.stat().st_size + (16 << 20))  # if it grew, it would copy all
+    network.operators.append(schema.OperatorT(dense + 1, [last], [scores], kinds.SoftmaxOptions, options))
+    network.outputs = [scores, *network.outputs]
+    builder = flatbuffers.Builder(lite_path.stat().st_size + 16_000_000)  # if it grew, it would copy all
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
 
 def write_outputs(
-    files: OutputFiles, base: BaseModel, head: Head, labels: Sequence[str], labels_path: Path, facts: dict
+    files: OutputFiles, base: BaseModel, head: Head, labels: list[str], labels_path: Path, facts: dict
 ) -> None:
     """Write the graph, its .tflite, its labels, and the facts that tie them together by their SHA-256.
 
-    facts: what predict.py needs beyond the files, to be written as JSON; one is the final_tensor_name. All are written
-    before the first gets its name, so that none replaces its older one if another can't be written.
+    facts: what predict.py needs beyond the files, and the final_tensor_name. All are written before one gets its
+    name, so that none replaces its older one if another can't be.
     """
     with contextlib.ExitStack() as stack:  # names are given in the reverse order, to the facts last
         paths = files.facts, files.graph, labels_path
@@ -2845,25 +2807,25 @@ def write_outputs(
             new_lite = stack.enter_context(whole_file(files.lite))
             write_lite(new_lite, base.lite_path, head)
             known["lite_sha256"] = sha256_of(new_lite)
-        new_facts.write_bytes(json.dumps(known, indent=2, ensure_ascii=False).encode() + b"\n")
+        new_facts.write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
     if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
     written = files.graph, files.lite, files.facts, labels_path
-    log.info("Wrote %s.", ", ".join(str(path) for path in written if path.exists()))
+    log.info("Wrote %s.", ", ".join(map(str, filter(Path.exists, written))))
 
 
 def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) -> None:
     """Write a SavedModel of a trained graph with two signatures, both for a `prediction`, float32 [n, classes].
 
-    `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as that of TF-Hub's retrain.py did;
+    `serving_default` takes `image`, float32 [n, height, width, 3] from 0 to 1, as TF-Hub's retrain.py wrote it;
     `image_bytes` takes files, strings [n]: JPEG, PNG, GIF and BMP, not turned.
     """
     tf = import_tensorflow()
     network = graph_function(read_graph(graph_path, trusted=True), final_tensor_name)
     size = network.inputs[0].shape[1:3]
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)])
-    def serve(image: Tensor) -> dict[str, Tensor]:
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
+    def serve(image: Tensor) -> dict:
         return {"prediction": network(image * 255)[0]}
 
     def decoded(data: Tensor) -> Tensor:
@@ -2871,11 +2833,10 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def serve_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
+    def serve_bytes(image_bytes: Tensor) -> dict:
         return serve(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32))
 
-    signatures = {"serving_default": serve, "image_bytes": serve_bytes}
-    tf.saved_model.save(tf.Module(), str(folder), signatures=signatures)
+    tf.saved_model.save(tf.Module(), str(folder), {"serving_default": serve, "image_bytes": serve_bytes})
 
 
 # ======================================================================================================================

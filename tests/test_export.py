@@ -171,7 +171,7 @@ def test_tflite_with_any_number_of_classes(base, tmp_path, class_count):
         scores, _ = lite(pixels)
         assert scores.shape == (class_count,)
         np.testing.assert_allclose(scores, run(pixels[None])[0].numpy()[0], atol=1e-4)
-        np.testing.assert_allclose(scores, head.probabilities(features(pixels)[0][None])[0], atol=1e-4)
+        np.testing.assert_allclose(scores, retrain.softmax(head.logits(features(pixels)[0])), atol=1e-4)
 
 
 # SavedModel

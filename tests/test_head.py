@@ -30,7 +30,7 @@ def learn(rows: Rows, class_count: int = 3, **settings) -> retrain.Head:
 
 def accuracy(head: retrain.Head, rows: Rows) -> float:
     """Return the share of rows that the head gets right."""
-    return (head.probabilities(rows.features()).argmax(axis=1) == rows.classes).mean()
+    return (head.logits(rows.features()).argmax(axis=1) == rows.classes).mean()
 
 
 def cross_entropy(weights: np.ndarray, biases: np.ndarray, rows: Rows) -> float:
@@ -95,7 +95,7 @@ def test_step_follows_the_gradient_of_the_cross_entropy():
 
 def test_probabilities_are_a_softmax_that_large_logits_do_not_break():
     head = retrain.Head(np.array([[1, 0], [0, 1000]], np.float32), np.array([0, 1], np.float32))
-    given = head.probabilities(np.array([[2, 0], [0, 1], [0, -1]], np.float32))
+    given = retrain.softmax(head.logits(np.array([[2, 0], [0, 1], [0, -1]], np.float32)))
     odds = np.exp(2 - 1)
     np.testing.assert_allclose(given, [[odds / (1 + odds), 1 / (1 + odds)], [0, 1], [1, 0]], atol=1e-6)
 
@@ -125,7 +125,7 @@ def test_logistic_head_gives_the_probabilities_of_the_regression(class_count):
     centred = rows.matrix - rows.matrix.mean(axis=0)
     model = LogisticRegression(C=retrain.LOGISTIC_C).fit(centred / np.sqrt((centred**2).mean()), rows.classes)
     expected = model.predict_proba(centred / np.sqrt((centred**2).mean()))
-    np.testing.assert_allclose(head.probabilities(rows.matrix), expected, atol=2e-3)  # trained on both parts
+    np.testing.assert_allclose(retrain.softmax(head.logits(rows.matrix)), expected, atol=2e-3)  # trained on both parts
     assert head.weights.dtype == head.biases.dtype == np.float32
     assert [scores.split for scores in history] == ["train"]
 
@@ -133,7 +133,7 @@ def test_logistic_head_gives_the_probabilities_of_the_regression(class_count):
 def test_logistic_head_never_answers_a_class_without_images():
     rows = separable(20)
     few = Rows(rows.matrix, rows.rows[:40], rows.classes[:40])
-    assert learn(few, head="logistic").probabilities(rows.matrix)[:, 2].max() < 1e-6
+    assert retrain.softmax(learn(few, head="logistic").logits(rows.matrix))[:, 2].max() < 1e-6
 
 
 def test_logistic_head_from_photographs_to_predictions(train, capsys):

@@ -87,7 +87,8 @@ def test_balanced_class_weights_let_the_rare_class_count(layers):
         settings = TrainingSettings(
             300, 0.1, train_batch_size=-1, hidden_units=layers, class_weights=name, random_seed=0
         )
-        given[name] = retrain.train_head(rows, NOTHING, 2, settings)[0].probabilities(rows.matrix)[0, 1]
+        head, _ = retrain.train_head(rows, NOTHING, 2, settings)
+        given[name] = retrain.softmax(head.logits(rows.matrix))[0, 1]
     assert given == {"none": pytest.approx(0.1, abs=0.02), "balanced": pytest.approx(0.5, abs=0.02)}
 
 

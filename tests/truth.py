@@ -331,7 +331,7 @@ def unknown(sets: Sets, repeats: int) -> None:
             familiar = retrain.become_familiar(training.features, made.cooled(temperature), share)
 
             def named(features: np.ndarray, familiar=familiar, head=head) -> np.ndarray:
-                best = head.probabilities(features).max(axis=1)
+                best = retrain.softmax(head.logits(features)).max(axis=1)
                 scores = [[("a", score), ("b", 1 - score)] for score in best]
                 judged = zip(familiar.likeness(features), scores, strict=True)
                 return np.array([not familiar.reason(*each) for each in judged])
