@@ -1735,7 +1735,8 @@ class TrainingSettings:
         return coarse, replace(self, learning_rate=second, how_many_training_steps=two, batch_norm=False)
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True)
+class Scores:
     step: int
     split: str
     accuracy: float
@@ -1757,7 +1758,7 @@ def score(head: Head, rows: Rows, batch: Array, step: int, split: str) -> Scores
         step_log.info(f"{line} Cross entropy = {cross_entropy:f}")
     else:
         step_log.info(f"{line} Validation accuracy = {accuracy:.1%} (N={len(batch)})")
-    return Scores(step, split, accuracy, float(cross_entropy))
+    return Scores(step, split, float(accuracy), float(cross_entropy))
 
 
 # Two functions: one learns from a batch, features float32 [batch, n], classes int [batch] and weights float32

@@ -61,6 +61,7 @@ def test_numbers_come_with_their_interval_and_what_they_are_worth(tmp_path):
     assert len(numbers["cross_validation"]["confusion"]) == 6  # no zeros
     assert len(numbers["mistakes"]) == 12
     assert numbers["duplicates"][0]["first"] == "ants/image1.jpg"
+    assert numbers["training"]["head"][0] == {"step": 0, "split": "train", "accuracy": 0.8, "cross_entropy": 0.5}
 
 
 def test_the_list_is_what_exclude_and_relabel_read(tmp_path):
