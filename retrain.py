@@ -2889,7 +2889,6 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
 # ======================================================================================================================
 
 ROBOT = "retrain.py"  # what robots.txt files know us by
-USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images for a classifier; {{}})"
 # Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
 TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
 # HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
@@ -2930,9 +2929,10 @@ class Web:
         self.licenses = flags.crawl_license or LICENSES
         self.hosts: dict[tuple, Host] = {}  # by name and port
         self.lock = threading.Lock()
+        self.pool = concurrent.futures.ThreadPoolExecutor(flags.crawl_parallel)
         self.session = requests.Session()
         contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
-        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
+        self.session.headers["User-Agent"] = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; {contact})"
 
     def get(self, url: str, robots: bool = False, **options: Any) -> tuple[str, bytes]:
         """Return (address, body) of what an address leads to, after redirects. Raises ImageError and Failure.
@@ -2980,11 +2980,10 @@ class Web:
 
         with host.lock:  # the first asks, the others wait for the answer
             if not host.rules:
-                try:
-                    text = self.get(urllib.parse.urljoin(url, "/robots.txt"))[1].decode("utf-8-sig", "replace")
-                except ImageError:
-                    text = ""
-                host.rules = protego.Protego.parse(text)
+                text = b""
+                with suppress(ImageError):
+                    _, text = self.get(urllib.parse.urljoin(url, "/robots.txt"))
+                host.rules = protego.Protego.parse(text.decode("utf-8-sig", "replace"))
                 host.delay = max(host.delay, host.rules.crawl_delay(ROBOT) or 0)
         if host.delay > MOST_LOST or not host.rules.can_fetch(url, ROBOT):
             raise ImageError("forbidden by robots.txt")
@@ -3027,9 +3026,6 @@ class Web:
 
 # The sources: generator functions of (web, the address of the search, search words).
 
-# Around what reads one entry of an answer; an odd one is no reason to lose the others.
-skipping_odd_ones = suppress(Exception)
-
 
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
@@ -3041,10 +3037,8 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     for page in itertools.count(1):
         answer = json.loads(web.get(url, params=query | {"page": page}, headers=headers)[1])
         for image in answer["results"]:
-            with skipping_odd_ones:
-                license_name = f"{image['license']} {image['license_version'] or ''}".strip()
-                origin = image["foreign_landing_url"]
-                yield Candidate(image["url"], origin, license_name, image["title"], image["creator"])
+            terms = f"{image['license']} {image['license_version'] or ''}"
+            yield Candidate(image["url"], image["foreign_landing_url"], terms, image["title"], image["creator"])
         if page >= answer["page_count"]:
             return
 
@@ -3053,12 +3047,12 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
     url += "?action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50&prop=imageinfo"
     url += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
-    more: dict | None = {}
-    while more is not None:
-        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap"} | more)[1])
-        pages = answer.get("query", {"pages": []})["pages"]
+    more = {"gsroffset": 0}
+    while more:
+        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more})[1])
+        pages = answer.get("query", {}).get("pages", ())
         for page in sorted(pages, key=lambda page: page.get("index", 0)):
-            with skipping_odd_ones:
+            with suppress(Exception):  # one that is deleted, or has no thumbnail
                 image = page["imageinfo"][0]
                 told = {name: field["value"] for name, field in image["extmetadata"].items()}
                 code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
@@ -3076,13 +3070,11 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     query = {"taxon_name": words, "photo_license": ",".join(wanted)}
     while found := json.loads(web.get(url, params=query)[1])["results"]:
         for observation in found:
-            with skipping_odd_ones:
-                species = observation["taxon"]["name"]
-                for photo in observation["photos"]:
-                    if photo["license_code"] in wanted:
-                        image = photo["url"].replace("/square.", "/large.")
-                        facts = [photo["license_code"], species, photo["attribution"]]
-                        yield Candidate(image, observation["uri"], *facts)
+            for photo in observation["photos"]:
+                if photo["license_code"] in wanted:
+                    image = photo["url"].replace("/square.", "/large.")
+                    facts = [photo["license_code"], observation["taxon"]["name"], photo["attribution"]]
+                    yield Candidate(image, observation["uri"], *facts)
         query["id_below"] = found[-1]["id"]
 
 
@@ -3101,10 +3093,9 @@ def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Bing finds; the licenses are unknown."""
     query = {"q": words, "count": 35, "mmasync": 1}
     for tile in pages_of_engine(web, url, query, "first", 35, r'class="iusc"[^>]* m="([^"]*)'):
-        with skipping_odd_ones:
+        with suppress(Exception):  # no image
             facts = json.loads(html.unescape(tile))
-            title = re.sub("[\ue000-\uf8ff]", "", facts["t"])  # its marks around the words searched for
-            yield Candidate(facts["murl"], facts["purl"], title=title)
+            yield Candidate(facts["murl"], facts["purl"])
 
 
 def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
@@ -3129,8 +3120,8 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
         # What is loaded as one scrolls has its address in a data- attribute, and a blank in `src`.
         address = largest or element.get("href") or element.get("data-src") or element.get("src") or "data:"
         if not address.startswith("data:"):
-            with skipping_odd_ones:
-                yield Candidate(urllib.parse.urljoin(base, address), url, title=element.get("alt"))
+            with suppress(ValueError):  # no address
+                yield Candidate(urllib.parse.urljoin(base, address), url)
 
 
 def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
@@ -3149,29 +3140,30 @@ SOURCES: dict[str, tuple[Callable, str]] = {
 }
 
 
-def source_named(text: str) -> tuple[str, str]:
-    """Read a --crawl_source: (name, address). Raises argparse.ArgumentTypeError."""
+def source_named(text: str) -> str:
+    """Return a --crawl_source, `name` or `name:address`. Raises argparse.ArgumentTypeError."""
     name, _, address = text.partition(":")
-    if name in SOURCES and (address or SOURCES[name][1]):
-        return name, address or SOURCES[name][1]
-    known = ", ".join(SOURCES)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {known} (page:https://..., list:FILE)")
+    if name not in SOURCES or not (address or SOURCES[name][1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SOURCES)} (page:https://..., list:FILE)")
+    return text
 
 
 def license_names(text: str) -> list[str]:
     """Read the value of --crawl_license: names of licenses, joined by commas."""
-    names = re.findall(r"[^\s,]+", text.lower())
-    if not set(names) <= set(LICENSES):
+    names = text.lower().replace(",", " ").split()
+    if set(names) - set(LICENSES):
         raise argparse.ArgumentTypeError(f"{text!r} is not known; choose from {','.join(LICENSES)}")
     return names
 
 
-def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> Iterator[dict]:
+def candidates_of(sources: Sequence[str], words: str, web: Web) -> Iterator[dict]:
     """Yield what the sources find as entries of a crawl.jsonl; tell what goes wrong with one."""
-    for name, address in sources:
-        problem = f"it has no images for {words!r}, or its form has changed"
+    for source in sources:
+        name, _, address = source.partition(":")
+        search, usual_address = SOURCES[name]
+        problem = f"no images for {words!r}, or its form has changed"
         try:
-            for candidate in SOURCES[name][0](web, address, words):
+            for candidate in search(web, address or usual_address, words):
                 problem = ""
                 yield {**candidate._asdict(), "source": name}
         except (Failure, ImageError, OSError) as error:
@@ -3179,7 +3171,7 @@ def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> I
         except Exception as error:  # an answer may hold anything
             problem = f"its form has changed ({error!r})"
         if problem:
-            log.warning("--crawl_source %s:%s: %s.", name, address, problem)
+            log.warning("--crawl_source %s: %s.", source, problem)
 
 
 def looks_of(data: bytes) -> int:
@@ -3217,12 +3209,11 @@ class ClassFolder:
         remove_leftovers(path)
         kept = set()
         for entry in self.journal.read():
-            with suppress(LookupError, TypeError, ValueError):  # a line that is no record
-                if entry["outcome"] != "failed":
-                    self.entries[entry["url"]] = entry
-                if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
-                    looks[int(entry["looks"], 16)] = path.name
-                    kept.add(path / entry["file"])
+            if entry["outcome"] != "failed":
+                self.entries[entry["url"]] = entry
+            if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
+                looks[int(entry["looks"], 16)] = path.name
+                kept.add(path / entry["file"])
         there = {each for each in path.iterdir() if not is_hidden(each.name)}
         self.count = len(there & kept)
         for stranger in there - kept:  # the user's own images, which no download may double
@@ -3236,19 +3227,17 @@ class ClassFolder:
             for other, name in self.looks.items():
                 if (looks ^ other).bit_count() <= SAME_LOOKS:
                     raise ImageError(f"the same image is there already in {name}")
-        except ImageError as error:
-            entry |= {"outcome": "refused", "reason": str(error).split(" (")[0]}
         except Exception as error:  # whatever a server sends, it ends no long crawl
-            entry |= {"outcome": "failed", "reason": str(error)}
-        else:
-            entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
-            with whole_file(self.path / file) as temporary:
-                temporary.write_bytes(data)
-                self.journal.append(entry)  # no image is ever without its record
-            self.looks[looks] = self.path.name
-            self.count += 1
+            outcome = "refused" if isinstance(error, ImageError) else "failed"
+            entry |= {"outcome": outcome, "reason": str(error).split(" (")[0]}
+            self.journal.append(entry)
             return
-        self.journal.append(entry)
+        entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
+        with whole_file(self.path / file) as temporary:
+            temporary.write_bytes(data)
+            self.journal.append(entry)  # no image is ever without its record
+        self.looks[looks] = self.path.name
+        self.count += 1
 
 
 def lines_of(path: str) -> list[str]:
@@ -3279,36 +3268,30 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[dict], web: Web) -> No
     wanted = web.flags.crawl_count
     unknown = (entry for entry in candidates if entry["url"] not in folder.entries)
     running: dict[concurrent.futures.Future, dict] = {}
-    pool = concurrent.futures.ThreadPoolExecutor(web.flags.crawl_parallel)
-    try:
-        with progress_bar(folder.path.name, wanted, "image", initial=folder.count) as bar:
-            while folder.count < wanted:
-                free = min(web.flags.crawl_parallel, wanted - folder.count) - len(running)
-                for entry in itertools.islice(unknown, free):
-                    folder.entries[entry["url"]] = entry
-                    running[pool.submit(fetch_image, entry["url"], web)] = entry
-                if not running:
-                    return
-                done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    folder.settle(running.pop(future), future)
-                bar.update(folder.count - bar.n)
-    finally:  # nobody waits for what is under way
-        pool.shutdown(wait=False, cancel_futures=True)
+    with progress_bar(folder.path.name, wanted, "image", initial=folder.count) as bar:
+        while folder.count < wanted:
+            free = min(web.flags.crawl_parallel, wanted - folder.count) - len(running)
+            for entry in itertools.islice(unknown, free):
+                folder.entries[entry["url"]] = entry
+                running[web.pool.submit(fetch_image, entry["url"], web)] = entry
+            if not running:
+                return
+            done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                folder.settle(running.pop(future), future)
+            bar.update(folder.count - bar.n)
 
 
 def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
     """Fill the folders of {folder: search words} with images, and print what came of it. Raises UserError for none."""
-    sources = flags.crawl_source or [source_named("openverse"), source_named("commons")]
-    for name, address in sources:
-        if len(classes) > 1 and name in ("page", "list") and "{}" not in address:
-            told = "would give every class the same images; put {} where each class's search words go"
-            raise UserError(f"--crawl_source {name}:{address} {told}.")
-    crawl_dir.mkdir(parents=True, exist_ok=True)
+    sources = flags.crawl_source or ["openverse", "commons"]
+    for source in sources:
+        if len(classes) > 1 and source.startswith(("page:", "list:")) and "{}" not in source:
+            told = "would give every class the same images; put {} where its search words go"
+            raise UserError(f"--crawl_source {source} {told}.")
     looks: dict[int, str] = {}
-    others = [path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}")]  # of other runs
-    names = sorted({*classes, *others})
-    bar = progress_bar("Images that are there", len(names), "class", iterable=names)
+    others = (path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))  # of other runs
+    bar = progress_bar("Images that are there", None, "class", iterable=sorted({*classes, *others}))
     folders = {name: ClassFolder(crawl_dir / name, looks) for name in bar}
     web = Web(flags)
     try:
@@ -3324,12 +3307,12 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
             log.info(row, folder.path.name, folder.count, flags.crawl_count, reasons.total(), told)
             with suppress(OSError):
                 folder.path.rmdir()  # an empty one would be a class without images
-    short = [folder.path.name for folder in asked if folder.count < flags.crawl_count]
     if not any(folder.count for folder in asked):
         raise UserError("--crawl found no image that can be used; see the table above.")
+    short = ", ".join(folder.path.name for folder in asked if folder.count < flags.crawl_count)
     if short:
-        told = "run the command again, also with a flag that the table names, other words or another --crawl_source"
-        log.info("%s stayed short; %s.", ", ".join(short), told)
+        told = "run the command again, also with a flag named above, other words or another --crawl_source"
+        log.info("%s stayed short; %s.", short, told)
 
 
 # ======================================================================================================================
