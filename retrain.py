@@ -2892,7 +2892,7 @@ ROBOT = "retrain.py"  # what robots.txt files know us by
 # Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
 TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
 # HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
-PASSING, TRIES, BACKOFF = {408, 425, 429, 500, 502, 503, 504}, 3, 2.0
+PASSING, TRIES, BACKOFF = {429, 500, 502, 503, 504}, 3, 2.0
 # The seconds that a host may cost without an answer, and may want from one request to the next; else it is left alone.
 MOST_LOST = 60
 # Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
@@ -2934,8 +2934,8 @@ class Web:
         contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
         self.session.headers["User-Agent"] = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; {contact})"
 
-    def get(self, url: str, robots: bool = False, **options: Any) -> tuple[str, bytes]:
-        """Return (address, body) of what an address leads to, after redirects. Raises ImageError and Failure.
+    def get(self, url: str, robots: bool = False, **options: Any) -> Any:
+        """Return requests' answer of what an address leads to, after redirects. Raises ImageError and Failure.
 
         robots: whether robots.txt has a say, as for all but the sources' own answers. options: of requests.Request.
         """
@@ -2943,10 +2943,10 @@ class Web:
             request, host = self.prepare(url, {"headers": self.session.headers, **options})
             if robots:
                 self.check_robots(request.url, host)
-            answer, body = self.ask(request, host)
-            target = self.session.get_redirect_target(answer)
+            answer = self.ask(request, host)
             if answer.status_code == 200:
-                return request.url, body
+                return answer
+            target = self.session.get_redirect_target(answer)
             if not target:
                 raise ImageError(f"HTTP {answer.status_code}")
             url = urllib.parse.urljoin(request.url, target)
@@ -2967,10 +2967,9 @@ class Web:
             raise ImageError("no http or https address") from None
         except OSError:
             places = []  # a proxy may know the name; if not, the connection fails
-        allowed = self.flags.crawl_allow_private
         for place in places:
             ip = ipaddress.ip_address(place[4][0])
-            if not ip.is_global and not any(ip in network for network in allowed):
+            if not (ip.is_global or any(ip in network for network in self.flags.crawl_allow_private)):
                 raise Failure("private address, see --crawl_allow_private")
         return request, self.hosts.setdefault(site, Host(self.flags.crawl_host_delay))
 
@@ -2982,14 +2981,14 @@ class Web:
             if not host.rules:
                 text = b""
                 with suppress(ImageError):
-                    _, text = self.get(urllib.parse.urljoin(url, "/robots.txt"))
+                    text = self.get(urllib.parse.urljoin(url, "/robots.txt")).content
                 host.rules = protego.Protego.parse(text.decode("utf-8-sig", "replace"))
                 host.delay = max(host.delay, host.rules.crawl_delay(ROBOT) or 0)
         if host.delay > MOST_LOST or not host.rules.can_fetch(url, ROBOT):
             raise ImageError("forbidden by robots.txt")
 
-    def ask(self, request: Any, host: Host, tries: int = TRIES) -> tuple[Any, bytes]:
-        """Return a host's answer and its body, when it is its turn. Raises ImageError, or Failure after some tries."""
+    def ask(self, request: Any, host: Host, tries: int = TRIES) -> Any:
+        """Return a host's whole answer, when it is its turn. Raises ImageError, or Failure after some tries."""
         import urllib3
 
         with self.lock:
@@ -3021,7 +3020,8 @@ class Web:
             known = isinstance(error, Failure)
             raise Failure(str(error) if known else f"no answer ({type(error).__name__})") from None
         host.lost = 0
-        return answer, bytes(body)
+        answer.raw = io.BytesIO(body)
+        return answer
 
 
 # The sources: generator functions of (web, the address of the search, search words).
@@ -3035,7 +3035,7 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
         headers["Authorization"] = f"Bearer {token}"
     query = {"q": words, "license": ",".join(web.licenses), "page_size": 50 if token else 20}
     for page in itertools.count(1):
-        answer = json.loads(web.get(url, params=query | {"page": page}, headers=headers)[1])
+        answer = json.loads(web.get(url, params=query | {"page": page}, headers=headers).content)
         for image in answer["results"]:
             terms = f"{image['license']} {image['license_version'] or ''}"
             yield Candidate(image["url"], image["foreign_landing_url"], terms, image["title"], image["creator"])
@@ -3049,7 +3049,7 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
     more = {"gsroffset": 0}
     while more:
-        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more})[1])
+        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).content)
         pages = answer.get("query", {}).get("pages", ())
         for page in sorted(pages, key=lambda page: page.get("index", 0)):
             with suppress(Exception):  # one that is deleted, or has no thumbnail
@@ -3068,7 +3068,7 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url += "?quality_grade=research&per_page=200&order_by=id&order=desc"
     wanted = [name if name == "cc0" else f"cc-{name}" for name in web.licenses if name != "pdm"]
     query = {"taxon_name": words, "photo_license": ",".join(wanted)}
-    while found := json.loads(web.get(url, params=query)[1])["results"]:
+    while found := json.loads(web.get(url, params=query).content)["results"]:
         for observation in found:
             for photo in observation["photos"]:
                 if photo["license_code"] in wanted:
@@ -3082,7 +3082,7 @@ def pages_of_engine(web: Web, url: str, query: dict, place: str, step: int, patt
     """Yield what matches a pattern on the pages of results; behind the end, a search engine repeats its last page."""
     found: list[str] = []
     for first in itertools.count(0, step):
-        page = web.get(url, params={**query, place: first})[1].decode("utf-8", "replace")
+        page = web.get(url, params={**query, place: first}).text
         last, found = found, re.findall(pattern, page)
         if found == last:
             return
@@ -3109,9 +3109,9 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """The images of a web page and those it links to, each in its largest form; {} in the address is for the words."""
     import bs4
 
-    url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
-    page: Any = bs4.BeautifulSoup(body, "html.parser")
-    base = urllib.parse.urljoin(url, page.base.get("href", "")) if page.base else url
+    answer = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
+    page: Any = bs4.BeautifulSoup(answer.content, "html.parser")
+    base = urllib.parse.urljoin(answer.url, page.base.get("href", "")) if page.base else answer.url
     links = "a[href$='.jpg' i], a[href$='.jpeg' i], a[href$='.png' i], a[href$='.webp' i]"
     for element in page.select(f"img, picture > source, {links}"):
         srcset = element.get("data-srcset") or element.get("srcset", "")
@@ -3120,8 +3120,7 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
         # What is loaded as one scrolls has its address in a data- attribute, and a blank in `src`.
         address = largest or element.get("href") or element.get("data-src") or element.get("src") or "data:"
         if not address.startswith("data:"):
-            with suppress(ValueError):  # no address
-                yield Candidate(urllib.parse.urljoin(base, address), url)
+            yield Candidate(urllib.parse.urljoin(base, address), answer.url)
 
 
 def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
@@ -3184,7 +3183,7 @@ def looks_of(data: bytes) -> int:
 
 def fetch_image(url: str, web: Web) -> tuple[bytes, int, str]:
     """Return (file, its perceptual hash, the name to keep it under). Raises ImageError and Failure."""
-    _, data = web.get(url, robots=True)
+    data = web.get(url, robots=True).content
     looks = looks_of(data)
     image = PIL.Image.open(io.BytesIO(data))
     if min(image.size) < web.flags.crawl_min_side:
@@ -3254,11 +3253,11 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
         folder, _, words = (part.strip() for part in line.partition(":"))
         label = label_of(folder)
         if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
-            told = "can't be the name of a folder; write `folder: search words`, in UTF-8"
+            told = "can't name a folder; write `folder: search words`, in UTF-8"
             raise UserError(f"--crawl {names_path}: {folder!r} {told}.")
         place = there.setdefault(label, folder)
         if place in classes:
-            raise UserError(f"--crawl {names_path}: {folder!r} is there already, as {place!r}; remove one of them.")
+            raise UserError(f"--crawl {names_path}: {folder!r} and {place!r} are one class; remove one.")
         classes[place] = words or folder
     return classes
 
@@ -3276,7 +3275,7 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[dict], web: Web) -> No
                 running[web.pool.submit(fetch_image, entry["url"], web)] = entry
             if not running:
                 return
-            done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(running, 1, "FIRST_COMPLETED")
             for future in done:
                 folder.settle(running.pop(future), future)
             bar.update(folder.count - bar.n)
@@ -3291,25 +3290,24 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
             raise UserError(f"--crawl_source {source} {told}.")
     looks: dict[int, str] = {}
     others = (path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))  # of other runs
-    bar = progress_bar("Images that are there", None, "class", iterable=sorted({*classes, *others}))
-    folders = {name: ClassFolder(crawl_dir / name, looks) for name in bar}
+    folders = {name: ClassFolder(crawl_dir / name, looks) for name in {*classes, *others}}
     web = Web(flags)
     try:
         for name, words in classes.items():
             crawl_class(folders[name], candidates_of(sources, words, web), web)
     finally:  # of all runs so far
-        asked = [folders[name] for name in classes]
-        row = "%-24s %6s %6s %8s  %s"
-        log.info(row, "Class", "kept", "asked", "refused", "why")
-        for folder in asked:
+        row = "%-24s %6s  %s"
+        log.info(row, "Class", "kept", "refused")
+        for name in classes:
+            folder = folders[name]
             reasons = Counter(entry["reason"] for entry in folder.entries.values() if "reason" in entry)
             told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            log.info(row, folder.path.name, folder.count, flags.crawl_count, reasons.total(), told)
+            log.info(row, name, folder.count, told)
             with suppress(OSError):
                 folder.path.rmdir()  # an empty one would be a class without images
-    if not any(folder.count for folder in asked):
+    if not any(folders[name].count for name in classes):
         raise UserError("--crawl found no image that can be used; see the table above.")
-    short = ", ".join(folder.path.name for folder in asked if folder.count < flags.crawl_count)
+    short = ", ".join(name for name in classes if folders[name].count < flags.crawl_count)
     if short:
         told = "run the command again, also with a flag named above, other words or another --crawl_source"
         log.info("%s stayed short; %s.", short, told)
