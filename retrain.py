@@ -2902,7 +2902,7 @@ MANIFEST = "crawl.jsonl"
 LICENSES = ("cc0", "pdm", "by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")
 
 
-class Failure(Exception):
+class Failure(OSError):
     """Why an address gave nothing, in a few words, though another time it might; an ImageError if it never will."""
 
 
@@ -2940,9 +2940,7 @@ class Web:
         robots: whether robots.txt has a say, as for all but the sources' own answers. options: of requests.Request.
         """
         for _ in range(MOST_REDIRECTS + 1):
-            request, host = self.prepare(url, {"headers": self.session.headers, **options})
-            if robots:
-                self.check_robots(request.url, host)
+            request, host = self.prepare(url, robots, {"headers": self.session.headers, **options})
             answer = self.ask(request, host)
             if answer.status_code == 200:
                 return answer
@@ -2953,8 +2951,9 @@ class Web:
             options = {}  # a key is for the host that it was given for
         raise ImageError("too many redirects")
 
-    def prepare(self, url: str, options: dict) -> tuple[Any, Host]:
+    def prepare(self, url: str, robots: bool, options: dict) -> tuple[Any, Host]:
         """Return the request for an address, and its host. Raises ImageError and Failure if it must not be asked."""
+        import protego
         import requests
 
         try:
@@ -2971,21 +2970,19 @@ class Web:
             ip = ipaddress.ip_address(place[4][0])
             if not (ip.is_global or any(ip in network for network in self.flags.crawl_allow_private)):
                 raise Failure("private address, see --crawl_allow_private")
-        return request, self.hosts.setdefault(site, Host(self.flags.crawl_host_delay))
-
-    def check_robots(self, url: str, host: Host) -> None:
-        """Raise ImageError if the robots.txt of a host forbids an address; a host without one allows all."""
-        import protego
-
+        host = self.hosts.setdefault(site, Host(self.flags.crawl_host_delay))
+        if not robots:
+            return request, host
         with host.lock:  # the first asks, the others wait for the answer
             if not host.rules:
                 text = b""
-                with suppress(ImageError):
-                    text = self.get(urllib.parse.urljoin(url, "/robots.txt")).content
+                with suppress(ImageError):  # without a robots.txt, all is allowed
+                    text = self.get(urllib.parse.urljoin(request.url, "/robots.txt")).content
                 host.rules = protego.Protego.parse(text.decode("utf-8-sig", "replace"))
                 host.delay = max(host.delay, host.rules.crawl_delay(ROBOT) or 0)
-        if host.delay > MOST_LOST or not host.rules.can_fetch(url, ROBOT):
+        if host.delay > MOST_LOST or not host.rules.can_fetch(request.url, ROBOT):
             raise ImageError("forbidden by robots.txt")
+        return request, host
 
     def ask(self, request: Any, host: Host, tries: int = TRIES) -> Any:
         """Return a host's whole answer, when it is its turn. Raises ImageError, or Failure after some tries."""
@@ -3011,7 +3008,7 @@ class Web:
                         raise ImageError("too many bytes")
                     if time.monotonic() > started + MOST_SECONDS:
                         raise Failure("too slow")
-        except (Failure, OSError, urllib3.exceptions.HTTPError) as error:
+        except (OSError, urllib3.exceptions.HTTPError) as error:
             with self.lock:  # the pause before a new try is the whole host's
                 host.next_start = max(host.next_start, time.monotonic() + pause)
                 host.lost += time.monotonic() + pause - started
@@ -3028,14 +3025,14 @@ class Web:
 
 
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
-    """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
-    token = os.environ.get("OPENVERSE_TOKEN")
+    """Openly licensed images; 240 for a search at most, 20 a page."""
     headers = dict(web.session.headers)
+    token = os.environ.get("OPENVERSE_TOKEN")
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    query = {"q": words, "license": ",".join(web.licenses), "page_size": 50 if token else 20}
+    query = {"q": words, "license": ",".join(web.licenses)}
     for page in itertools.count(1):
-        answer = json.loads(web.get(url, params=query | {"page": page}, headers=headers).content)
+        answer = web.get(url, params=query | {"page": page}, headers=headers).json()
         for image in answer["results"]:
             terms = f"{image['license']} {image['license_version'] or ''}"
             yield Candidate(image["url"], image["foreign_landing_url"], terms, image["title"], image["creator"])
@@ -3049,7 +3046,7 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
     more = {"gsroffset": 0}
     while more:
-        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).content)
+        answer = web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).json()
         pages = answer.get("query", {}).get("pages", ())
         for page in sorted(pages, key=lambda page: page.get("index", 0)):
             with suppress(Exception):  # one that is deleted, or has no thumbnail
@@ -3068,13 +3065,13 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url += "?quality_grade=research&per_page=200&order_by=id&order=desc"
     wanted = [name if name == "cc0" else f"cc-{name}" for name in web.licenses if name != "pdm"]
     query = {"taxon_name": words, "photo_license": ",".join(wanted)}
-    while found := json.loads(web.get(url, params=query).content)["results"]:
+    while found := web.get(url, params=query).json()["results"]:
         for observation in found:
+            species = observation["taxon"]["name"]
             for photo in observation["photos"]:
                 if photo["license_code"] in wanted:
                     image = photo["url"].replace("/square.", "/large.")
-                    facts = [photo["license_code"], observation["taxon"]["name"], photo["attribution"]]
-                    yield Candidate(image, observation["uri"], *facts)
+                    yield Candidate(image, observation["uri"], photo["license_code"], species, photo["attribution"])
         query["id_below"] = found[-1]["id"]
 
 
@@ -3143,7 +3140,7 @@ def source_named(text: str) -> str:
     """Return a --crawl_source, `name` or `name:address`. Raises argparse.ArgumentTypeError."""
     name, _, address = text.partition(":")
     if name not in SOURCES or not (address or SOURCES[name][1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SOURCES)} (page:https://..., list:FILE)")
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SOURCES)} (page:URL, list:FILE)")
     return text
 
 
@@ -3165,7 +3162,7 @@ def candidates_of(sources: Sequence[str], words: str, web: Web) -> Iterator[dict
             for candidate in search(web, address or usual_address, words):
                 problem = ""
                 yield {**candidate._asdict(), "source": name}
-        except (Failure, ImageError, OSError) as error:
+        except (ImageError, OSError) as error:
             problem = str(error)
         except Exception as error:  # an answer may hold anything
             problem = f"its form has changed ({error!r})"
@@ -3225,7 +3222,7 @@ class ClassFolder:
             data, looks, file = fetched.result()
             for other, name in self.looks.items():
                 if (looks ^ other).bit_count() <= SAME_LOOKS:
-                    raise ImageError(f"the same image is there already in {name}")
+                    raise ImageError(f"already in {name}")
         except Exception as error:  # whatever a server sends, it ends no long crawl
             outcome = "refused" if isinstance(error, ImageError) else "failed"
             entry |= {"outcome": outcome, "reason": str(error).split(" (")[0]}
@@ -3253,8 +3250,7 @@ def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
         folder, _, words = (part.strip() for part in line.partition(":"))
         label = label_of(folder)
         if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
-            told = "can't name a folder; write `folder: search words`, in UTF-8"
-            raise UserError(f"--crawl {names_path}: {folder!r} {told}.")
+            raise UserError(f"--crawl {names_path}: {folder!r} names no folder; write `folder: words`, in UTF-8.")
         place = there.setdefault(label, folder)
         if place in classes:
             raise UserError(f"--crawl {names_path}: {folder!r} and {place!r} are one class; remove one.")
@@ -3286,8 +3282,7 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     sources = flags.crawl_source or ["openverse", "commons"]
     for source in sources:
         if len(classes) > 1 and source.startswith(("page:", "list:")) and "{}" not in source:
-            told = "would give every class the same images; put {} where its search words go"
-            raise UserError(f"--crawl_source {source} {told}.")
+            raise UserError(f"--crawl_source {source} needs {{}} for the words, or all classes get the same images.")
     looks: dict[int, str] = {}
     others = (path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))  # of other runs
     folders = {name: ClassFolder(crawl_dir / name, looks) for name in {*classes, *others}}
@@ -3296,21 +3291,18 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
         for name, words in classes.items():
             crawl_class(folders[name], candidates_of(sources, words, web), web)
     finally:  # of all runs so far
-        row = "%-24s %6s  %s"
-        log.info(row, "Class", "kept", "refused")
         for name in classes:
             folder = folders[name]
             reasons = Counter(entry["reason"] for entry in folder.entries.values() if "reason" in entry)
             told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            log.info(row, name, folder.count, told)
+            log.info("%-24s %6d kept; refused: %s", name, folder.count, told or "none")
             with suppress(OSError):
                 folder.path.rmdir()  # an empty one would be a class without images
     if not any(folders[name].count for name in classes):
-        raise UserError("--crawl found no image that can be used; see the table above.")
+        raise UserError("--crawl found no usable image; see the table above.")
     short = ", ".join(name for name in classes if folders[name].count < flags.crawl_count)
     if short:
-        told = "run the command again, also with a flag named above, other words or another --crawl_source"
-        log.info("%s stayed short; %s.", short, told)
+        log.info("%s stayed short; run it again with other words, another source or a flag named above.", short)
 
 
 # ======================================================================================================================
