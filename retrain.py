@@ -2891,8 +2891,8 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
 ROBOT = "retrain.py"  # what robots.txt files know us by
 # Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
 TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
-# HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
-PASSING, TRIES, BACKOFF = {429, 500, 502, 503, 504}, 3, 2.0
+# How often an address is tried that may go well another time, and the pause between in seconds.
+TRIES, BACKOFF = 3, 2.0
 # The seconds that a host may cost without an answer, and may want from one request to the next; else it is left alone.
 MOST_LOST = 60
 # Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
@@ -2927,7 +2927,7 @@ class Web:
 
         self.flags = flags
         self.licenses = flags.crawl_license or LICENSES
-        self.hosts: dict[tuple, Host] = {}  # by name and port
+        self.hosts: dict[str, Host] = {}  # by name and port
         self.lock = threading.Lock()
         self.pool = concurrent.futures.ThreadPoolExecutor(flags.crawl_parallel)
         self.session = requests.Session()
@@ -2960,8 +2960,7 @@ class Web:
             request: Any = requests.Request("GET", url, **options).prepare()
             self.session.get_adapter(request.url)
             parts = urllib.parse.urlsplit(request.url)
-            site = parts.hostname, parts.port
-            places = socket.getaddrinfo(*site)
+            places = socket.getaddrinfo(parts.hostname, parts.port)
         except ValueError:
             raise ImageError("no http or https address") from None
         except OSError:
@@ -2970,7 +2969,7 @@ class Web:
             ip = ipaddress.ip_address(place[4][0])
             if not (ip.is_global or any(ip in network for network in self.flags.crawl_allow_private)):
                 raise Failure("private address, see --crawl_allow_private")
-        host = self.hosts.setdefault(site, Host(self.flags.crawl_host_delay))
+        host = self.hosts.setdefault(parts.netloc, Host(self.flags.crawl_host_delay))
         if not robots:
             return request, host
         with host.lock:  # the first asks, the others wait for the answer
@@ -2999,7 +2998,7 @@ class Web:
         body, pause = bytearray(), BACKOFF
         try:
             with self.session.get_adapter(request.url).send(request, timeout=TIMEOUT, **settings) as answer:
-                if answer.status_code in PASSING:
+                if answer.status_code == 429 or answer.status_code >= 500:
                     pause = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(answer.raw) or BACKOFF
                     raise Failure(f"HTTP {answer.status_code}")
                 while block := answer.raw.read1(1 << 16, decode_content=True):
@@ -3010,12 +3009,13 @@ class Web:
                         raise Failure("too slow")
         except (OSError, urllib3.exceptions.HTTPError) as error:
             with self.lock:  # the pause before a new try is the whole host's
-                host.next_start = max(host.next_start, time.monotonic() + pause)
-                host.lost += time.monotonic() + pause - started
+                again = time.monotonic() + pause
+                host.next_start = max(host.next_start, again)
+                host.lost += again - started
             if tries > 1:
                 return self.ask(request, host, tries - 1)
-            known = isinstance(error, Failure)
-            raise Failure(str(error) if known else f"no answer ({type(error).__name__})") from None
+            told = error if isinstance(error, Failure) else f"no answer ({type(error).__name__})"
+            raise Failure(told) from None
         host.lost = 0
         answer.raw = io.BytesIO(body)
         return answer
@@ -3042,8 +3042,8 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
 
 def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
-    url += "?action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50&prop=imageinfo"
-    url += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
+    url += "?action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50"
+    url += "&prop=imageinfo&iiurlwidth=960&iiprop=url|extmetadata"
     more = {"gsroffset": 0}
     while more:
         answer = web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).json()
@@ -3067,11 +3067,11 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     query = {"taxon_name": words, "photo_license": ",".join(wanted)}
     while found := web.get(url, params=query).json()["results"]:
         for observation in found:
-            species = observation["taxon"]["name"]
+            title = observation["taxon"]["name"]
             for photo in observation["photos"]:
                 if photo["license_code"] in wanted:
                     image = photo["url"].replace("/square.", "/large.")
-                    yield Candidate(image, observation["uri"], photo["license_code"], species, photo["attribution"])
+                    yield Candidate(image, observation["uri"], photo["license_code"], title, photo["attribution"])
         query["id_below"] = found[-1]["id"]
 
 
@@ -3120,11 +3120,6 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
             yield Candidate(urllib.parse.urljoin(base, address), answer.url)
 
 
-def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
-    """The addresses in a file, one a line; {} in its name is for the search words."""
-    return map(Candidate, lines_of(path.replace("{}", words)))
-
-
 SOURCES: dict[str, tuple[Callable, str]] = {
     "openverse": (search_openverse, "https://api.openverse.org/v1/images/"),
     "commons": (search_commons, "https://commons.wikimedia.org/w/api.php"),
@@ -3132,7 +3127,7 @@ SOURCES: dict[str, tuple[Callable, str]] = {
     "bing": (search_bing, "https://www.bing.com/images/async"),
     "baidu": (search_baidu, "https://image.baidu.com/search/flip"),
     "page": (read_page, ""),
-    "list": (read_list, ""),
+    "list": (lambda _, path, words: map(Candidate, lines_of(path.replace("{}", words))), ""),
 }
 
 
@@ -3174,7 +3169,7 @@ def looks_of(data: bytes) -> int:
     """Return the perceptual hash of an image file, 256 bits. Raises ImageError."""
     import imagehash
 
-    pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+    pixels = decode_image(data, Reading(), (299, 299))
     return int(str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16)), 16)
 
 
@@ -3190,10 +3185,10 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, int, str]:
 
 
 class ClassFolder:
-    """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
+    """A class's folder, and its crawl.jsonl: what became of every address that was tried, an object a line.
 
-    The fields of a Candidate, source, `outcome`: kept, refused, or failed (which another time or flag might cure), and
-    `reason`; of a kept image `file` and `looks`, its perceptual hash. looks: {hash: class} of all classes.
+    Beside a Candidate's fields: source, outcome (kept, refused, or failed, which is tried again), reason; file and
+    looks, the perceptual hash, of what was kept. looks: {hash: class} of all classes.
     """
 
     def __init__(self, path: Path, looks: dict[int, str]):
@@ -3242,18 +3237,18 @@ def lines_of(path: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
+def read_names(names: str, crawl_dir: Path) -> dict[str, str]:
     """Return {class folder: search words}; a folder that is there keeps its name. Raises UserError and OSError."""
     there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
     classes: dict[str, str] = {}
-    for line in lines_of(names_path):
+    for line in lines_of(names):
         folder, _, words = (part.strip() for part in line.partition(":"))
         label = label_of(folder)
         if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
-            raise UserError(f"--crawl {names_path}: {folder!r} names no folder; write `folder: words`, in UTF-8.")
+            raise UserError(f"--crawl {names}: {folder!r} names no folder; write `folder: words`, in UTF-8.")
         place = there.setdefault(label, folder)
         if place in classes:
-            raise UserError(f"--crawl {names_path}: {folder!r} and {place!r} are one class; remove one.")
+            raise UserError(f"--crawl {names}: {folder!r} and {place!r} are one class; remove one.")
         classes[place] = words or folder
     return classes
 
@@ -3271,8 +3266,7 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[dict], web: Web) -> No
                 running[web.pool.submit(fetch_image, entry["url"], web)] = entry
             if not running:
                 return
-            done, _ = concurrent.futures.wait(running, 1, "FIRST_COMPLETED")
-            for future in done:
+            for future in concurrent.futures.wait(running, 1, "FIRST_COMPLETED").done:
                 folder.settle(running.pop(future), future)
             bar.update(folder.count - bar.n)
 
@@ -3282,7 +3276,7 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     sources = flags.crawl_source or ["openverse", "commons"]
     for source in sources:
         if len(classes) > 1 and source.startswith(("page:", "list:")) and "{}" not in source:
-            raise UserError(f"--crawl_source {source} needs {{}} for the words, or all classes get the same images.")
+            raise UserError(f"--crawl_source {source} needs {{}} for the words, or all classes get the same.")
     looks: dict[int, str] = {}
     others = (path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))  # of other runs
     folders = {name: ClassFolder(crawl_dir / name, looks) for name in {*classes, *others}}

@@ -261,7 +261,7 @@ def test_a_list_for_each_class(server, crawl, tmp_path):
     assert len(files_in(crawl.images / "cat")) == 3
     assert re.search(r"--crawl_source list:.*No such file or directory: .*list of dog\.txt", said)
     code, said = crawl("cat\ndog\n", source=[f"list:{tmp_path}/list of cat.txt"])
-    assert code == 1 and "all classes get the same images" in said
+    assert code == 1 and "all classes get the same" in said
 
 
 ODD_BODIES = {
