@@ -2895,8 +2895,8 @@ TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000
 TRIES, BACKOFF = 3, 2.0
 # The seconds that a host may cost without an answer, and may want from one request to the next; else it is left alone.
 MOST_LOST = 60
-# Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
-# copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most, different ones in at least 82.
+# So many of 256 bits of the perceptual hashes of one image may differ. Of 1,798 photographs, those of rescaled and
+# recompressed copies differed in 16 at most, those of different ones in at least 82.
 SAME_LOOKS = 40
 MANIFEST = "crawl.jsonl"
 LICENSES = ("cc0", "pdm", "by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")
@@ -3030,9 +3030,9 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
     token = os.environ.get("OPENVERSE_TOKEN")
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    query = {"q": words, "license": ",".join(web.licenses)}
     for page in itertools.count(1):
-        answer = web.get(url, params=query | {"page": page}, headers=headers).json()
+        query = {"q": words, "license": ",".join(web.licenses), "page": page}
+        answer = web.get(url, params=query, headers=headers).json()
         for image in answer["results"]:
             terms = f"{image['license']} {image['license_version'] or ''}"
             yield Candidate(image["url"], image["foreign_landing_url"], terms, image["title"], image["creator"])
@@ -3048,7 +3048,7 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     while more:
         answer = web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).json()
         pages = answer.get("query", {}).get("pages", ())
-        for page in sorted(pages, key=lambda page: page.get("index", 0)):
+        for page in sorted(pages, key=lambda page: page["index"]):
             with suppress(Exception):  # one that is deleted, or has no thumbnail
                 image = page["imageinfo"][0]
                 told = {name: field["value"] for name, field in image["extmetadata"].items()}
@@ -3142,7 +3142,7 @@ def source_named(text: str) -> str:
 def license_names(text: str) -> list[str]:
     """Read the value of --crawl_license: names of licenses, joined by commas."""
     names = text.lower().replace(",", " ").split()
-    if set(names) - set(LICENSES):
+    if set(names).difference(LICENSES):
         raise argparse.ArgumentTypeError(f"{text!r} is not known; choose from {','.join(LICENSES)}")
     return names
 
@@ -3188,10 +3188,10 @@ class ClassFolder:
     """A class's folder, and its crawl.jsonl: what became of every address that was tried, an object a line.
 
     Beside a Candidate's fields: source, outcome (kept, refused, or failed, which is tried again), reason; file and
-    looks, the perceptual hash, of what was kept. looks: {hash: class} of all classes.
+    looks, the perceptual hash, of what was kept.
     """
 
-    def __init__(self, path: Path, looks: dict[int, str]):
+    def __init__(self, path: Path, looks: dict[int, str]):  # {hash: class} of all classes
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.looks = looks
@@ -3219,8 +3219,8 @@ class ClassFolder:
                 if (looks ^ other).bit_count() <= SAME_LOOKS:
                     raise ImageError(f"already in {name}")
         except Exception as error:  # whatever a server sends, it ends no long crawl
-            outcome = "refused" if isinstance(error, ImageError) else "failed"
-            entry |= {"outcome": outcome, "reason": str(error).split(" (")[0]}
+            entry["outcome"] = "refused" if isinstance(error, ImageError) else "failed"
+            entry["reason"] = str(error).split(" (")[0]
             self.journal.append(entry)
             return
         entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
@@ -3239,7 +3239,7 @@ def lines_of(path: str) -> list[str]:
 
 def read_names(names: str, crawl_dir: Path) -> dict[str, str]:
     """Return {class folder: search words}; a folder that is there keeps its name. Raises UserError and OSError."""
-    there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
+    there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*")}
     classes: dict[str, str] = {}
     for line in lines_of(names):
         folder, _, words = (part.strip() for part in line.partition(":"))

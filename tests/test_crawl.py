@@ -178,7 +178,7 @@ def commons_page(index: int, name: str, **told: str) -> dict:
 SECOND = commons_page(2, "Second.png", License="pd", LicenseShortName="Public domain")
 ARTIST = '<a href="//commons.wikimedia.org">Zoë &amp; Co</a>'
 FIRST = commons_page(1, "First.jpg", License="cc-by-sa-4.0", LicenseShortName="CC BY-SA 4.0", Artist=ARTIST)
-COMMONS = {"batchcomplete": True, "query": {"pages": [SECOND, {"title": "File:Gone.jpg", "missing": True}, FIRST]}}
+COMMONS = {"batchcomplete": True, "query": {"pages": [SECOND, {"title": "File:Gone.jpg", "index": 3}, FIRST]}}
 PHOTO = {
     "id": 11, "license_code": "cc-by", "attribution": "(c) zoe, some rights reserved (CC BY)", "hidden": False,
     "url": "https://inaturalist-open-data.s3.amazonaws.com/photos/11/square.jpg",
