@@ -2845,21 +2845,20 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
 # ======================================================================================================================
 
 ROBOT = "retrain.py"  # what robots.txt files know us by
-USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; collects images for a classifier; {{}})"
 # Of one answer: seconds without a byte, seconds in all, bytes, and redirects to it.
 TIMEOUT, MOST_SECONDS, MOST_CRAWL_BYTES, MOST_REDIRECTS = 15.0, 60.0, 20_000_000, 5
-# HTTP statuses that may go well another time, how often an address is tried, and the pause between in seconds.
-PASSING, TRIES, BACKOFF = {408, 425, 429, 500, 502, 503, 504}, 3, 2.0
+# How often an address is tried that may go well another time, and the pause between in seconds.
+TRIES, BACKOFF = 3, 2.0
 # The seconds that a host may cost without an answer, and may want from one request to the next; else it is left alone.
 MOST_LOST = 60
-# Two images are the same if so few of the 256 bits of their perceptual hashes differ. Measured on 1,798 photographs:
-# copies rescaled to 0.3-2 times their size and recompressed differ in 16 bits at most, different ones in at least 82.
+# So many of 256 bits of the perceptual hashes of one image may differ. Of 1,798 photographs, those of rescaled and
+# recompressed copies differed in 16 at most, those of different ones in at least 82.
 SAME_LOOKS = 40
 MANIFEST = "crawl.jsonl"
 LICENSES = ("cc0", "pdm", "by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")
 
 
-class Failure(Exception):
+class Failure(OSError):
     """Why an address gave nothing, in a few words, though another time it might; an ImageError if it never will."""
 
 
@@ -2884,69 +2883,64 @@ class Web:
 
         self.flags = flags
         self.licenses = flags.crawl_license or LICENSES
-        self.hosts: dict[tuple, Host] = {}  # by name and port
+        self.hosts: dict[str, Host] = {}  # by name and port
         self.lock = threading.Lock()
+        self.pool = concurrent.futures.ThreadPoolExecutor(flags.crawl_parallel)
         self.session = requests.Session()
         contact = os.environ.get("CRAWL_CONTACT", "obeys robots.txt")
-        self.session.headers.update({"User-Agent": USER_AGENT.format(contact), "Accept-Encoding": "identity"})
+        self.session.headers["User-Agent"] = f"Mozilla/5.0 (compatible; {ROBOT}/1.0; {contact})"
 
-    def get(self, url: str, robots: bool = False, **options: Any) -> tuple[str, bytes]:
-        """Return (address, body) of what an address leads to, after redirects. Raises ImageError and Failure.
+    def get(self, url: str, robots: bool = False, **options: Any) -> Any:
+        """Return requests' answer of what an address leads to, after redirects. Raises ImageError and Failure.
 
         robots: whether robots.txt has a say, as for all but the sources' own answers. options: of requests.Request.
         """
         for _ in range(MOST_REDIRECTS + 1):
-            request, host = self.prepare(url, {"headers": self.session.headers, **options})
-            if robots:
-                self.check_robots(request.url, host)
-            answer, body = self.ask(request, host)
-            target = self.session.get_redirect_target(answer)
+            request, host = self.prepare(url, robots, {"headers": self.session.headers, **options})
+            answer = self.ask(request, host)
             if answer.status_code == 200:
-                return request.url, body
+                return answer
+            target = self.session.get_redirect_target(answer)
             if not target:
                 raise ImageError(f"HTTP {answer.status_code}")
             url = urllib.parse.urljoin(request.url, target)
             options = {}  # a key is for the host that it was given for
         raise ImageError("too many redirects")
 
-    def prepare(self, url: str, options: dict) -> tuple[Any, Host]:
+    def prepare(self, url: str, robots: bool, options: dict) -> tuple[Any, Host]:
         """Return the request for an address, and its host. Raises ImageError and Failure if it must not be asked."""
+        import protego
         import requests
 
         try:
             request: Any = requests.Request("GET", url, **options).prepare()
             self.session.get_adapter(request.url)
             parts = urllib.parse.urlsplit(request.url)
-            site = parts.hostname, parts.port
-            places = socket.getaddrinfo(*site)
+            places = socket.getaddrinfo(parts.hostname, parts.port)
         except ValueError:
             raise ImageError("no http or https address") from None
         except OSError:
             places = []  # a proxy may know the name; if not, the connection fails
-        allowed = self.flags.crawl_allow_private
         for place in places:
             ip = ipaddress.ip_address(place[4][0])
-            if not ip.is_global and not any(ip in network for network in allowed):
+            if not (ip.is_global or any(ip in network for network in self.flags.crawl_allow_private)):
                 raise Failure("private address, see --crawl_allow_private")
-        return request, self.hosts.setdefault(site, Host(self.flags.crawl_host_delay))
-
-    def check_robots(self, url: str, host: Host) -> None:
-        """Raise ImageError if the robots.txt of a host forbids an address; a host without one allows all."""
-        import protego
-
+        host = self.hosts.setdefault(parts.netloc, Host(self.flags.crawl_host_delay))
+        if not robots:
+            return request, host
         with host.lock:  # the first asks, the others wait for the answer
             if not host.rules:
-                try:
-                    text = self.get(urllib.parse.urljoin(url, "/robots.txt"))[1].decode("utf-8-sig", "replace")
-                except ImageError:
-                    text = ""
-                host.rules = protego.Protego.parse(text)
+                text = b""
+                with suppress(ImageError):  # without a robots.txt, all is allowed
+                    text = self.get(urllib.parse.urljoin(request.url, "/robots.txt")).content
+                host.rules = protego.Protego.parse(text.decode("utf-8-sig", "replace"))
                 host.delay = max(host.delay, host.rules.crawl_delay(ROBOT) or 0)
-        if host.delay > MOST_LOST or not host.rules.can_fetch(url, ROBOT):
+        if host.delay > MOST_LOST or not host.rules.can_fetch(request.url, ROBOT):
             raise ImageError("forbidden by robots.txt")
+        return request, host
 
-    def ask(self, request: Any, host: Host, tries: int = TRIES) -> tuple[Any, bytes]:
-        """Return a host's answer and its body, when it is its turn. Raises ImageError, or Failure after some tries."""
+    def ask(self, request: Any, host: Host, tries: int = TRIES) -> Any:
+        """Return a host's whole answer, when it is its turn. Raises ImageError, or Failure after some tries."""
         import urllib3
 
         with self.lock:
@@ -2960,7 +2954,7 @@ class Web:
         body, pause = bytearray(), BACKOFF
         try:
             with self.session.get_adapter(request.url).send(request, timeout=TIMEOUT, **settings) as answer:
-                if answer.status_code in PASSING:
+                if answer.status_code == 429 or answer.status_code >= 500:
                     pause = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(answer.raw) or BACKOFF
                     raise Failure(f"HTTP {answer.status_code}")
                 while block := answer.raw.read1(1 << 16, decode_content=True):
@@ -2969,52 +2963,49 @@ class Web:
                         raise ImageError("too many bytes")
                     if time.monotonic() > started + MOST_SECONDS:
                         raise Failure("too slow")
-        except (Failure, OSError, urllib3.exceptions.HTTPError) as error:
+        except (OSError, urllib3.exceptions.HTTPError) as error:
             with self.lock:  # the pause before a new try is the whole host's
-                host.next_start = max(host.next_start, time.monotonic() + pause)
-                host.lost += time.monotonic() + pause - started
+                again = time.monotonic() + pause
+                host.next_start = max(host.next_start, again)
+                host.lost += again - started
             if tries > 1:
                 return self.ask(request, host, tries - 1)
-            known = isinstance(error, Failure)
-            raise Failure(str(error) if known else f"no answer ({type(error).__name__})") from None
+            told = error if isinstance(error, Failure) else f"no answer ({type(error).__name__})"
+            raise Failure(told) from None
         host.lost = 0
-        return answer, bytes(body)
+        answer.raw = io.BytesIO(body)
+        return answer
 
 
 # The sources: generator functions of (web, the address of the search, search words).
 
-# Around what reads one entry of an answer; an odd one is no reason to lose the others.
-skipping_odd_ones = suppress(Exception)
-
 
 def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
-    """Openly licensed images; 240 for a search at most, 20 a page (50 with a key)."""
-    token = os.environ.get("OPENVERSE_TOKEN")
+    """Openly licensed images; 240 for a search at most, 20 a page."""
     headers = dict(web.session.headers)
+    token = os.environ.get("OPENVERSE_TOKEN")
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    query = {"q": words, "license": ",".join(web.licenses), "page_size": 50 if token else 20}
     for page in itertools.count(1):
-        answer = json.loads(web.get(url, params=query | {"page": page}, headers=headers)[1])
+        query = {"q": words, "license": ",".join(web.licenses), "page": page}
+        answer = web.get(url, params=query, headers=headers).json()
         for image in answer["results"]:
-            with skipping_odd_ones:
-                license_name = f"{image['license']} {image['license_version'] or ''}".strip()
-                origin = image["foreign_landing_url"]
-                yield Candidate(image["url"], origin, license_name, image["title"], image["creator"])
+            terms = f"{image['license']} {image['license_version'] or ''}"
+            yield Candidate(image["url"], image["foreign_landing_url"], terms, image["title"], image["creator"])
         if page >= answer["page_count"]:
             return
 
 
 def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
-    url += "?action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50&prop=imageinfo"
-    url += "&iiurlwidth=960&iiprop=url|extmetadata&iiextmetadatafilter=License|LicenseShortName|Artist"
-    more: dict | None = {}
-    while more is not None:
-        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap"} | more)[1])
-        pages = answer.get("query", {"pages": []})["pages"]
-        for page in sorted(pages, key=lambda page: page.get("index", 0)):
-            with skipping_odd_ones:
+    url += "?action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50"
+    url += "&prop=imageinfo&iiurlwidth=960&iiprop=url|extmetadata"
+    more = {"gsroffset": 0}
+    while more:
+        answer = web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).json()
+        pages = answer.get("query", {}).get("pages", ())
+        for page in sorted(pages, key=lambda page: page["index"]):
+            with suppress(Exception):  # one that is deleted, or has no thumbnail
                 image = page["imageinfo"][0]
                 told = {name: field["value"] for name, field in image["extmetadata"].items()}
                 code = re.sub(r"^cc-|-[\d.]+.*", "", told.get("License", "")).replace("pd", "pdm")
@@ -3030,15 +3021,13 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url += "?quality_grade=research&per_page=200&order_by=id&order=desc"
     wanted = [name if name == "cc0" else f"cc-{name}" for name in web.licenses if name != "pdm"]
     query = {"taxon_name": words, "photo_license": ",".join(wanted)}
-    while found := json.loads(web.get(url, params=query)[1])["results"]:
+    while found := web.get(url, params=query).json()["results"]:
         for observation in found:
-            with skipping_odd_ones:
-                species = observation["taxon"]["name"]
-                for photo in observation["photos"]:
-                    if photo["license_code"] in wanted:
-                        image = photo["url"].replace("/square.", "/large.")
-                        facts = [photo["license_code"], species, photo["attribution"]]
-                        yield Candidate(image, observation["uri"], *facts)
+            title = observation["taxon"]["name"]
+            for photo in observation["photos"]:
+                if photo["license_code"] in wanted:
+                    image = photo["url"].replace("/square.", "/large.")
+                    yield Candidate(image, observation["uri"], photo["license_code"], title, photo["attribution"])
         query["id_below"] = found[-1]["id"]
 
 
@@ -3046,7 +3035,7 @@ def pages_of_engine(web: Web, url: str, query: dict, place: str, step: int, patt
     """Yield what matches a pattern on the pages of results; behind the end, a search engine repeats its last page."""
     found: list[str] = []
     for first in itertools.count(0, step):
-        page = web.get(url, params={**query, place: first})[1].decode("utf-8", "replace")
+        page = web.get(url, params={**query, place: first}).text
         last, found = found, re.findall(pattern, page)
         if found == last:
             return
@@ -3057,10 +3046,9 @@ def search_bing(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """What Bing finds; the licenses are unknown."""
     query = {"q": words, "count": 35, "mmasync": 1}
     for tile in pages_of_engine(web, url, query, "first", 35, r'class="iusc"[^>]* m="([^"]*)'):
-        with skipping_odd_ones:
+        with suppress(Exception):  # no image
             facts = json.loads(html.unescape(tile))
-            title = re.sub("[\ue000-\uf8ff]", "", facts["t"])  # its marks around the words searched for
-            yield Candidate(facts["murl"], facts["purl"], title=title)
+            yield Candidate(facts["murl"], facts["purl"])
 
 
 def search_baidu(web: Web, url: str, words: str) -> Iterator[Candidate]:
@@ -3074,9 +3062,9 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """The images of a web page and those it links to, each in its largest form; {} in the address is for the words."""
     import bs4
 
-    url, body = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
-    page: Any = bs4.BeautifulSoup(body, "html.parser")
-    base = urllib.parse.urljoin(url, page.base.get("href", "")) if page.base else url
+    answer = web.get(url.replace("{}", urllib.parse.quote(words)), robots=True)
+    page: Any = bs4.BeautifulSoup(answer.content, "html.parser")
+    base = urllib.parse.urljoin(answer.url, page.base.get("href", "")) if page.base else answer.url
     links = "a[href$='.jpg' i], a[href$='.jpeg' i], a[href$='.png' i], a[href$='.webp' i]"
     for element in page.select(f"img, picture > source, {links}"):
         srcset = element.get("data-srcset") or element.get("srcset", "")
@@ -3085,13 +3073,7 @@ def read_page(web: Web, url: str, words: str) -> Iterator[Candidate]:
         # What is loaded as one scrolls has its address in a data- attribute, and a blank in `src`.
         address = largest or element.get("href") or element.get("data-src") or element.get("src") or "data:"
         if not address.startswith("data:"):
-            with skipping_odd_ones:
-                yield Candidate(urllib.parse.urljoin(base, address), url, title=element.get("alt"))
-
-
-def read_list(web: Web, path: str, words: str) -> Iterator[Candidate]:
-    """The addresses in a file, one a line; {} in its name is for the search words."""
-    return map(Candidate, lines_of(path.replace("{}", words)))
+            yield Candidate(urllib.parse.urljoin(base, address), answer.url)
 
 
 SOURCES: dict[str, tuple[Callable, str]] = {
@@ -3101,54 +3083,55 @@ SOURCES: dict[str, tuple[Callable, str]] = {
     "bing": (search_bing, "https://www.bing.com/images/async"),
     "baidu": (search_baidu, "https://image.baidu.com/search/flip"),
     "page": (read_page, ""),
-    "list": (read_list, ""),
+    "list": (lambda _, path, words: map(Candidate, lines_of(path.replace("{}", words))), ""),
 }
 
 
-def source_named(text: str) -> tuple[str, str]:
-    """Read a --crawl_source: (name, address). Raises argparse.ArgumentTypeError."""
+def source_named(text: str) -> str:
+    """Return a --crawl_source, `name` or `name:address`. Raises argparse.ArgumentTypeError."""
     name, _, address = text.partition(":")
-    if name in SOURCES and (address or SOURCES[name][1]):
-        return name, address or SOURCES[name][1]
-    known = ", ".join(SOURCES)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {known} (page:https://..., list:FILE)")
+    if name not in SOURCES or not (address or SOURCES[name][1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SOURCES)} (page:URL, list:FILE)")
+    return text
 
 
 def license_names(text: str) -> list[str]:
     """Read the value of --crawl_license: names of licenses, joined by commas."""
-    names = re.findall(r"[^\s,]+", text.lower())
-    if not set(names) <= set(LICENSES):
+    names = text.lower().replace(",", " ").split()
+    if set(names).difference(LICENSES):
         raise argparse.ArgumentTypeError(f"{text!r} is not known; choose from {','.join(LICENSES)}")
     return names
 
 
-def candidates_of(sources: Sequence[tuple[str, str]], words: str, web: Web) -> Iterator[dict]:
+def candidates_of(sources: Sequence[str], words: str, web: Web) -> Iterator[dict]:
     """Yield what the sources find as entries of a crawl.jsonl; tell what goes wrong with one."""
-    for name, address in sources:
-        problem = f"it has no images for {words!r}, or its form has changed"
+    for source in sources:
+        name, _, address = source.partition(":")
+        search, usual_address = SOURCES[name]
+        problem = f"no images for {words!r}, or its form has changed"
         try:
-            for candidate in SOURCES[name][0](web, address, words):
+            for candidate in search(web, address or usual_address, words):
                 problem = ""
                 yield {**candidate._asdict(), "source": name}
-        except (Failure, ImageError, OSError) as error:
+        except (ImageError, OSError) as error:
             problem = str(error)
         except Exception as error:  # an answer may hold anything
             problem = f"its form has changed ({error!r})"
         if problem:
-            log.warning("--crawl_source %s:%s: %s.", name, address, problem)
+            log.warning("--crawl_source %s: %s.", source, problem)
 
 
 def looks_of(data: bytes) -> int:
     """Return the perceptual hash of an image file, 256 bits. Raises ImageError."""
     import imagehash
 
-    pixels = decode_image(data, Reading(ignore_exif_orientation=True), (299, 299))
+    pixels = decode_image(data, Reading(), (299, 299))
     return int(str(imagehash.phash(PIL.Image.fromarray(pixels), hash_size=16)), 16)
 
 
 def fetch_image(url: str, web: Web) -> tuple[bytes, int, str]:
     """Return (file, its perceptual hash, the name to keep it under). Raises ImageError and Failure."""
-    _, data = web.get(url, robots=True)
+    data = web.get(url, robots=True).content
     looks = looks_of(data)
     image = PIL.Image.open(io.BytesIO(data))
     if min(image.size) < web.flags.crawl_min_side:
@@ -3158,13 +3141,13 @@ def fetch_image(url: str, web: Web) -> tuple[bytes, int, str]:
 
 
 class ClassFolder:
-    """A class's folder, and what became of every address that was tried for it: its crawl.jsonl, an object a line.
+    """A class's folder, and its crawl.jsonl: what became of every address that was tried, an object a line.
 
-    The fields of a Candidate, source, `outcome`: kept, refused, or failed (which another time or flag might cure), and
-    `reason`; of a kept image `file` and `looks`, its perceptual hash. looks: {hash: class} of all classes.
+    Beside a Candidate's fields: source, outcome (kept, refused, or failed, which is tried again), reason; file and
+    looks, the perceptual hash, of what was kept.
     """
 
-    def __init__(self, path: Path, looks: dict[int, str]):
+    def __init__(self, path: Path, looks: dict[int, str]):  # {hash: class} of all classes
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.looks = looks
@@ -3173,12 +3156,11 @@ class ClassFolder:
         remove_leftovers(path)
         kept = set()
         for entry in self.journal.read():
-            with suppress(LookupError, TypeError, ValueError):  # a line that is no record
-                if entry["outcome"] != "failed":
-                    self.entries[entry["url"]] = entry
-                if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
-                    looks[int(entry["looks"], 16)] = path.name
-                    kept.add(path / entry["file"])
+            if entry["outcome"] != "failed":
+                self.entries[entry["url"]] = entry
+            if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
+                looks[int(entry["looks"], 16)] = path.name
+                kept.add(path / entry["file"])
         there = {each for each in path.iterdir() if not is_hidden(each.name)}
         self.count = len(there & kept)
         for stranger in there - kept:  # the user's own images, which no download may double
@@ -3191,20 +3173,18 @@ class ClassFolder:
             data, looks, file = fetched.result()
             for other, name in self.looks.items():
                 if (looks ^ other).bit_count() <= SAME_LOOKS:
-                    raise ImageError(f"the same image is there already in {name}")
-        except ImageError as error:
-            entry |= {"outcome": "refused", "reason": str(error).split(" (")[0]}
+                    raise ImageError(f"already in {name}")
         except Exception as error:  # whatever a server sends, it ends no long crawl
-            entry |= {"outcome": "failed", "reason": str(error)}
-        else:
-            entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
-            with whole_file(self.path / file) as temporary:
-                temporary.write_bytes(data)
-                self.journal.append(entry)  # no image is ever without its record
-            self.looks[looks] = self.path.name
-            self.count += 1
+            entry["outcome"] = "refused" if isinstance(error, ImageError) else "failed"
+            entry["reason"] = str(error).split(" (")[0]
+            self.journal.append(entry)
             return
-        self.journal.append(entry)
+        entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
+        with whole_file(self.path / file) as temporary:
+            temporary.write_bytes(data)
+            self.journal.append(entry)  # no image is ever without its record
+        self.looks[looks] = self.path.name
+        self.count += 1
 
 
 def lines_of(path: str) -> list[str]:
@@ -3213,19 +3193,18 @@ def lines_of(path: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_names(names_path: str, crawl_dir: Path) -> dict[str, str]:
+def read_names(names: str, crawl_dir: Path) -> dict[str, str]:
     """Return {class folder: search words}; a folder that is there keeps its name. Raises UserError and OSError."""
-    there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*") if path.is_dir()}
+    there = {label_of(path.name): path.name for path in crawl_dir.glob("[!.]*")}
     classes: dict[str, str] = {}
-    for line in lines_of(names_path):
+    for line in lines_of(names):
         folder, _, words = (part.strip() for part in line.partition(":"))
         label = label_of(folder)
         if re.search(r'^\.|[\\/<>"|?*\x00-\x1f\ufffd]', folder) or not label.strip():
-            told = "can't be the name of a folder; write `folder: search words`, in UTF-8"
-            raise UserError(f"--crawl {names_path}: {folder!r} {told}.")
+            raise UserError(f"--crawl {names}: {folder!r} names no folder; write `folder: words`, in UTF-8.")
         place = there.setdefault(label, folder)
         if place in classes:
-            raise UserError(f"--crawl {names_path}: {folder!r} is there already, as {place!r}; remove one of them.")
+            raise UserError(f"--crawl {names}: {folder!r} and {place!r} are one class; remove one.")
         classes[place] = words or folder
     return classes
 
@@ -3235,57 +3214,45 @@ def crawl_class(folder: ClassFolder, candidates: Iterator[dict], web: Web) -> No
     wanted = web.flags.crawl_count
     unknown = (entry for entry in candidates if entry["url"] not in folder.entries)
     running: dict[concurrent.futures.Future, dict] = {}
-    pool = concurrent.futures.ThreadPoolExecutor(web.flags.crawl_parallel)
-    try:
-        with progress_bar(folder.path.name, wanted, "image", initial=folder.count) as bar:
-            while folder.count < wanted:
-                free = min(web.flags.crawl_parallel, wanted - folder.count) - len(running)
-                for entry in itertools.islice(unknown, free):
-                    folder.entries[entry["url"]] = entry
-                    running[pool.submit(fetch_image, entry["url"], web)] = entry
-                if not running:
-                    return
-                done, _ = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    folder.settle(running.pop(future), future)
-                bar.update(folder.count - bar.n)
-    finally:  # nobody waits for what is under way
-        pool.shutdown(wait=False, cancel_futures=True)
+    with progress_bar(folder.path.name, wanted, "image", initial=folder.count) as bar:
+        while folder.count < wanted:
+            free = min(web.flags.crawl_parallel, wanted - folder.count) - len(running)
+            for entry in itertools.islice(unknown, free):
+                folder.entries[entry["url"]] = entry
+                running[web.pool.submit(fetch_image, entry["url"], web)] = entry
+            if not running:
+                return
+            for future in concurrent.futures.wait(running, 1, "FIRST_COMPLETED").done:
+                folder.settle(running.pop(future), future)
+            bar.update(folder.count - bar.n)
 
 
 def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -> None:
     """Fill the folders of {folder: search words} with images, and print what came of it. Raises UserError for none."""
-    sources = flags.crawl_source or [source_named("openverse"), source_named("commons")]
-    for name, address in sources:
-        if len(classes) > 1 and name in ("page", "list") and "{}" not in address:
-            told = "would give every class the same images; put {} where each class's search words go"
-            raise UserError(f"--crawl_source {name}:{address} {told}.")
-    crawl_dir.mkdir(parents=True, exist_ok=True)
+    sources = flags.crawl_source or ["openverse", "commons"]
+    for source in sources:
+        if len(classes) > 1 and source.startswith(("page:", "list:")) and "{}" not in source:
+            raise UserError(f"--crawl_source {source} needs {{}} for the words, or all classes get the same.")
     looks: dict[int, str] = {}
-    others = [path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}")]  # of other runs
-    names = sorted({*classes, *others})
-    bar = progress_bar("Images that are there", len(names), "class", iterable=names)
-    folders = {name: ClassFolder(crawl_dir / name, looks) for name in bar}
+    others = (path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))  # of other runs
+    folders = {name: ClassFolder(crawl_dir / name, looks) for name in {*classes, *others}}
     web = Web(flags)
     try:
         for name, words in classes.items():
             crawl_class(folders[name], candidates_of(sources, words, web), web)
     finally:  # of all runs so far
-        asked = [folders[name] for name in classes]
-        row = "%-24s %6s %6s %8s  %s"
-        log.info(row, "Class", "kept", "asked", "refused", "why")
-        for folder in asked:
+        for name in classes:
+            folder = folders[name]
             reasons = Counter(entry["reason"] for entry in folder.entries.values() if "reason" in entry)
             told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            log.info(row, folder.path.name, folder.count, flags.crawl_count, reasons.total(), told)
+            log.info("%-24s %6d kept; refused: %s", name, folder.count, told or "none")
             with suppress(OSError):
                 folder.path.rmdir()  # an empty one would be a class without images
-    short = [folder.path.name for folder in asked if folder.count < flags.crawl_count]
-    if not any(folder.count for folder in asked):
-        raise UserError("--crawl found no image that can be used; see the table above.")
+    if not any(folders[name].count for name in classes):
+        raise UserError("--crawl found no usable image; see the table above.")
+    short = ", ".join(name for name in classes if folders[name].count < flags.crawl_count)
     if short:
-        told = "run the command again, also with a flag that the table names, other words or another --crawl_source"
-        log.info("%s stayed short; %s.", ", ".join(short), told)
+        log.info("%s stayed short; run it again with other words, another source or a flag named above.", short)
 
 
 # ======================================================================================================================
