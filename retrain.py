@@ -3000,6 +3000,7 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     """Wikimedia Commons: files found by words, as thumbnails of 960 pixels, a width that is always at hand."""
     url += "?action=query&format=json&formatversion=2&generator=search&gsrnamespace=6&gsrlimit=50"
     url += "&prop=imageinfo&iiurlwidth=960&iiprop=url|extmetadata"
+    url += "&iiextmetadatafilter=License|LicenseShortName|Artist"
     more = {"gsroffset": 0}
     while more:
         answer = web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).json()
