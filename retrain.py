@@ -829,7 +829,6 @@ class Recipe:
     fingerprint: str  # SHA-256 of what it is made from
     # A frozen graph with the nodes of the 2015 release, from `DecodeJpeg/contents` to the features, `pool_3/_reshape`.
     make: Callable[[], GraphDef]
-    note: str = ""  # what to say at the end of the run if it is not the base model that was hoped for
 
 
 @dataclass(frozen=True)
@@ -844,25 +843,25 @@ class BaseModel:
     bottleneck_size: int
 
 
-def find_recipe(architecture: str, layer: str, model_dir: Path, model_url: str = "", trusted: bool = False) -> Recipe:
+def find_recipe(architecture: str, layer: str, model_dir: Path, url: str = "", trusted: bool = False) -> Recipe:
     """Return the recipe of an --architecture. Raises UserError if it is not available.
 
-    layer: of vgg16, or '' for the usual one; model_url: see find_graph; trusted: see read_graph.
+    layer: of vgg16, or '' for the usual one; url: see model_url of find_graph; trusted: see read_graph.
     """
     if architecture in EFFICIENTNETS:
         return efficientnet_recipe(architecture)
     if architecture == "vgg16":
         return vgg16_recipe(layer or "avg_pool", model_dir)
     if architecture.startswith("mobilenet"):
-        return mobilenet_recipe(architecture, model_dir, model_url, trusted)
+        return mobilenet_recipe(architecture, model_dir, url, trusted)
     try:
-        return inception_recipe(model_dir, model_url, trusted)
+        return inception_recipe(model_dir, url, trusted)
     except UserError:
-        if architecture != "auto" or model_url:
+        if architecture != "auto" or url:
             raise
-    note = "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: "
-    note += f"put {GRAPH_FILE} into {model_dir}, or add --architecture efficientnet_lite2."
-    return replace(efficientnet_recipe("efficientnet_lite2"), note=note)
+    told = "The base model is EfficientNet-Lite2, since Inception-v3 can't be downloaded: put %s into %s, or add %s."
+    log.warning(told, GRAPH_FILE, model_dir, "--architecture efficientnet_lite2")
+    return efficientnet_recipe("efficientnet_lite2")
 
 
 def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, model_dir: Path) -> Path:
@@ -3296,19 +3295,19 @@ def deal(flags: Flags, images: list[Image]) -> list[Image]:
     return assign_splits(own, testing, validation) + images[len(own) :]
 
 
-def open_base_model(flags: Flags, images: Sequence[Image]) -> tuple[BaseModel, str]:
-    """Return the base model that the flags ask for, and what to say at the end of the run if it is another, or ''."""
-    model_dir = Path(flags.model_dir)
+def open_base_model(flags: Flags, images: Sequence[Image]) -> BaseModel:
+    """Return the base model that the flags ask for. Raises UserError."""
+    model_dir, trusted = Path(flags.model_dir), flags.trust_model
     if flags.tfhub_module:
-        recipe = hub_recipe(flags.tfhub_module, flags.image_size, flags.trust_model)
+        recipe = hub_recipe(flags.tfhub_module, flags.image_size, trusted)
     else:
-        recipe = find_recipe(flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, flags.trust_model)
+        recipe = find_recipe(flags.architecture, flags.bottleneck_layer, model_dir, flags.model_url, trusted)
     samples = None
     if flags.quantize:
         log_gain_of_quantizing()
         training = [image for image in images if image.split == "training"]
         samples = partial(calibration_images, training, from_flags(Reading, flags))
-    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples), recipe.note
+    return load_base_model(recipe, model_dir, Path(flags.bottleneck_dir), samples)
 
 
 def tell_splits(flags: Flags, images: Sequence[Image], labels: Sequence[str]) -> None:
@@ -3440,7 +3439,7 @@ def run(flags: Flags) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
     images, labels = list_all(flags)
-    base, note = open_base_model(flags, images)
+    base = open_base_model(flags, images)
     with ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else contextlib.nullcontext():
         data = dataset_of(flags, base, images, labels)
 
@@ -3471,8 +3470,6 @@ def run(flags: Flags) -> None:
     if found:
         write_report(found, Path(flags.output_report), {"Base model": base.name, "Folder": shown(flags.image_dir)})
         write_evaluation_summaries(found, data.features, logs / "evaluation")
-    if note:
-        log.warning(note)
     chosen = "" if flags.output_graph == at_home("output_graph.pb") else f' --graph "{flags.output_graph}"'
     log.info("Name images with: python3 %s%s --image FILE", at_home("predict.py"), chosen)
 
