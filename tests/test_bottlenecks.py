@@ -191,13 +191,12 @@ def test_a_journal_outlives_half_a_line(tmp_path):
     path = tmp_path / "journal.jsonl"
     values = [["\udcff é \u2028\n", 1], {"a": None}, 3]
     for value in values[:2]:
-        retrain.Journal(path).append(value)
+        retrain.add_to_journal(path, value)
     with open(path, "ab") as file:
         file.write(b'["half')
-    journal = retrain.Journal(path)
-    assert journal.read() == values[:2]
-    journal.append(values[2])
-    assert retrain.Journal(path).read() == values
+    assert retrain.read_journal(path) == values[:2]
+    retrain.add_to_journal(path, values[2])
+    assert retrain.read_journal(path) == values
 
 
 # What can't be used
@@ -402,7 +401,7 @@ def test_cues_are_kept_beside_the_features(image_dir, model_dir, tmp_path, compu
     assert (cues[:, 3:] == (60, 48)).all() and np.isfinite(cues).all()
     computed.clear()
     np.testing.assert_array_equal(retrain.compute_bottlenecks(open_store(), images)[1], cues)
-    open_store().index.path.unlink()  # as beside files of the classic script, from before this run
+    open_store().index.unlink()  # as beside files of the classic script, from before this run
     for age, folder in ((120, image_dir), (60, tmp_path / "kept")):
         for path in folder.rglob("*.*"):
             os.utime(path, (time.time() - age,) * 2)

@@ -541,7 +541,7 @@ def test_no_image_is_written_over(folder, capsys):
     before = save("a.jpg").read_bytes()
     for flag in ("--csv", "--json"):
         assert predict.main(["a.jpg", flag, "a.jpg"]) == 1
-        assert f"{flag} a.jpg: what lies there must not be written over; name another place." in capsys.readouterr().err
+        assert f"{flag} a.jpg: what lies there must not be written over; name another." in capsys.readouterr().err
     assert Path("a.jpg").read_bytes() == before
 
 

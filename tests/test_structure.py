@@ -17,10 +17,9 @@ import retrain
 SCRIPTS = {name: (ROOT / name).read_text("utf-8") for name in ("retrain.py", "predict.py")}
 ROOMS = "common ground, flags, images, base model, bottlenecks, cluster, head, near duplicates, diagnostics, report, "
 ROOMS += "export, crawl, main"
-# The goals are 3,600 lines of retrain.py, 700 of predict.py, and no more tokens and characters in a line of code than
-# retrain.py had at commit 907270e: 10.79 and 48.48. Where we are short of them, it may only get better.
-MOST_LINES, MOST_FUNCTIONS, MOST_CLASSES, MOST_OF_PREDICT, MOST_OF_TESTS = 3642, 240, 32, 742, 8000
-MOST_TOKENS, MOST_CHARACTERS = 11.03, 50.6
+# No more tokens and characters in a line of code than retrain.py had when it was of 7,128 lines, at commit 907270e.
+MOST_LINES, MOST_FUNCTIONS, MOST_CLASSES, MOST_OF_PREDICT, MOST_OF_TESTS = 3600, 240, 32, 700, 8000
+MOST_TOKENS, MOST_CHARACTERS = 10.79, 48.48
 
 
 def nodes_of(text: str, *kinds: type) -> list:

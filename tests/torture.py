@@ -130,7 +130,7 @@ def outputs(cwd: Path) -> dict[str, object]:
         if "tfevents" in name or path.suffix == ".html":  # they hold times, and some have them in their names, too
             found[str(path.parent.relative_to(cwd) / path.suffix)] = path.stat().st_size
         elif path.suffix == ".jsonl":  # the order is that in which threads were ready; half a line is that of a kill
-            found[name] = set(map(str, retrain.Journal(path).read()))
+            found[name] = set(map(str, retrain.read_journal(path)))
         elif path.suffix != ".log" and not name.startswith("images"):
             found[name] = path.read_bytes()
     return found
