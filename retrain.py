@@ -541,7 +541,8 @@ class Image:
 
     path: Path | UPath  # the latter in an object store
     label: str
-    split: str = "training"  # or another of SPLITS, or "coarse": stage one of two
+    # One of SPLITS, or "coarse": of stage one of two.
+    split: str = "training"
     # If not from image_dir: a folder below bottleneck_dir, with a slash at its end.
     place: str = ""
     # Size, and time of change or what else tells of a change.
@@ -704,7 +705,8 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     """
     true_folder = functools.cache(os.path.realpath)
 
-    def place(path: str) -> str:  # one name for one file, however its folder is given
+    # One name for one file, however its folder is given.
+    def place(path: str) -> str:
         return os.path.join(true_folder(os.path.dirname(path)), os.path.basename(path))
 
     known = {place(str(image.path)): image for image in images}
