@@ -166,7 +166,6 @@ def import_tensorflow() -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, or else is, without what it goes on to explain."""
     return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
@@ -177,7 +176,6 @@ def printable(text: object) -> str:
 
 
 def at_home(name: str) -> str:
-    """Return the path of a file or folder that lies beside the scripts, as short as can be."""
     return name if Path.cwd() == HOME else str(HOME / name)
 
 
@@ -206,7 +204,6 @@ class Reading:
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is none of the user's images by its name."""
     return name.startswith(".") or name.lower() in NOT_IMAGES
 
 
@@ -310,11 +307,15 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
         return first, second, np.repeat(place % 1, values)
 
     def between(start: Array, end: Array, share: Array) -> Array:
-        return np.subtract(end, start, dtype=np.float32) * share + start
+        end -= start  # in place: with more memory in use, its pages are lost and found again for each image
+        end *= share
+        end += start
+        return end
 
     def lines(rows: Array) -> Array:
         picked = pixels.reshape(height, width * 3)[rows]
-        return between(picked[:, left], picked[:, right], across)
+        start, end = (picked[:, columns].astype(np.float32) for columns in (left, right))
+        return between(start, end, across)
 
     top, bottom, down = neighbours(height, size[0], 1)
     left, right, across = neighbours(width, size[1], 3)  # by value: faster than by pixel
@@ -687,8 +688,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--sort_into", metavar="DIR", help="copy each image into DIR/<its class>, or DIR/unsure")
     flag("--page", action="store_true", help="open a page to drop images on")
     flag("--top_k", metavar="N", type=int, default=5, help="classes to print for each image (5)")
-    graph = at_home("output_graph.pb")
-    flag("--graph", metavar="FILE", default=graph, help="the trained classifier, .pb or .tflite")
+    flag("--graph", metavar="FILE", default=at_home("output_graph.pb"), help="what to use, .pb or .tflite")
     flag("--labels", metavar="FILE", default="", help="other names for its classes, a line each")
     flag("--cpu_threads", metavar="N", type=int, default=0, help="cores to use (default: all)")
     flag("--trust_model", action="store_true", help="run a .pb even if it could write files")
