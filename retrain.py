@@ -3586,8 +3586,7 @@ def run(flags: Flags) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_flags(arguments)
     set_up_logging(flags.logging_verbosity)
-    # What packages make when they are imported is no garbage.
-    gc.set_threshold(100_000, 50, 50)
+    gc.set_threshold(100_000, 50, 50)  # what packages make when they are imported is no garbage
     code = exit_code("retrain.py", lambda: run(flags))
     for handler in log.handlers:
         handler.close()
