@@ -959,7 +959,7 @@ def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
         elif node.name == "DecodeJpeg/contents":  # a constant in the release
             become(node, "Placeholder", "dtype")
     folded = extract_sub_graph(graph, outputs)
-    folded.versions.producer = max(graph.versions.producer, 21)  # which any TensorFlow reads
+    folded.versions.producer = 21  # which any TensorFlow reads
     return folded
 
 
@@ -1141,20 +1141,20 @@ def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
     with telling_of_damage(folder, "no image feature model as it stands"):
         with quiet_stderr():
             module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
-        functions = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
-        traces = functions
+        ways = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
         if callable(module):
-            functions, traces = [module], module.__call__.concrete_functions
-        inputs = tf.nest.flatten([trace.structured_input_signature for trace in traces])
-        shapes = [spec.shape for spec in inputs if isinstance(spec, tf.TensorSpec) and spec.shape.rank == 4]
-        if not shapes:
+            ways = module.__call__.concrete_functions
+        inputs = [(way, spec) for way in ways for spec in tf.nest.flatten(way.structured_input_signature)]
+        fit = [each for each in inputs if isinstance(each[1], tf.TensorSpec) and each[1].shape.rank == 4]
+        if not fit:
             raise ValueError(f"it takes no images, nor does a signature {' or '.join(HUB_SIGNATURES)} of it")
-        size = [side or image_size for side in shapes[0][1:3]]
+        way, spec = fit[0]
+        size = [side or image_size for side in spec.shape[1:3]]
         if 0 in size:
             raise ValueError("it takes images of any size; name one with --image_size")
 
         def network(pixels: Tensor) -> Tensor:
-            made = functions[0](pixels / 255)  # the common image signatures ask for 0 to 1
+            made = (module if callable(module) else way)(pixels / 255)  # most ask for 0 to 1
             return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
 
         # With the module at hand, or its variables would be gone.

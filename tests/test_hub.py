@@ -74,12 +74,13 @@ def make_tf1(tf, folder: Path, signature: str = "default") -> None:
 
 
 def make_exported(tf, folder: Path) -> None:
-    """Write what keras.Model.export writes: a SavedModel that has signatures only, and can't be called."""
+    """Write what keras.Model.export writes, signatures only; it can't be called, and the first takes no images."""
     module = tf.Module()
     module.kept = [tf.Variable(WEIGHTS), tf.Variable(OFFSET)]
     spec = tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32, name="images")
     serve = tf.function(lambda images: network(tf, images, *module.kept), input_signature=[spec])
-    tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})
+    other = tf.function(lambda vector: 2 * vector, input_signature=[tf.TensorSpec([3], tf.float32, name="vector")])
+    tf.saved_model.save(module, str(folder), signatures={"default": other, "serving_default": serve})
 
 
 MAKERS = {
