@@ -91,8 +91,8 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         code = 130
         message = "stopped; what is done is kept."
-    except UserError as error:
-        message = f"error: {error}"
+    except (UserError, MemoryError) as error:
+        message = f"error: {str(error) or 'there is not enough memory'}"
     except OSError as error:
         message = f"error: {error.filename or 'the system'}: {error.strerror or error}."
     except ImportError as error:
@@ -526,7 +526,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         for match in map(Path, matches or [pattern]):
             for path in [match, *sorted(match.rglob("*"))]:
                 inside = path.relative_to(match).parts
-                if not path.is_dir() and not any(map(is_hidden, inside)):
+                if (not inside or path.is_file()) and not path.is_dir() and not any(map(is_hidden, inside)):
                     found.append(path)
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"

@@ -347,7 +347,7 @@ def add_feature_flags(parser: Parser) -> None:
     flag("--crawl_license NAMES  licenses that will do, as by,cc0", (), license_names)
     flag("--crawl_min_side COUNT  least pixels of the shorter side", 100)
     flag("--crawl_parallel COUNT  downloads at the same time", 8)
-    flag("--crawl_host_delay X  seconds between requests to a server", 1.0)
+    flag("--crawl_host_delay X  seconds between requests to a server", 1.0, number(float, 0, 60))
     flag("--crawl_allow_private NET  private networks allowed, or `all`", (), ip_networks)
 
     flag = flags_of(parser, "base model")
@@ -1422,7 +1422,7 @@ class BottleneckStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for place, _, _ in os.walk(self.folder):
             remove_leftovers(Path(place))
-        self.records = {name: record for name, *record in read_journal(self.index)}
+        self.records = {name: each for name, *each in read_journal(self.index) if len(each) == 4}
 
     def name(self, image: Image, variant: str) -> str:
         """Return the bottleneck file of an image, relative to the folder; variants have names of their own."""
@@ -3244,11 +3244,12 @@ class ClassFolder:
         remove_leftovers(path)
         kept = set()
         for entry in read_journal(self.journal):
-            if entry["outcome"] != "failed":
-                self.entries[entry["url"]] = entry
-            if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
-                looks[int(entry["looks"], 16)] = path.name
-                kept.add(path / entry["file"])
+            with suppress(Exception):  # an edited line
+                if entry["outcome"] != "failed":
+                    self.entries[entry["url"]] = entry
+                if entry["outcome"] == "kept":  # if it was deleted, nobody wants it back
+                    looks[int(entry["looks"], 16)] = path.name
+                    kept.add(path / entry["file"])
         there = {each for each in path.iterdir() if not is_hidden(each.name)}
         self.count = len(there & kept)
         for stranger in there - kept:  # the user's own images, which no download may double
@@ -3325,7 +3326,7 @@ def crawl(classes: dict[str, str], crawl_dir: Path, flags: argparse.Namespace) -
             )
     looks: dict[int, str] = {}
     others = (path.parent.name for path in crawl_dir.glob(f"*/{MANIFEST}"))  # of other runs
-    folders = {name: ClassFolder(crawl_dir / name, looks) for name in {*classes, *others}}
+    folders = {name: ClassFolder(crawl_dir / name, looks) for name in sorted({*classes, *others})}
     web = Web(flags)
     try:
         for name, words in classes.items():

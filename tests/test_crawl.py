@@ -460,7 +460,7 @@ def test_what_a_killed_run_had_begun_is_in_nobodys_way(server, crawl):
     half.write_bytes(file_of("good", 4))
     os.utime(half, (0, 0))
     with open(folder / "crawl.jsonl", "a") as record:
-        record.write('{"url":')
+        record.write('{}\n7\n{"url":')
     server.traffic.reset()
     assert crawl("cat", count=4)[0] == 0
     assert set(server.traffic.images()) == {"/p/good/3.jpg", "/p/good/4.jpg"}

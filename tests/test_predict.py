@@ -549,4 +549,7 @@ def test_no_image_is_written_over(folder, capsys):
 def test_a_link_to_its_own_folder_is_not_followed(folder):
     save("a/b/red.jpg")
     Path("a/loop").symlink_to(Path("a").resolve())
+    Path("a/gone.jpg").symlink_to("nowhere.jpg")
+    Path("a/itself.jpg").symlink_to("itself.jpg")
+    os.mkfifo("a/pipe")  # to read it would take for ever
     assert predict.find_images(["a"]) == [Path("a/b/red.jpg")]

@@ -18,7 +18,7 @@ SCRIPTS = {name: (ROOT / name).read_text("utf-8") for name in ("retrain.py", "pr
 ROOMS = "common ground, flags, images, base model, bottlenecks, cluster, head, near duplicates, diagnostics, report, "
 ROOMS += "export, crawl, main"
 # No more tokens and characters in a line of code than retrain.py had when it was of 7,128 lines, at commit 907270e.
-MOST_LINES, MOST_FUNCTIONS, MOST_CLASSES, MOST_OF_PREDICT, MOST_OF_TESTS = 3599, 240, 32, 700, 8000
+MOST_LINES, MOST_FUNCTIONS, MOST_CLASSES, MOST_OF_PREDICT, MOST_OF_TESTS = 3600, 240, 32, 700, 8000
 MOST_TOKENS, MOST_CHARACTERS = 10.79, 48.48
 
 
