@@ -86,7 +86,7 @@ def exit_code(program: str, work: Callable[[], int | None]) -> int:
         done = work() or 0
         print(end="", flush=True)  # while there are still words for what goes wrong
         return done
-    except BrokenPipeError:  # whoever reads our output, `head` for one, has seen enough
+    except BrokenPipeError:  # whoever reads it, `head` for one, has seen enough
         return 141
     except KeyboardInterrupt:
         code = 130
@@ -253,9 +253,8 @@ def decode_image(data: bytes, reading: Reading, input_size: tuple[int, int]) -> 
             pixels = np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError:
         told = "not an image in JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC format"
-        if "HEIF" not in FORMATS:
-            told += f"; HEIC needs pi-heif: {INSTALL} pi-heif"
-        raise ImageError(told) from None
+        remedy = "" if "HEIF" in FORMATS else f"; HEIC needs pi-heif: {INSTALL} pi-heif"
+        raise ImageError(told + remedy) from None
     except PIL.Image.DecompressionBombError:
         raise ImageError("more pixels than any honest image has") from None
     except Exception as error:  # decoders raise many kinds of errors on damaged data
@@ -307,7 +306,7 @@ def resize_bilinear(pixels: Array, size: tuple[int, int]) -> Array:
         return first, second, np.repeat(place % 1, values)
 
     def between(start: Array, end: Array, share: Array) -> Array:
-        end -= start  # in place: with more memory in use, its pages are lost and found again for each image
+        end -= start  # in place: more memory would be given back and asked for again
         end *= share
         end += start
         return end
@@ -489,7 +488,7 @@ class Classifier:
             raise UserError(f"--graph {graph}: {needed}; train first with retrain.sh.")
         self.labels: list[str] = facts.get("labels", [])
         if labels or not facts:
-            self.labels = names.read_text("utf-8-sig", "replace").strip("\r\n").splitlines()
+            self.labels = [line for line in names.read_text("utf-8-sig", "replace").splitlines() if line]
         self.reading = Reading(facts.get("ignore_exif_orientation", False), facts.get("exact_decode", False))
         self.familiar = Familiar(**facts["familiar"]) if facts.get("familiar") else None
         if files.lite.is_file() and facts.get("lite_sha256") == sha256_of(files.lite):
@@ -524,9 +523,11 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in map(Path, matches or [pattern]):
-            for path in [match, *sorted(match.rglob("*"))]:
+            if not match.is_dir():
+                found.append(match)
+            for path in sorted(match.rglob("*")):
                 inside = path.relative_to(match).parts
-                if (not inside or path.is_file()) and not path.is_dir() and not any(map(is_hidden, inside)):
+                if path.is_file() and not any(map(is_hidden, inside)):
                     found.append(path)
     if not any(path.is_file() for path in found):
         fault = "there is no such image, nor a folder with any; put a name that has spaces into quotes"
@@ -649,12 +650,11 @@ def serve_page(flags: argparse.Namespace) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Name the images; return 1 if one of them could not be read, else 0."""
     paths = find_images(flags.images + flags.image or [at_home("test_images")])
-    known = [path.resolve() for path in paths]
     asked = {"csv": flags.csv, "json": flags.json, "sort_into": flags.sort_into}
     outputs = {name: Path(path) for name, path in asked.items() if path}
     for name, path in outputs.items():
         is_right = path.is_dir() if name == "sort_into" else path.is_file()
-        if path.resolve() in known or (path.exists() and not is_right):
+        if os.path.realpath(path) in map(os.path.realpath, paths) or (path.exists() and not is_right):
             raise UserError(f"--{name} {path}: what lies there must not be written over; name another.")
     classifier = Classifier(flags.graph, flags.labels, len(paths), flags.cpu_threads, flags.trust_model)
     predictions: list[Prediction] = []
@@ -664,7 +664,7 @@ def run(flags: argparse.Namespace) -> int:
             predictions.append(prediction)
             if flags.sort_into and not prediction.error:
                 sort_into(flags.sort_into, prediction)
-    finally:  # what was named until it was stopped is written, and summed up, all the same
+    finally:  # what was named until it was stopped is written all the same
         if predictions and flags.csv:
             write_csv(flags.csv, predictions, classifier.labels)
         if predictions and flags.json:
@@ -697,4 +697,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # now, before a late signal or a thread that is stuck can spoil the end
+    os._exit(main())  # now, before a late signal or a stuck thread can spoil the end

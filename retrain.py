@@ -96,7 +96,7 @@ from predict import (
 import numpy as np
 import PIL.Image
 
-if TYPE_CHECKING:  # only to name them: they are loaded where they are first needed
+if TYPE_CHECKING:  # only to name them: they are loaded where they are needed
     from matplotlib.axes import Axes
     from ray import ObjectRef
     from tensorflow import Tensor
@@ -705,8 +705,7 @@ def read_split_file(path: str, image_dir: str, images: Sequence[Image]) -> list[
     """
     true_folder = functools.cache(os.path.realpath)
 
-    # One name for one file, however its folder is given.
-    def place(path: str) -> str:
+    def place(path: str) -> str:  # one name for one file, however its folder is given
         return os.path.join(true_folder(os.path.dirname(path)), os.path.basename(path))
 
     known = {place(str(image.path)): image for image in images}
@@ -836,8 +835,7 @@ class Recipe:
 class BaseModel:
     """A trained network from pixels to features, ready to run."""
 
-    # The architecture, as it stands in the names of bottleneck files.
-    name: str
+    name: str  # as of a Recipe
     graph_path: Path  # what a Recipe has made, always in float32
     # The same from resized pixels to features for LiteRT; None if that can't be.
     lite_path: Path | None
@@ -936,9 +934,8 @@ def fold_batch_norm(graph: GraphDef, *outputs: str) -> GraphDef:
     tf = import_tensorflow()
     from tensorflow.python.framework.graph_util_impl import extract_sub_graph, remove_training_nodes
 
-    def become(
-        node: Any, op: str, kind: str, *inputs: str
-    ) -> None:  # of the same name, and the same kind of values
+    # Of the same name, and the same kind of values.
+    def become(node: Any, op: str, kind: str, *inputs: str) -> None:
         node.CopyFrom(type(node)(op=op, name=node.name, input=inputs, attr={kind: node.attr[kind]}))
 
     graph = remove_training_nodes(graph, outputs)
@@ -1133,32 +1130,35 @@ def hub_graph(folder: Path, image_size: int, trusted: bool) -> GraphDef:
 
     with telling_of_damage(folder, "no SavedModel"):
         parts = parse_saved_model(str(folder)).meta_graphs
-    for part in parts:
-        if not trusted:
-            check_ops(part.graph_def, folder, VARIABLE_OPS)
+    for part in () if trusted else parts:
+        check_ops(part.graph_def, folder, VARIABLE_OPS)
     # A TF1 module holds one graph to train, tagged so, and one without a tag.
     is_tf1 = (folder / "tfhub_module.pb").exists()
     with telling_of_damage(folder, "no image feature model as it stands"):
         with quiet_stderr():
             module = tf.saved_model.load(str(folder), [] if is_tf1 else None)
-        ways = [module.signatures[name] for name in HUB_SIGNATURES if name in module.signatures]
+        ways = [(each, each) for name, each in module.signatures.items() if name in HUB_SIGNATURES]
         if callable(module):
-            ways = module.__call__.concrete_functions
-        inputs = [(way, spec) for way in ways for spec in tf.nest.flatten(way.structured_input_signature)]
-        fit = [each for each in inputs if isinstance(each[1], tf.TensorSpec) and each[1].shape.rank == 4]
-        if not fit:
-            raise ValueError(f"it takes no images, nor does a signature {' or '.join(HUB_SIGNATURES)} of it")
-        way, spec = fit[0]
-        size = [side or image_size for side in spec.shape[1:3]]
-        if 0 in size:
-            raise ValueError("it takes images of any size; name one with --image_size")
+            ways = [(module, trace) for trace in module.__call__.concrete_functions] + ways
+        reason = f"it takes no images, nor does a signature {' or '.join(HUB_SIGNATURES)} of it"
+        for call, trace in ways:
+            inputs = tf.nest.flatten(trace.structured_input_signature)
+            shapes = [spec.shape for spec in inputs if isinstance(spec, tf.TensorSpec)]
+            if [shape.rank for shape in shapes] != [4]:
+                continue
+            size = [side or image_size for side in shapes[0][1:3]]
+            if 0 in size:
+                raise ValueError("it takes images of any size; name one with --image_size")
 
-        def network(pixels: Tensor) -> Tensor:
-            made = (module if callable(module) else way)(pixels / 255)  # most ask for 0 to 1
-            return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
+            def network(pixels: Tensor, call: Callable = call) -> Tensor:
+                made = call(pixels / 255)  # the common image signatures ask for 0 to 1
+                return made.get("default", next(iter(made.values()))) if isinstance(made, dict) else made
 
-        # With the module at hand, or its variables would be gone.
-        return image_graph(network, size)
+            try:  # with the module at hand, or its variables would be gone
+                return image_graph(network, size)
+            except ValueError as error:
+                reason = first_line(error)
+        raise ValueError(reason)
 
 
 def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
@@ -1192,14 +1192,13 @@ def image_graph(network: Callable, input_size: Sequence[int]) -> GraphDef:
     return graph.as_graph_def()
 
 
-def graph_function(graph: GraphDef, *outputs: str, batch: int | None = None) -> Any:
-    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to a list of outputs."""
+def graph_function(graph: GraphDef, output: str, batch: int | None = None) -> Any:
+    """Return a TensorFlow function from resized pixels, float32 [batch, height, width, 3], to [its output]."""
     tf = import_tensorflow()
-    wanted = [f"{name}:0" for name in outputs]
     nodes = {node.name: node for node in graph.node}
     size = tf.make_ndarray(nodes[nodes[RESIZED_NODE].input[1]].attr["value"].tensor)
     return tf.compat.v1.wrap_function(
-        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, wanted, name=""),
+        lambda pixels: tf.import_graph_def(graph, {f"{RESIZED_NODE}:0": pixels}, [f"{output}:0"], name=""),
         [tf.TensorSpec([batch, *size, 3], tf.float32)],
     )
 
@@ -1242,12 +1241,10 @@ def load_base_model(
     from ai_edge_litert.interpreter import Interpreter
 
     with telling_of_damage(lite_path, "damaged; remove it, and it is made again"):
-        # For its sizes: unlike a LiteModel, it prepares nothing.
-        network = Interpreter(str(lite_path))
+        network = Interpreter(str(lite_path))  # unlike a LiteModel, it prepares nothing
     _, *size, _ = network.get_input_details()[0]["shape"].tolist()
     _, count = network.get_output_details()[0]["shape"].tolist()
-    # Calibrated with other images, it gives other features.
-    if samples:
+    if samples:  # calibrated with other images, it gives other features
         name, mark = f"{name}_int8", sha256_of(lite_path)
     return BaseModel(name, graph_path, lite_path, mark, tuple(size), count)
 
@@ -1597,7 +1594,7 @@ def ray_cluster(address: str, cores: int = 0) -> Iterator[None]:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         with quiet_stderr():  # where it tells that it will be quiet
             ray.init(address, num_cpus=own_cores, runtime_env=modules, **quiet)
-    except Exception as error:  # Ray raises just that when a local cluster is slow to start
+    except Exception as error:  # Ray's is just that when a local cluster is slow
         told = f"there is no cluster to connect to ({first_line(error)}); `ray start --head` starts one"
         raise UserError(f"--ray_address {address}: {told}.") from error
     finally:
@@ -2146,10 +2143,10 @@ FOLDS = 5
 CROSS_VALIDATED = 1.5
 # Images that the heads of all trainings together may see, beyond which the learning curve loses its smallest sizes.
 MOST_SEEN, CURVE_SHARES = 6_000_000, (0.125, 0.25, 0.5)
-HARDLY = 0.01  # more accuracy by twice as many images is not worth a word
-GAIN_ERRORS = 1.4  # standard errors on either side of what twice as many images are expected to bring
-ENOUGH_TO_TEST = 30  # independent test images; with fewer, the cross-validation is to be believed
-ENOUGH_TO_DOUBT = 0.6  # a head that is right less often says nothing about the folders that images lie in
+HARDLY = 0.01  # of accuracy; less than that is not worth a word
+GAIN_ERRORS = 1.4  # standard errors on either side of the gain that is expected
+ENOUGH_TO_TEST = 30  # independent test images; with fewer, believe the cross-validation
+ENOUGH_TO_DOUBT = 0.6  # a head that is right less often can't tell a wrong label
 # How often brightness and the like, in so many bins, may tell a class from the others, where chance is 0.5.
 CUE_ALARM, CUE_BINS, CUE_ROWS = 0.75, 8, 20  # of a class, or chance alone tells it apart
 TINY, NEARLY_BLACK, BLURRED = 64, 0.06, 0.05  # pixels; brightness and contrast; of the median sharpness
@@ -2266,7 +2263,7 @@ class Diagnostics:
     test_duplicates: int = 0
     classic_accuracy: float | None = None  # of all test images
     curve: LearningCurve | None = None
-    temperature: float = 1.0  # what the head's logits are to be divided by; those held out are already
+    temperature: float = 1.0  # divides the head's logits; those held out it has divided
     doubts: list[Doubt] = dataclasses.field(default_factory=list)  # worst first
     cue: str = ""  # what alone tells the classes apart, such as "brightness"
     cue_accuracy: float = 0.5  # how often such measures are right, where chance gives half
@@ -2445,7 +2442,7 @@ def diagnose(
     silent = replace(settings, eval_step_interval=0)
     groups, pairs = find_groups(data.features, data.images)  # by large products, which all cores share
     found = Diagnostics(data.labels, data.images, histories, groups, pairs)
-    threadpool_limits(1)  # for all that follows: several threads halve the speed of small products
+    threadpool_limits(1)  # for all that follows: threads halve the speed of small products
     validated = cross_validate(known, groups[known.rows], silent, train)
     if validated:
         found.temperature = fit_temperature(validated.logits, validated.classes)
@@ -2906,7 +2903,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
     network = graph_function(read_graph(graph_path, trusted=True), final_tensor_name)
     size = network.inputs[0].shape[1:3]
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])], autograph=False)
     def serve(image: Tensor) -> dict:
         return {"prediction": network(image * 255)[0]}
 
@@ -2914,7 +2911,7 @@ def write_saved_model(graph_path: Path, final_tensor_name: str, folder: Path) ->
         pixels = tf.io.decode_image(data, 3, tf.float32, expand_animations=False)
         return tf.raw_ops.ResizeBilinear(images=pixels[None], size=size)[0]
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def serve_bytes(image_bytes: Tensor) -> dict:
         return serve(tf.map_fn(decoded, image_bytes, fn_output_signature=tf.float32))
 
@@ -2965,7 +2962,7 @@ class Web:
 
         self.flags = flags
         self.licenses = flags.crawl_license or LICENSES
-        self.hosts: dict[str, Host] = {}  # by name and port
+        self.hosts: dict[tuple, Host] = {}  # by name and port
         self.lock = threading.Lock()
         self.pool = concurrent.futures.ThreadPoolExecutor(flags.crawl_parallel)
         self.session = requests.Session()
@@ -2998,7 +2995,8 @@ class Web:
             request: Any = requests.Request("GET", url, **options).prepare()
             self.session.get_adapter(request.url)
             parts = urllib.parse.urlsplit(request.url)
-            places = socket.getaddrinfo(parts.hostname, parts.port)
+            site = parts.hostname, parts.port
+            places = socket.getaddrinfo(*site)
         except ValueError:
             raise ImageError("no http or https address") from None
         except OSError:
@@ -3008,7 +3006,7 @@ class Web:
             ip = ipaddress.ip_address(place[4][0])
             if not (ip.is_global or any(ip in network for network in self.flags.crawl_allow_private)):
                 raise Failure("private address, see --crawl_allow_private")
-        host = self.hosts.setdefault(parts.netloc, Host(self.flags.crawl_host_delay))
+        host = self.hosts.setdefault(site, Host(self.flags.crawl_host_delay))
         if not robots:
             return request, host
         with host.lock:  # the first asks, the others wait for the answer
@@ -3037,7 +3035,7 @@ class Web:
         body, pause = bytearray(), BACKOFF
         try:
             with self.session.get_adapter(request.url).send(request, timeout=TIMEOUT, **settings) as answer:
-                if answer.status_code == 429 or answer.status_code >= 500:
+                if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
                     pause = urllib3.Retry(retry_after_max=MOST_LOST).get_retry_after(answer.raw) or BACKOFF
                     raise Failure(f"HTTP {answer.status_code}")
                 while block := answer.raw.read1(1 << 16, decode_content=True):
@@ -3071,7 +3069,7 @@ def search_openverse(web: Web, url: str, words: str) -> Iterator[Candidate]:
         headers["Authorization"] = f"Bearer {token}"
     for page in itertools.count(1):
         query = {"q": words, "license": ",".join(web.licenses), "page": page}
-        answer = web.get(url, params=query, headers=headers).json()
+        answer = json.loads(web.get(url, params=query, headers=headers).content)
         for image in answer["results"]:
             terms = f"{image['license']} {image['license_version'] or ''}"
             yield Candidate(
@@ -3088,7 +3086,7 @@ def search_commons(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url += "&iiextmetadatafilter=License|LicenseShortName|Artist"
     more = {"gsroffset": 0}
     while more:
-        answer = web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).json()
+        answer = json.loads(web.get(url, params={"gsrsearch": f"{words} filetype:bitmap", **more}).content)
         pages = answer.get("query", {}).get("pages", ())
         for page in sorted(pages, key=lambda page: page["index"]):
             with suppress(Exception):  # one that is deleted, or has no thumbnail
@@ -3107,7 +3105,7 @@ def search_inaturalist(web: Web, url: str, words: str) -> Iterator[Candidate]:
     url += "?quality_grade=research&per_page=200&order_by=id&order=desc"
     wanted = [name if name == "cc0" else f"cc-{name}" for name in web.licenses if name != "pdm"]
     query = {"taxon_name": words, "photo_license": ",".join(wanted)}
-    while found := web.get(url, params=query).json()["results"]:
+    while found := json.loads(web.get(url, params=query).content)["results"]:
         for observation in found:
             title = observation["taxon"]["name"]
             for photo in observation["photos"]:
@@ -3461,7 +3459,9 @@ def dataset_of(flags: Flags, base: BaseModel, images: list[Image], labels: list[
         matrix[:, 0], matrix[:, 1:] = training.features(), variants
         matrix = matrix.reshape(-1, base.bottleneck_size)
         training = Rows(matrix, np.arange(len(matrix)), np.repeat(training.classes, 1 + count))
-    validation, testing, known = rows_of("validation"), rows_of("testing"), rows_of("training", "validation")
+    validation = rows_of("validation")
+    testing = rows_of("testing")
+    known = rows_of("training", "validation")
     count = len(own)
     return Dataset(own, labels, features[:count], cues[:count], training, validation, testing, known, coarse)
 

@@ -269,6 +269,7 @@ ODD_BODIES = {
     "nothing": ("page", b""),
     "deep": ("openverse", b'{"page_count":1,"results":' + b"[" * 100_000),
     "odd results": ("openverse", b'{"results":[7,null,{"url":[],"license":7}],"page_count":1}'),
+    "no JSON": ("inaturalist", b"<html>Please log in</html>"),
     "error": ("commons", b'{"error":{"code":"maxlag"}}'),
     "another form": ("baidu", b"<html>Something else altogether</html>"),
 }
@@ -314,6 +315,12 @@ def test_a_pause_between_two_requests_to_a_host(server):
             times = sorted(time for times in one.traffic.starts.values() for time in times)
             assert len(times) == 10  # robots.txt, one, two and six
             assert times[-1] - times[0] > 9 * 0.2 - 0.1  # as they arrive, which may be later than they start
+
+
+def test_a_host_is_one_however_its_address_is_written(server):
+    fetcher, site = web(), server.site.partition("://")[2]
+    hosts = [fetcher.prepare(f"http://{user}{site}/x", False, {})[1] for user in ("", "a@", "b:c@")]
+    assert hosts[0] is hosts[1] is hosts[2]
 
 
 def test_robots_txt_is_asked_once_and_obeyed(server):

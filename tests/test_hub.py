@@ -73,13 +73,15 @@ def make_tf1(tf, folder: Path, signature: str = "default") -> None:
     (folder / "tfhub_module.pb").write_bytes(b"\x08\x03")  # FORMAT_SAVEDMODEL_V2
 
 
-def make_exported(tf, folder: Path) -> None:
-    """Write what keras.Model.export writes, signatures only; it can't be called, and the first takes no images."""
+def make_exported(tf, folder: Path, called: bool = False) -> None:
+    """Write what keras.Model.export writes, signatures only, the first without images; or a call without."""
     module = tf.Module()
     module.kept = [tf.Variable(WEIGHTS), tf.Variable(OFFSET)]
     spec = tf.TensorSpec([None, SIDE, SIDE, 3], tf.float32, name="images")
     serve = tf.function(lambda images: network(tf, images, *module.kept), input_signature=[spec])
     other = tf.function(lambda vector: 2 * vector, input_signature=[tf.TensorSpec([3], tf.float32, name="vector")])
+    if called:
+        module.__call__ = other
     tf.saved_model.save(module, str(folder), signatures={"default": other, "serving_default": serve})
 
 
@@ -87,6 +89,7 @@ MAKERS = {
     "TF2": make_tf2,
     "TF2, any size": lambda tf, folder: make_tf2(tf, folder, None),
     "signatures only": make_exported,
+    "called without images": lambda tf, folder: make_exported(tf, folder, called=True),
     "TF1": make_tf1,
     "TF1, image_feature_vector": lambda tf, folder: make_tf1(tf, folder, "image_feature_vector"),
 }

@@ -121,7 +121,7 @@ def test_files_folders_and_globs(folder, asked, found):
 )
 def test_files_that_are_missing_or_wrong(folder, capsys, flags, named):
     save("red.jpg")
-    Path("few.txt").write_text("red things\nblue\n")
+    Path("few.txt").write_text("red things\n\nblue\n")
     Path("words.pb").write_text("hello")
     shutil.copy("output_graph.tflite", "lone.tflite")
     assert predict.main(["--image", "red.jpg", *flags]) == 1
